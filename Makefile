@@ -1,0 +1,45 @@
+# The commands of the project. Each works in a fresh clone with only Python ≥ 3.10, gcc and git; a second run
+# reuses the environment.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := demo,test,bench,dev
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.PHONY: setup demo demo-full test test-all lint format clean
+
+setup: $(VENV)/.done
+
+# Rebuilt when requirements, build files or C++ sources change.
+$(VENV)/.done: constraints.txt pyproject.toml setup.py sfpk_kernels/_build.py $(CPP)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel ninja torch numpy
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	touch $@
+
+demo: setup
+	$(BIN)/sfpk demo --out demo-out
+
+demo-full: setup
+	$(BIN)/sfpk demo --full --out demo-out
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-all: setup
+	$(BIN)/python -m pytest -m ''
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info sfpk_kernels/*.so demo-out

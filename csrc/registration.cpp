@@ -1,0 +1,38 @@
+// The schemas of every C++/CUDA kernel, mutation declared, and the Python module `_C`.
+//
+// These are the kernels behind the public ops. The public ops themselves (torch.ops.sfpk.*) are defined
+// in Python, because they must exist on machines where this file was never compiled.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+STABLE_TORCH_LIBRARY(sfpk_cpp, m) { m.def("copy_(Tensor(a!) out, Tensor src) -> ()"); }
+
+namespace {
+
+pybind11::dict build_config() {
+  pybind11::dict config;
+#if defined(__clang__)
+  config["compiler"] = std::string("clang ") + __clang_version__;
+#elif defined(__GNUC__)
+  config["compiler"] = std::string("gcc ") + __VERSION__;
+#else
+  config["compiler"] = "unknown";
+#endif
+  config["cpp_standard"] = static_cast<long>(__cplusplus);
+#if defined(_OPENMP)
+  config["openmp"] = true;
+#else
+  config["openmp"] = false;
+#endif
+  config["cuda"] = false;
+  return config;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.doc() = "C++ kernels of sfpk_kernels; importing it registers torch.ops.sfpk_cpp.";
+  module.def("build_config", &build_config, "How this extension was compiled, as a dict.");
+}

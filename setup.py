@@ -1,0 +1,84 @@
+"""Ahead-of-time build of the C++ extension; everything declarative is in pyproject.toml.
+
+``SFPK_BUILD``: ``auto`` (default: build when torch and a compiler are there, else install without),
+``cpu`` (build or fail), ``none`` (never build here; the extension is compiled at first use).
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_build_flags():
+    """``sfpk_kernels/_build.py`` by path: importing the package would import torch."""
+    spec = importlib.util.spec_from_file_location("_sfpk_build", ROOT / "sfpk_kernels" / "_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def extension_arguments():
+    """``ext_modules`` and ``cmdclass`` for setup(), or nothing when there is nothing to build with."""
+    flags = load_build_flags()
+    mode = flags.build_mode()
+    if mode == "none":
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        if mode == "cpu":
+            raise SystemExit(
+                "SFPK_BUILD=cpu needs torch in the build environment: install torch, then run "
+                "pip install --no-build-isolation ."
+            ) from error
+        print("sfpk_kernels: no torch in the build environment; the extension is compiled at first use")
+        return {}
+    flags.put_ninja_on_path()
+
+    class TolerantBuild(BuildExtension):
+        """With SFPK_BUILD=auto a machine without a working compiler still gets the package."""
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if mode == "cpu":
+                    raise
+                print(
+                    f"sfpk_kernels: the extension was not built ({error}); "
+                    "the package works without it, on the reference backend",
+                    file=sys.stderr,
+                )
+                for extension in self.extensions:
+                    extension.optional = True
+
+    sources = [str(path.relative_to(ROOT)) for path in flags.sources(ROOT / "csrc")]
+    extension = CppExtension("sfpk_kernels._C", sources, **flags.compile_arguments(ROOT / "csrc"))
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": TolerantBuild}}
+
+
+setup(
+    # csrc travels inside the wheel, so that the extension can be compiled at first use.
+    packages=[
+        "sfpk_kernels",
+        "sfpk_kernels.baselines",
+        "sfpk_kernels.demo",
+        "sfpk_kernels.ops",
+        "sfpk_kernels.ops.masked_weights",
+        "sfpk_kernels.ops.topk_mask",
+        "sfpk_kernels.ops.transition",
+        "sfpk_kernels.csrc",
+        "sfpk_kernels.csrc.cpu",
+    ],
+    package_dir={"sfpk_kernels.csrc": "csrc"},
+    package_data={
+        "sfpk_kernels": ["py.typed"],
+        "sfpk_kernels.csrc": ["*.h", "*.cpp"],
+        "sfpk_kernels.csrc.cpu": ["*.h", "*.cpp"],
+    },
+    **extension_arguments(),
+)
