@@ -1,0 +1,207 @@
+"""Every hyper-parameter of a run: its meaning, its range, and the three presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # What we recommend; the measurements behind it are in README, "What is measured".
+    "default": {},
+    # The paper's Algorithms 2 and 3. Its radius differs by model (1.1 to 8, Tables 3-4).
+    "paper": {
+        "density": "l2_squared",
+        "schedule": "linear",
+        "polarizer": "mask",
+        "radius": 1.4,
+        "retract": False,
+        "consensus": 0.0,
+    },
+    # The authors' released code, followed to the letter, its thresholds and stabilisers included.
+    "authors": {
+        "density": "l2",
+        "schedule": "exponential",
+        "polarizer": "mask_weight",
+        "kernel": "weighted_rbf",
+        "radius": 1.4,
+        "retract": False,
+        "consensus": 0.0,
+        "momentum": 0.1,
+        "selection": "threshold",
+        "early_stop": True,
+        "eps": 1e-12,
+        "dropout": True,
+    },
+}
+
+POLARIZERS = ("mask_normalized", "mask_weight", "mask")
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "kernel": ("rbf", "weighted_rbf"),
+    "density": ("l2", "l2_squared"),
+    "schedule": ("cubic", "exponential", "linear"),
+    "polarizer": POLARIZERS,
+    "final_score": (*POLARIZERS, None),
+    "vote": ("soft", "hard"),
+    "selection": ("exact", "threshold"),
+    "bn": ("batch", "running"),
+    "energy_mode": ("auto", "vmap", "sequential"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SFPKConfig:
+    """Hyper-parameters of one run, checked when constructed.
+
+    Args:
+        sparsity: fraction of the prunable weights that is REMOVED, in (0, 1).
+        n_particles: mask particles n ≥ 1. A run costs n · K forward/backward passes.
+        n_steps: simulation steps K ≥ 1.
+        radius: relative localization radius r > 1; the tangential part of a move is sqrt(r² - 1) times the
+            radial part.
+        repulsion: λ ≥ 0, weight of the pairwise kernel repulsion.
+        kernel: ``"rbf"`` (paper) or ``"weighted_rbf"`` (authors: distances weighted by the squared weights).
+        density: soft density ρ(m): ``"l2"`` = sqrt(Σm²/D), ``"l2_squared"`` = Σm²/D.
+        schedule: how ρ falls from 1 to 1 - sparsity: ``"cubic"``, ``"exponential"`` or ``"linear"``.
+        polarizer: score that ranks coordinates when a particle is made binary: ``"mask_normalized"`` (|m|·|θ|,
+            θ divided by its tensor's mean), ``"mask_weight"`` (|m|·|θ|) or ``"mask"`` (m).
+        final_score: score behind the final mask, same names; ``None`` takes the polarizer's.
+        retract: rescale every particle onto the schedule after each move.
+        consensus: η in [0, 1]: how far particles are pulled to their mean in each step, late in the run.
+        consensus_start: fraction of the run in [0, 1] after which the pull acts.
+        momentum: in [0, 1): share of the previous steps' vote kept in the final score.
+        vote: ``"soft"`` averages the scores of the voting particles, ``"hard"`` counts in how many of their
+            binary masks a coordinate is kept (equal counts are ranked by the soft score).
+        vote_ratio: fraction in (0, 1] of the particles that vote, best (lowest energy) first.
+        selection: ``"exact"`` keeps exactly the counted coordinates, ties to the lower index;
+            ``"threshold"`` keeps what the authors' thresholds keep, for parity with their code.
+        early_stop: stop once the particles' mean density has reached the target.
+        eps: added to the squared norm of the tangential part (authors: 1e-12, for parity).
+        bn: batch-norm in the energies uses the ``"batch"`` statistics of the particle's batch, or the model's
+            ``"running"`` ones. The model's own statistics never change.
+        dropout: run the model in train mode (dropout, stochastic depth on), seeded; off by default.
+        energy_mode: particles through the model at once (``"vmap"``), one by one (``"sequential"``) or
+            ``"auto"``.
+        chunk_size: particles per vmap call, ``None`` for all.
+        backend: kernel backend, ``None`` for the fastest available (see ``SFPK_BACKEND``).
+        seed: of every random number the run draws, data order included.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of its range; the message names the field.
+    """
+
+    sparsity: float
+    n_particles: int = 10
+    n_steps: int = 100
+    radius: float = 2.0
+    repulsion: float = 0.2
+    kernel: str = "rbf"
+    density: str = "l2"
+    schedule: str = "cubic"
+    polarizer: str = "mask_normalized"
+    final_score: str | None = None
+    retract: bool = True
+    consensus: float = 0.3
+    consensus_start: float = 0.5
+    momentum: float = 0.0
+    vote: str = "soft"
+    vote_ratio: float = 1.0
+    selection: str = "exact"
+    early_stop: bool = False
+    eps: float = 0.0
+    bn: str = "batch"
+    dropout: bool = False
+    energy_mode: str = "auto"
+    chunk_size: int | None = None
+    backend: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_real("sparsity", "in (0, 1)", lambda x: 0 < x < 1)
+        self._check_int("n_particles", 1)
+        self._check_int("n_steps", 1)
+        self._check_real("radius", "> 1", lambda x: x > 1)
+        self._check_real("repulsion", "≥ 0", lambda x: x >= 0)
+        self._check_real("consensus", "in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check_real("consensus_start", "in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check_real("momentum", "in [0, 1)", lambda x: 0 <= x < 1)
+        self._check_real("vote_ratio", "in (0, 1]", lambda x: 0 < x <= 1)
+        self._check_real("eps", "≥ 0", lambda x: x >= 0)
+        self._check_int("seed", 0)
+        if self.chunk_size is not None:
+            self._check_int("chunk_size", 1)
+        for name in ("retract", "early_stop", "dropout"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: wanted a bool, got {getattr(self, name)!r}")
+        if self.backend is not None and not isinstance(self.backend, str):
+            raise TypeError(f"backend: wanted a name or None, got {self.backend!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                wanted = ", ".join(repr(choice) for choice in choices)
+                raise ValueError(f"{name}: wanted one of {wanted}, got {getattr(self, name)!r}")
+
+    def _check_real(self, name: str, wanted: str, accepts: Any) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}: wanted a number {wanted}, got {value!r}")
+        if not math.isfinite(value) or not accepts(value):
+            raise ValueError(f"{name}: wanted a number {wanted}, got {value!r}")
+        object.__setattr__(self, name, float(value))
+
+    def _check_int(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name}: wanted an integer ≥ {least}, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name}: wanted an integer ≥ {least}, got {value!r}")
+        object.__setattr__(self, name, int(value))
+
+    @classmethod
+    def preset(cls, name: str = "default", *, sparsity: float, **overrides: Any) -> SFPKConfig:
+        """The preset ``"default"``, ``"paper"`` or ``"authors"``, with any field overridden.
+
+        Raises:
+            ValueError: no preset of that name.
+            TypeError: an override that is no field of the config.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset: wanted one of {', '.join(PRESETS)}, got {name!r}")
+        return cls.from_dict({**PRESETS[name], "sparsity": sparsity, **overrides})
+
+    @property
+    def target_density(self) -> float:
+        """1 - sparsity: the soft density at the end of the schedule."""
+        return 1.0 - self.sparsity
+
+    def replace(self, **changes: Any) -> SFPKConfig:
+        """A copy with some fields changed, checked again."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, booleans and None by field name."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SFPKConfig:
+        """The inverse of :meth:`to_dict`; unknown names are an error, missing ones take their default."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise TypeError(f"SFPKConfig: unknown field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        if "sparsity" not in values:
+            raise TypeError("SFPKConfig: the field sparsity is missing")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The config as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> SFPKConfig:
+        """The inverse of :meth:`to_json`."""
+        return cls.from_dict(json.loads(text))

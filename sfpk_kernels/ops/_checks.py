@@ -1,0 +1,65 @@
+"""Argument checks shared by the ops: every message names the op, the argument, what was wanted, what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def is_tensor(op: str, name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
+    """``value`` is a tensor of one of ``dtypes``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name}: wanted a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{op}: {name}: wanted {wanted}, got {str(value.dtype).removeprefix('torch.')}")
+    return value
+
+
+def has_shape(op: str, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    """``value`` has exactly this shape."""
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{op}: {name}: wanted shape {shape}, got {tuple(value.shape)}")
+
+
+def same_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
+    """``value`` lies on ``device``."""
+    if value.device != device:
+        raise ValueError(f"{op}: {name}: wanted device {device}, got {value.device}")
+
+
+def is_real(op: str, name: str, value: Any, wanted: str, low: float, high: float, *, open_low: bool = True) -> float:
+    """``value`` is a finite number within the range that ``wanted`` puts in words."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name}: wanted a number {wanted}, got {value!r}")
+    number = float(value)
+    above = number > low if open_low else number >= low
+    if not (math.isfinite(number) and above and number <= high):
+        raise ValueError(f"{op}: {name}: wanted a number {wanted}, got {value!r}")
+    return number
+
+
+def is_one_of(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """``value`` is one of the names in ``choices``."""
+    if value not in choices:
+        wanted = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{op}: {name}: wanted one of {wanted}, got {value!r}")
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the address ranges of two tensors overlap (ranges: rows interleaved in one buffer count)."""
+    if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
+        return False
+
+    def span(t: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+    (a_begin, a_end), (b_begin, b_end) = span(a), span(b)
+    return a_begin < b_end and b_begin < a_end

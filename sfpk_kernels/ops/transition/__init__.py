@@ -1,0 +1,171 @@
+"""``transition_``: pairwise RBF repulsion and the projected transition of all particles, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._dispatch import choose
+from .. import _checks as check
+from . import reference
+from .reference import TransitionStats
+
+KERNELS = ("rbf", "weighted_rbf")
+DENSITIES = ("l2", "l2_squared")
+
+_BACKENDS: dict[str, Callable[..., TransitionStats]] = {"reference": reference.transition_}
+
+
+def transition_(
+    masks: Tensor,  # (n, d) fp32 or fp64: the particles, moved in place
+    grads: Tensor,  # (n, d) any float: ∂L/∂m, or ∂L/∂W when weights is given
+    *,
+    step: float,  # Δt > 0: how far the soft sparsity moves
+    radius: float,  # r > 1: relative localization radius
+    repulsion: float,  # λ ≥ 0
+    kernel: str = "rbf",
+    saliency: Tensor | None = None,  # (d,) a_e ≥ 0
+    sizes: Tensor | None = None,  # (d,) c_e > 0: weights governed by each coordinate
+    density: str = "l2",
+    target_density: float | None = None,  # ρ in (0, 1]
+    consensus: float = 0.0,  # η in [0, 1]
+    weights: Tensor | None = None,  # (d,) θ
+    state: TransitionStats | None = None,
+    eps: float = 0.0,
+    backend: str | None = None,
+) -> TransitionStats:
+    """Move every particle one step towards higher sparsity and lower energy (SFPK, Proposition 2, eq. 8).
+
+    For every particle i, all read before any moves::
+
+        g_i = -∂L/∂m_i + (λ/n) Σ_j (2 κ_ij / h_ij) · w ⊙ (m_i - m_j),   κ_ij = exp(-q_ij / h_ij)
+        s   = ∇s(m_i) ∝ -c ⊙ m_i,   ŝ = s/‖s‖,   u = g_i - (ŝ·g_i) ŝ
+        Δm  = (Δt/‖s‖) (ŝ + sqrt(r² - 1) u/‖u‖)
+
+    so that ``s·Δm = Δt`` and ``‖Δm‖ = r Δt/‖s‖``; where ``‖u‖`` is below 1e-6 ``‖g‖`` the second term is 0.
+    Then, each only if asked for: scale row i so that ``ρ(m_i) = target_density``; pull all rows to their mean,
+    ``m_i ← m_i + η (m̄ - m_i)``; scale again. A row of zeros has no direction and stays as it is.
+
+    Args:
+        masks: particles, one per row; any row stride.
+        grads: gradient of the loss by the mask, per particle; with ``weights`` the gradient by the masked
+            weights, and θ is multiplied in here.
+        step: Δt > 0, ``ρ_{k-1} - ρ_k`` of the schedule.
+        radius: r > 1.
+        repulsion: λ ≥ 0.
+        kernel: ``"rbf"``: w = 1, h = d. ``"weighted_rbf"``: w = a², ``h_ij = sqrt(N_i N_j)``,
+            ``N_i = Σ a m_i²``, h held constant under differentiation; needs ``saliency``.
+        saliency: a_e, only read by ``"weighted_rbf"``.
+        sizes: c_e; ``None`` means 1 for every coordinate (unstructured).
+        density: ``"l2"``: ρ = sqrt(Σ c m² / Σ c); ``"l2_squared"``: ρ = Σ c m² / Σ c.
+        target_density: retract every particle onto this soft density.
+        consensus: η, 0 for no pull.
+        weights: θ.
+        state: the stats the previous call on these particles returned (same kernel, saliency, sizes, density,
+            particles untouched since); spares the pass over ``masks`` that measures them.
+        eps: added to ``(‖s‖‖u‖)²`` under the root, as the authors' code does; replaces the 1e-6 rule.
+        backend: ``None`` for the fastest available.
+
+    Returns:
+        TransitionStats of the moved particles.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or range; masks and grads sharing memory; a non-finite gradient (the
+            message names the particles). ``masks`` is untouched then.
+    """
+    op = "transition_"
+    check.is_tensor(op, "masks", masks, (torch.float32, torch.float64))
+    if masks.dim() != 2 or masks.shape[0] < 1 or masks.shape[1] < 1:
+        raise ValueError(f"{op}: masks: wanted shape (n ≥ 1, d ≥ 1), got {tuple(masks.shape)}")
+    check.is_tensor(op, "grads", grads)
+    check.has_shape(op, "grads", grads, tuple(masks.shape))
+    check.same_device(op, "grads", grads, masks.device)
+    for name, vector in (("saliency", saliency), ("sizes", sizes), ("weights", weights)):
+        if vector is not None:
+            check.is_tensor(op, name, vector)
+            check.has_shape(op, name, vector, (masks.shape[1],))
+            check.same_device(op, name, vector, masks.device)
+    check.is_one_of(op, "kernel", kernel, KERNELS)
+    check.is_one_of(op, "density", density, DENSITIES)
+    if kernel == "weighted_rbf" and saliency is None:
+        raise ValueError(f"{op}: saliency: wanted shape ({masks.shape[1]},) with kernel='weighted_rbf', got None")
+    step = check.is_real(op, "step", step, "> 0", 0.0, float("inf"))
+    radius = check.is_real(op, "radius", radius, "> 1", 1.0, float("inf"))
+    repulsion = check.is_real(op, "repulsion", repulsion, "≥ 0", 0.0, float("inf"), open_low=False)
+    consensus = check.is_real(op, "consensus", consensus, "in [0, 1]", 0.0, 1.0, open_low=False)
+    eps = check.is_real(op, "eps", eps, "≥ 0", 0.0, float("inf"), open_low=False)
+    if target_density is not None:
+        target_density = check.is_real(op, "target_density", target_density, "in (0, 1]", 0.0, 1.0)
+    if state is not None and not isinstance(state, TransitionStats):
+        raise TypeError(f"{op}: state: wanted TransitionStats or None, got {type(state).__name__}")
+    if state is not None:
+        check.has_shape(op, "state", state.sq_distances, (masks.shape[0], masks.shape[0]))
+        check.same_device(op, "state", state.sq_distances, masks.device)
+    name = choose(op, backend, _BACKENDS, masks.device.type)
+    # fmt: off
+    results = torch.ops.sfpk.transition_(
+        masks, grads, weights, saliency, sizes, list(state) if state is not None else [],
+        step, radius, repulsion, kernel, density, target_density, consensus, eps, name,
+    )
+    # fmt: on
+    return TransitionStats(*results)
+
+
+torch.library.define(
+    "sfpk::transition_",
+    "(Tensor(a!) masks, Tensor grads, Tensor? weights, Tensor? saliency, Tensor? sizes, Tensor[] state, "
+    "float step, float radius, float repulsion, str kernel, str density, float? target_density, "
+    "float consensus, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("sfpk::transition_", ("cpu", "cuda"))
+def _transition_(
+    masks: Tensor,
+    grads: Tensor,
+    weights: Tensor | None,
+    saliency: Tensor | None,
+    sizes: Tensor | None,
+    state: list[Tensor],
+    step: float,
+    radius: float,
+    repulsion: float,
+    kernel: str,
+    density: str,
+    target_density: float | None,
+    consensus: float,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    if check.share_memory(masks, grads):
+        raise ValueError("transition_: grads: wanted memory of its own, got memory shared with masks")
+    return tuple(
+        _BACKENDS[backend](
+            masks,
+            grads,
+            weights,
+            saliency,
+            sizes,
+            TransitionStats(*state) if state else None,
+            step=step,
+            radius=radius,
+            repulsion=repulsion,
+            kernel=kernel,
+            density=density,
+            target_density=target_density,
+            consensus=consensus,
+            eps=eps,
+        )
+    )
+
+
+@torch.library.register_fake("sfpk::transition_")
+def _transition_fake(masks: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    n = masks.shape[0]
+    vectors = [masks.new_empty(n, dtype=torch.float64) for _ in range(5)]
+    distances = masks.new_empty((n, n), dtype=torch.float64)
+    return (*vectors[:4], distances, vectors[4])
