@@ -1,0 +1,25 @@
+"""sfpk_kernels: exact mask kernels for PyTorch, and SFPK one-shot pruning on top of them."""
+
+from . import baselines, ops
+from ._version import __version__
+from .batches import default_loss
+from .batchnorm import recalibrate_batchnorm
+from .config import SFPKConfig
+from .coordinates import Coordinates
+from .masks import MaskSet
+from .pruner import PruneResult, SFPKPruner, StepRecord, prune
+
+__all__ = [
+    "Coordinates",
+    "MaskSet",
+    "PruneResult",
+    "SFPKConfig",
+    "SFPKPruner",
+    "StepRecord",
+    "__version__",
+    "baselines",
+    "default_loss",
+    "ops",
+    "prune",
+    "recalibrate_batchnorm",
+]

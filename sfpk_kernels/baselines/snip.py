@@ -1,0 +1,62 @@
+"""SNIP (Lee et al., ICLR 2019): keep the weights whose removal changes the loss most, to first order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..batches import default_loss, move_to
+from ..coordinates import Coordinates
+from ..energy import LossFn, ParticleEnergy
+from ..masks import MaskSet
+from ..model_state import guarded
+from ._select import select
+
+
+def snip(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    loader: Iterable[Any],
+    sparsity: float,
+    *,
+    max_batches: int | None = None,
+    **coordinate_options: Any,
+) -> MaskSet:
+    """The round((1 - sparsity)·d) weights of largest connection sensitivity |θ ⊙ ∂L/∂θ|.
+
+    With one batch this is the published score; over several it is the mean of their scores, which is the
+    stronger variant on trained networks, where the mean gradient itself is close to zero. Batch-norm uses
+    batch statistics, as in the energies of SFPK. The model is not changed.
+
+    Args:
+        model: the trained model.
+        loss_fn: ``loss_fn(model, batch) -> scalar``; ``None`` for the default loss.
+        loader: batches; one pass over it.
+        sparsity: fraction removed, in (0, 1).
+        max_batches: use only the first ones; ``None`` for all.
+        coordinate_options: those of :class:`~sfpk_kernels.Coordinates`.
+
+    Raises:
+        ValueError: an empty loader, a sparsity outside (0, 1), or nothing prunable.
+        FloatingPointError: a loss that is not finite.
+    """
+    coordinates = Coordinates(model, **coordinate_options)
+    theta = coordinates.flatten(model)
+    energy = ParticleEnergy(model, loss_fn or default_loss, coordinates, theta, mode="sequential")
+    dense = torch.ones_like(theta, dtype=torch.bool).unsqueeze(0)
+    score = torch.zeros_like(theta)
+    batches = 0
+    with guarded(model, bn="batch", dropout=False):
+        for batch in islice(loader, max_batches):
+            losses, grads = energy(dense, [move_to(batch, coordinates.device)])
+            if not bool(torch.isfinite(losses).all()):
+                raise FloatingPointError(f"loss_fn: wanted a finite loss, got {float(losses[0])} in batch {batches}")
+            score += (theta * grads[0]).abs()
+            batches += 1
+    if batches == 0:
+        raise ValueError("loader: wanted batches, got an empty iterable")
+    return select(coordinates, score / batches, sparsity)

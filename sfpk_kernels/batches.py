@@ -1,0 +1,125 @@
+"""Mini-batches: an endless stream from any iterable, moved to the model's device, and the default loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+
+class BatchStream:
+    """Batches from an iterable, started again from its beginning whenever it ends.
+
+    Args:
+        loader: a DataLoader, a list, or any other iterable of batches. A one-shot iterator (a generator) works
+            as long as it yields enough.
+        device: where tensors inside a batch are moved.
+        needed: batches the run will take, for the error message.
+
+    Raises:
+        TypeError: not an iterable.
+        ValueError: on :meth:`take`, an empty loader, or a one-shot iterator that has run out.
+    """
+
+    def __init__(self, loader: Iterable[Any], device: torch.device, needed: int):
+        if not isinstance(loader, Iterable):
+            raise TypeError(f"loader: wanted an iterable of batches, got {type(loader).__name__}")
+        if isinstance(loader, Tensor | Mapping | str):
+            raise TypeError(
+                f"loader: wanted an iterable of batches, got a {type(loader).__name__}: "
+                "put a single batch in a list, [batch]"
+            )
+        self._loader = loader
+        self._device = device
+        self._needed = needed
+        self._taken = 0
+        self._iterator: Iterator[Any] = iter(loader)
+        self._one_shot = self._iterator is loader
+
+    def take(self, count: int) -> list[Any]:
+        """The next ``count`` batches."""
+        return [move_to(self._next(), self._device) for _ in range(count)]
+
+    def _next(self) -> Any:
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            if self._taken == 0:
+                raise ValueError("loader: wanted batches, got an empty iterable") from None
+            if self._one_shot:
+                raise ValueError(
+                    f"loader: wanted {self._needed} batches (particles × steps), got a one-shot iterator that "
+                    f"ended after {self._taken}: pass a list or a DataLoader, which can be started again"
+                ) from None
+            self._iterator = iter(self._loader)
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                raise ValueError(
+                    f"loader: wanted {self._needed} batches (particles × steps), got {self._taken}: "
+                    "a second pass over the loader yields nothing"
+                ) from None
+        self._taken += 1
+        return batch
+
+
+def move_to(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it (nested lists, tuples, dicts) on ``device``."""
+    if isinstance(batch, Mapping) and not isinstance(batch, dict):
+        batch = dict(batch)  # such as the Hugging Face BatchEncoding
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """The model's output on a batch: ``model(x)`` for (x, y, …), ``model(**batch)`` for dicts.
+
+    Raises:
+        TypeError: another kind of batch.
+    """
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+        return model(batch[0])
+    if isinstance(batch, Tensor):
+        return model(batch)
+    raise TypeError(f"batch: wanted a tensor, a tuple (x, …) or a dict, got {_kind(batch)}")
+
+
+def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Cross-entropy for batches ``(x, y)``; the output's ``.loss`` (or ``["loss"]``) for dict batches.
+
+    Raises:
+        TypeError: another kind of batch, or an output without a loss. Pass a ``loss_fn`` then.
+    """
+    if isinstance(batch, Mapping):
+        output = model(**batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                "loss_fn: the default loss of a dict batch is the model output's .loss, got an output of "
+                f"{type(output).__name__} without one: put labels into the batch, or pass loss_fn(model, batch)"
+            )
+        return loss
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(b, Tensor) for b in batch)):
+        raise TypeError(
+            f"loss_fn: the default loss wants batches (x, y) of tensors or dicts, got {_kind(batch)}: "
+            "pass loss_fn(model, batch)"
+        )
+    x, y = batch
+    output = model(x)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            "loss_fn: the default loss of a batch (x, y) wants the model to return logits, got "
+            f"{type(output).__name__}: pass loss_fn(model, batch)"
+        )
+    return F.cross_entropy(output, y)
+
+
+def _kind(batch: Any) -> str:
+    if isinstance(batch, tuple | list):
+        return f"{type(batch).__name__} of {', '.join(type(item).__name__ for item in batch) or 'nothing'}"
+    return type(batch).__name__

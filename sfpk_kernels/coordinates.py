@@ -1,0 +1,250 @@
+"""Which weights of a model are prunable, and where each stands in the flat vector of coordinates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_NORMS: tuple[type, ...] = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+_LAYERS: tuple[type, ...] = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+_EMBEDDINGS: tuple[type, ...] = (nn.Embedding, nn.EmbeddingBag)
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+Ignored = str | type[nn.Module] | nn.Module
+
+
+@dataclass(frozen=True)
+class PrunableTensor:
+    """One prunable parameter and its place in the flat vector."""
+
+    name: str
+    aliases: tuple[str, ...]  # other names of the same parameter (tied weights)
+    layer: str  # class of the module that holds it
+    shape: tuple[int, ...]
+    offset: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class SkippedTensor:
+    """One parameter that is left alone, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    reason: str
+
+
+class Coordinates:
+    """The prunable coordinates of one model: single weights, flattened in the order of its parameters.
+
+    Prunable are the weights of Linear, Bilinear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, the projections of
+    MultiheadAttention and the transposed Linear ("Conv1D") of GPT-2 style models. A parameter used under
+    several names is one tensor here, and is pruned only if every use of it may be pruned.
+
+    Args:
+        model: the trained model, all on one device. Only its structure is kept, no reference to it.
+        ignored_layers: what to leave alone: module instances or module types (with everything inside them),
+            names of modules or parameters, or ``"re:PATTERN"``, matched from the start of parameter names.
+        include_embeddings: prune Embedding and EmbeddingBag weights, too.
+        include_biases: prune the biases of the layers above, too.
+        include_norms: prune the weights and biases of normalization layers, too.
+
+    Raises:
+        TypeError: model or an ignored layer of the wrong type.
+        ValueError: a model on several devices, with uninitialized parameters or without any prunable tensor;
+            an ignored name, pattern or module that matches nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ignored_layers: Iterable[Ignored] = (),
+        include_embeddings: bool = False,
+        include_biases: bool = False,
+        include_norms: bool = False,
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
+        self.device = _single_device(model)
+        include = {"embedding": include_embeddings, "bias": include_biases, "norm": include_norms}
+        ignored = _ignored_names(model, ignored_layers)
+        self.tensors: list[PrunableTensor] = []
+        self.skipped: list[SkippedTensor] = []
+        dtypes = [torch.float32]
+        offset = 0
+        for uses in _parameter_uses(model):
+            name, module, parameter = uses[0]
+            shape, numel = tuple(parameter.shape), parameter.numel()
+            reason = _reason_to_skip(uses, include, ignored)
+            if reason is not None:
+                self.skipped.append(SkippedTensor(name, shape, numel, reason))
+                continue
+            aliases = tuple(alias for alias, _, _ in uses[1:])
+            self.tensors.append(PrunableTensor(name, aliases, type(module).__name__, shape, offset, numel))
+            dtypes.append(parameter.dtype)
+            offset += numel
+        if not self.tensors:
+            raise ValueError(f"model: wanted at least one prunable tensor, got none\n{self.describe()}")
+        self.d = offset
+        # Half-precision models are simulated in fp32, fp64 models in fp64.
+        self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """The prunable parameters of ``model``, in flat order."""
+        return [model.get_parameter(tensor.name) for tensor in self.tensors]
+
+    def flatten(self, model: nn.Module) -> Tensor:
+        """A copy of the prunable weights as one vector (d,), fp32 (fp64 if the model has fp64 weights)."""
+        return torch.cat([p.detach().reshape(-1).to(self.dtype) for p in self.parameters(model)])
+
+    def split(
+        self,
+        flat: Tensor,  # (d,)
+    ) -> list[Tensor]:
+        """Views of a flat vector in the shapes of the prunable tensors (one autograd node for all)."""
+        parts = flat.split([tensor.numel for tensor in self.tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, self.tensors, strict=True)]
+
+    def normalize(
+        self,
+        saliency: Tensor,  # (d,) ≥ 0
+    ) -> Tensor:  # (d,)
+        """Every tensor's part divided by its own mean, so that layers of different scale compare."""
+        parts = []
+        for part in saliency.split([tensor.numel for tensor in self.tensors]):
+            mean = part.mean(dtype=torch.float64).to(part.dtype)
+            parts.append(torch.where(mean > 0, part / mean, part))
+        return torch.cat(parts)
+
+    def describe(self) -> str:
+        """A table of every parameter: what is pruned, what is skipped and why."""
+        rows = [("parameter", "shape", "weights", "pruned?")]
+        for tensor in self.tensors:
+            tied = f", tied: {', '.join(tensor.aliases)}" if tensor.aliases else ""
+            rows.append((tensor.name, _shape(tensor.shape), f"{tensor.numel:,}", f"yes ({tensor.layer}{tied})"))
+        for skip in self.skipped:
+            rows.append((skip.name, _shape(skip.shape), f"{skip.numel:,}", f"no: {skip.reason}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [
+            f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {count:>{widths[2]}}  {pruned}"
+            for name, shape, count, pruned in rows
+        ]
+        prunable = sum(tensor.numel for tensor in self.tensors)
+        total = prunable + sum(skip.numel for skip in self.skipped)
+        lines.append(f"prunable: {prunable:,} of {total:,} weights in {len(self.tensors)} tensors")
+        return "\n".join(lines)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(str(size) for size in shape) or "scalar"
+
+
+def _single_device(model: nn.Module) -> torch.device:
+    tensors = [*model.parameters(), *model.buffers()]
+    for tensor in tensors:
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError("model: wanted initialized parameters, got lazy ones: run one forward pass first")
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"model: wanted all on one device, got {', '.join(sorted(map(str, devices)))}")
+    if torch.device("meta") in devices:
+        raise ValueError("model: wanted real weights, got a model on the meta device")
+    return devices.pop() if devices else torch.device("cpu")
+
+
+Use = tuple[str, nn.Module, nn.Parameter]  # (full name, the module that holds it, the parameter)
+
+
+def _parameter_uses(model: nn.Module) -> list[list[Use]]:
+    """Every parameter once, with all the names it goes by."""
+    uses: dict[int, list[Use]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{prefix}.{local}" if prefix else local
+            uses.setdefault(id(parameter), []).append((name, module, parameter))
+    return list(uses.values())
+
+
+def _role(name: str, module: nn.Module) -> str:
+    """``"weight"``, ``"bias"``, ``"norm"``, ``"embedding"``, or else the reason why it is not prunable."""
+    local = name.rpartition(".")[2]
+    if local.endswith("_orig"):
+        return "already under torch.nn.utils.prune: call prune.remove first"
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return "parametrized: call parametrize.remove_parametrizations first"
+    if isinstance(module, _NORMS):
+        return "norm"
+    if isinstance(module, _EMBEDDINGS) and local == "weight":
+        return "embedding"
+    is_layer = isinstance(module, _LAYERS) or type(module).__name__ == "Conv1D"
+    if (is_layer and local == "weight") or (isinstance(module, nn.MultiheadAttention) and local in _ATTENTION_WEIGHTS):
+        return "weight"
+    if (is_layer and local == "bias") or (isinstance(module, nn.MultiheadAttention) and local == "in_proj_bias"):
+        return "bias"
+    return f"no prunable layer type ({type(module).__name__})"
+
+
+def _reason_to_skip(uses: list[Use], include: dict[str, bool], ignored: dict[str, str]) -> str | None:
+    for name, module, parameter in uses:
+        tied = "" if name == uses[0][0] else f" (tied to {name})"
+        if name in ignored:
+            return f"ignored_layers: {ignored[name]}{tied}"
+        if not parameter.is_floating_point():
+            return f"dtype {str(parameter.dtype).removeprefix('torch.')}"
+        if parameter.numel() == 0:
+            return "empty"
+        role = _role(name, module)
+        if role in include and not include[role]:
+            plural = {"bias": "biases"}.get(role, f"{role}s")
+            return f"{role}{tied}: include_{plural}=True prunes it"
+        if role != "weight" and role not in include:
+            return f"{role}{tied}"
+    return None
+
+
+def _ignored_names(model: nn.Module, ignored_layers: Iterable[Ignored]) -> dict[str, str]:
+    """Full parameter name → the entry of ignored_layers that covers it."""
+    if isinstance(ignored_layers, str | nn.Module | type):
+        raise TypeError(f"ignored_layers: wanted a list, got {ignored_layers!r:.80}: put it in a list")
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    modules = list(model.named_modules(remove_duplicate=False))
+    found: dict[str, str] = {}
+    for entry in ignored_layers:
+        label = entry if isinstance(entry, str) else entry.__name__ if isinstance(entry, type) else ""
+        if isinstance(entry, str) and entry.startswith("re:"):
+            try:
+                pattern = re.compile(entry.removeprefix("re:"))
+            except re.error as error:
+                raise ValueError(f"ignored_layers: wanted a valid pattern, got {entry!r}: {error}") from error
+            covered = [name for name in names if pattern.match(name)]
+        elif isinstance(entry, str):
+            covered = [name for name in names if name == entry or name.startswith(f"{entry}.")]
+        elif isinstance(entry, nn.Module) or (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            inside = [
+                prefix
+                for prefix, module in modules
+                if (isinstance(module, entry) if isinstance(entry, type) else module is entry)
+            ]
+            label = label or (inside[0] if inside and inside[0] else type(entry).__name__)
+            covered = [name for name in names if any(p == "" or name.startswith(f"{p}.") for p in inside)]
+            if isinstance(entry, type) or inside:  # a type may match nothing, a module without weights too
+                found.update(dict.fromkeys(covered, label))
+                continue
+        else:
+            raise TypeError(f"ignored_layers: wanted modules, module types or names, got {entry!r}")
+        if not covered:
+            raise ValueError(f"ignored_layers: {entry!r:.80} matches no parameter of the model")
+        found.update(dict.fromkeys(covered, label))
+    return found

@@ -1,0 +1,1 @@
+"""The demo that ``sfpk demo`` runs; needs the ``demo`` extra."""

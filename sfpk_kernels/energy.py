@@ -1,0 +1,202 @@
+"""Energies: the loss and its weight gradient for every particle, each on its own mini-batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.utils import _pytree as pytree
+
+from .coordinates import Coordinates
+from .ops import masked_weights
+
+logger = logging.getLogger(__name__)
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+class _Loss(nn.Module):
+    """Model and loss as one module, so that functional_call can put masked weights in for both."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn):
+        super().__init__()
+        self.model = model
+        # In a tuple, not registered: a loss that is a module itself, or holds the model, must not add
+        # parameter names.
+        self._loss_fn = (loss_fn,)
+
+    def forward(self, batch: Any) -> Tensor:
+        (loss_fn,) = self._loss_fn
+        loss = loss_fn(self.model, batch)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn: wanted a scalar tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(f"loss_fn: wanted a scalar tensor, got shape {tuple(loss.shape)}")
+        return loss.reshape(())
+
+
+class ParticleEnergy:
+    """Loss L_i and gradient ∂L_i/∂W_i at the masked weights W_i = P_i ⊙ θ, for all particles.
+
+    The mask gradient (straight through the polarizer) is θ ⊙ ∂L_i/∂W_i; ``transition_(weights=θ)`` multiplies
+    it in. The model must be under :func:`~sfpk_kernels.model_state.guarded`; its own parameters are never
+    written, masked weights take their place inside ``torch.func.functional_call``.
+
+    Args:
+        model: the dense model.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        coordinates: of ``model``.
+        theta: the dense weights (d,).
+        mode: ``"vmap"``: a chunk of particles in one batched pass; ``"sequential"``: one by one; ``"auto"``:
+            vmap for plain stacks of Linear layers, where it is faster, sequential for the rest (grouped
+            convolutions and batched attention are slower under vmap than a loop), and sequential with a
+            logged reason where vmap fails.
+        chunk_size: particles per vmap pass, ``None`` for all.
+        backend: of the masked-weights op.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        coordinates: Coordinates,
+        theta: Tensor,
+        *,
+        mode: str = "auto",
+        chunk_size: int | None = None,
+        backend: str | None = None,
+    ):
+        self._loss = _Loss(model, loss_fn)
+        self._coordinates = coordinates
+        self._theta = theta
+        self._dtypes = [parameter.dtype for parameter in coordinates.parameters(model)]
+        self._names = [f"model.{tensor.name}" for tensor in coordinates.tensors]
+        # Everything else detached: no gradient is computed for it. Tied names follow through functional_call.
+        prunable = {*self._names, *(f"model.{alias}" for t in coordinates.tensors for alias in t.aliases)}
+        self._fixed = {
+            name: parameter.detach()
+            for name, parameter in self._loss.named_parameters(remove_duplicate=False)
+            if name not in prunable
+        }
+        self._may_fall_back = mode == "auto"
+        self.mode = ("vmap" if _prefers_vmap(model) else "sequential") if mode == "auto" else mode
+        self._chunk_size = chunk_size
+        self._backend = backend
+
+    def __call__(
+        self,
+        keep: Tensor,  # (n, d) bool, or float factors
+        batches: Sequence[Any],  # n of them
+    ) -> tuple[Tensor, Tensor]:  # losses (n,) fp64, ∂L/∂W (n, d)
+        """Losses and weight gradients.
+
+        Raises:
+            TypeError, ValueError: a loss that is no scalar.
+            RuntimeError: ``mode="vmap"`` and vmap cannot run this model; a loss that does not depend on the
+                prunable weights. Errors raised inside the model or ``loss_fn`` pass through, with a note that
+                names the particle.
+        """
+        n = keep.shape[0]
+        losses = torch.empty(n, dtype=torch.float64, device=self._theta.device)
+        grads = self._theta.new_empty(n, self._coordinates.d)
+        chunk = self._chunk_size or n
+        for begin in range(0, n, chunk):
+            rows = slice(begin, min(begin + chunk, n))
+            with torch.enable_grad():
+                done = self.mode == "vmap" and self._batched(keep[rows], batches[rows], losses[rows], grads[rows])
+            if not done:
+                for i in range(rows.start, rows.stop):
+                    with torch.enable_grad():
+                        losses[i] = self._single(i, keep[i], batches[i], grads[i])
+        return losses, grads
+
+    def _functional(self, tensors: Sequence[Tensor], batch: Any) -> Tensor:
+        parameters = {**self._fixed, **dict(zip(self._names, tensors, strict=True))}
+        return functional_call(self._loss, parameters, (batch,))
+
+    def _single(self, index: int, keep: Tensor, batch: Any, grad: Tensor) -> Tensor:
+        """One particle: writes ∂L/∂W into ``grad`` (d,), returns the loss."""
+        flat = masked_weights(self._theta, keep, backend=self._backend)
+        leaves = [
+            part.to(dtype).detach().requires_grad_()
+            for part, dtype in zip(self._coordinates.split(flat), self._dtypes, strict=True)
+        ]
+        try:
+            loss = self._functional(leaves, batch)
+            if not loss.requires_grad:
+                raise RuntimeError("loss_fn: wanted a loss that depends on the prunable weights, got a constant")
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        except Exception as error:
+            if hasattr(error, "add_note"):  # Python ≥ 3.11
+                error.add_note(f"sfpk_kernels: while computing the energy of particle {index}")
+            raise
+        for part, gradient in zip(self._coordinates.split(grad), gradients, strict=True):
+            part.copy_(gradient)
+        return loss.detach()
+
+    def _batched(self, keep: Tensor, batches: Sequence[Any], losses: Tensor, grads: Tensor) -> bool:
+        """A chunk under vmap; False where it has to run one by one."""
+        stacked = _stack(batches)
+        if stacked is None:
+            reason = "its batches differ in structure or shape"
+            if not self._may_fall_back:
+                raise RuntimeError(f"energy_mode='vmap' cannot run this chunk of particles: {reason}")
+            logger.info("particles run one by one in this chunk: %s", reason)
+            return False
+
+        def loss_of(flat: Tensor, batch: Any) -> Tensor:
+            parts = self._coordinates.split(flat)
+            return self._functional([p.to(dtype) for p, dtype in zip(parts, self._dtypes, strict=True)], batch)
+
+        weights = masked_weights(self._theta, keep, backend=self._backend)
+        try:
+            results = vmap(grad_and_value(loss_of), randomness="different")(weights, stacked)
+        except _OUT_OF_MEMORY:
+            raise
+        except Exception as error:
+            if not self._may_fall_back:
+                raise RuntimeError(f"energy_mode='vmap' cannot run this model: {_first_line(error)}") from error
+            logger.warning("particles run one by one from now on, vmap failed: %s", _first_line(error))
+            self.mode = "sequential"
+            return False
+        grads.copy_(results[0])
+        losses.copy_(results[1])
+        return True
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _stack(batches: Sequence[Any]) -> Any | None:
+    """All batches stacked leaf by leaf along a new first dimension, or None where they do not fit."""
+    flats, specs = zip(*(pytree.tree_flatten(batch) for batch in batches), strict=True)
+    if any(spec != specs[0] for spec in specs):
+        return None
+    leaves = []
+    for column in zip(*flats, strict=True):
+        first = column[0]
+        if not all(isinstance(leaf, Tensor) for leaf in column):
+            return None
+        if any(leaf.shape != first.shape or leaf.dtype != first.dtype for leaf in column):
+            return None
+        leaves.append(torch.stack(column))
+    return pytree.tree_unflatten(leaves, specs[0])
+
+
+def _prefers_vmap(model: nn.Module) -> bool:
+    """Whether the model is built of Linear layers, norms and activations alone."""
+    slower = (
+        nn.modules.conv._ConvNd,
+        nn.MultiheadAttention,
+        nn.Embedding,
+        nn.RNNBase,
+        nn.RNNCellBase,
+    )
+    return not any(isinstance(module, slower) for module in model.modules())

@@ -1,0 +1,62 @@
+"""Leave a model as it was: the guard around everything that runs it, and seeded randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+_STATISTICS_NORMS = nn.modules.batchnorm._NormBase  # batch and instance norm
+
+
+@contextmanager
+def guarded(
+    model: nn.Module,
+    *,
+    bn: str,  # "batch" | "running": which statistics batch-norm normalizes with
+    dropout: bool,  # train mode for everything but batch-norm
+) -> Iterator[None]:
+    """Put ``model`` into the mode energies are measured in; put everything back at the end, also on errors.
+
+    With ``bn="batch"`` batch-norm normalizes with the batch it sees and neither reads nor writes its running
+    statistics (train mode without tracking), so that it also runs under vmap.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    norms = [m for m in model.modules() if isinstance(m, _STATISTICS_NORMS)]
+    tracking = [(module, module.track_running_stats) for module in norms]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        model.train(dropout)
+        for norm in norms:
+            norm.training = bn == "batch"
+            if bn == "batch":
+                norm.track_running_stats = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for norm, tracked in tracking:
+            norm.track_running_stats = tracked
+        with torch.no_grad():
+            for module, name, buffer, saved in buffers:
+                module._buffers[name] = buffer
+                buffer.copy_(saved)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from torch's generators as after ``manual_seed(seed)``; the callers' state is back afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -1,0 +1,103 @@
+"""ParticleSystem: the (n, d) state, its soft densities, and the move of one step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import SFPKConfig
+from .ops import TransitionStats, transition_
+from .schedule import density_schedule
+
+
+class ParticleSystem:
+    """n mask particles that start at "all weights kept" and follow the density schedule.
+
+    Args:
+        d: number of coordinates.
+        config: schedule, transition and particle count.
+        theta: dense weights (d,); gives dtype and device.
+        saliency: a_e (d,), read by the weighted kernel.
+
+    Attributes:
+        masks: (n, d), the particles. May be written between steps; the statistics are then measured anew.
+        step: steps done, 0 … K.
+        schedule: K + 1 soft densities, ρ_0 = 1 … ρ_K = 1 - sparsity.
+    """
+
+    def __init__(self, d: int, config: SFPKConfig, theta: Tensor, saliency: Tensor):
+        self.masks = theta.new_ones(config.n_particles, d)
+        self.step = 0
+        self.schedule = density_schedule(config.schedule, config.target_density, config.n_steps)
+        self._config = config
+        self._theta = theta
+        self._saliency = saliency if config.kernel == "weighted_rbf" else None
+        self._stats: TransitionStats | None = None
+        self._version = self.masks._version
+
+    @property
+    def done(self) -> bool:
+        """Whether the schedule has been passed."""
+        return self.step >= self._config.n_steps
+
+    @property
+    def stats(self) -> TransitionStats | None:
+        """Statistics the last step left, or None where they no longer describe ``masks``."""
+        return self._stats if self.masks._version == self._version else None
+
+    @property
+    def densities(self) -> Tensor:
+        """ρ(m_i), (n,) fp64."""
+        stats = self.stats
+        if stats is not None:
+            return stats.densities
+        share = self.masks.square().mean(dim=1, dtype=torch.float64)
+        return share.sqrt() if self._config.density == "l2" else share
+
+    def move_(
+        self,
+        weight_grads: Tensor,  # (n, d) ∂L/∂W
+    ) -> TransitionStats:
+        """Steps 3 to 7 of the method: repulsion, transition, retraction, consensus."""
+        config = self._config
+        target = self.schedule[self.step + 1]
+        pulls = self.step + 1 > config.consensus_start * config.n_steps
+        stats = transition_(
+            self.masks,
+            weight_grads,
+            step=self.schedule[self.step] - target,
+            radius=config.radius,
+            repulsion=config.repulsion,
+            kernel=config.kernel,
+            saliency=self._saliency,
+            density=config.density,
+            target_density=target if config.retract else None,
+            consensus=config.consensus if pulls else 0.0,
+            weights=self._theta,
+            state=self.stats,
+            eps=config.eps,
+            backend=config.backend,
+        )
+        self._stats, self._version = stats, self.masks._version
+        self.step += 1
+        return stats
+
+    def state_dict(self) -> dict[str, Any]:
+        """Particles and step, to go on from later."""
+        return {"masks": self.masks.clone(), "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: particles of another shape, or a step outside the schedule.
+        """
+        masks, step = state["masks"], state["step"]
+        if tuple(masks.shape) != tuple(self.masks.shape):
+            raise ValueError(f"masks: wanted shape {tuple(self.masks.shape)}, got {tuple(masks.shape)}")
+        if not 0 <= step <= self._config.n_steps:
+            raise ValueError(f"step: wanted 0 … {self._config.n_steps}, got {step}")
+        self.masks.copy_(masks)
+        self.step = step

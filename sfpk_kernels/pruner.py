@@ -1,0 +1,272 @@
+"""SFPKPruner: the loop of the method, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .batches import BatchStream, default_loss, move_to
+from .config import SFPKConfig
+from .coordinates import Coordinates, Ignored
+from .energy import LossFn, ParticleEnergy
+from .masks import MaskSet
+from .model_state import guarded, seeded
+from .particles import ParticleSystem
+from .polarizer import Polarizer, budget
+from .vote import Vote
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """What happened in one step; plain numbers, one value per particle in the lists."""
+
+    step: int  # 1 … K
+    scheduled_density: float  # ρ_k
+    densities: list[float]  # soft density after the step
+    energies: list[float]  # loss at the step's start, at the density of the step before
+    cosines: list[float]  # cosine between the move and -∂L/∂m
+    seconds: float
+
+    @property
+    def energy(self) -> float:
+        """Mean energy of the particles."""
+        return sum(self.energies) / len(self.energies)
+
+    @property
+    def density(self) -> float:
+        """Mean soft density of the particles."""
+        return sum(self.densities) / len(self.densities)
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneResult:
+    """Outcome of a run."""
+
+    mask: MaskSet  # the final mask
+    history: list[StepRecord]  # one entry per step done
+    particles: Tensor  # (n, d) final particles
+    score: Tensor  # (d,) the vote behind the mask
+    config: SFPKConfig
+    coordinates: Coordinates
+
+    def apply_(self, model: nn.Module) -> nn.Module:
+        """Apply the mask to ``model``; see :meth:`MaskSet.apply_`."""
+        return self.mask.apply_(model)
+
+
+class SFPKPruner:
+    """Prunes a trained model by simulating mask particles (SFPK-pruner, ICLR 2025).
+
+    The model is only read: its weights, gradients, mode, buffers, ``requires_grad`` flags and parameter
+    identities are the same after every call, also after an exception. Apply ``result.mask`` to prune it.
+
+    Args:
+        model: the trained, dense model, on one device.
+        loss_fn: ``loss_fn(model, batch) -> scalar tensor``; ``None`` for cross-entropy on batches (x, y) and
+            the output's ``.loss`` on dict batches.
+        config: hyper-parameters; see :class:`SFPKConfig`.
+        ignored_layers, include_embeddings, include_biases, include_norms: what is prunable, see
+            :class:`Coordinates`.
+        callbacks: called with the :class:`StepRecord` of every step.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: nothing prunable, a model on two devices, or a sparsity that keeps no weight.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None,
+        config: SFPKConfig,
+        *,
+        ignored_layers: Iterable[Ignored] = (),
+        include_embeddings: bool = False,
+        include_biases: bool = False,
+        include_norms: bool = False,
+        callbacks: Sequence[Callable[[StepRecord], None]] = (),
+    ):
+        if not isinstance(config, SFPKConfig):
+            raise TypeError(f"config: wanted an SFPKConfig, got {type(config).__name__}")
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"loss_fn: wanted a function (model, batch) -> scalar, got {type(loss_fn).__name__}")
+        self.coordinates = Coordinates(
+            model,
+            ignored_layers=ignored_layers,
+            include_embeddings=include_embeddings,
+            include_biases=include_biases,
+            include_norms=include_norms,
+        )
+        budget(config.sparsity, self.coordinates.d)
+        self.config = config
+        self.history: list[StepRecord] = []
+        self._model = model
+        self._callbacks = tuple(callbacks)
+        self._theta = self.coordinates.flatten(model)
+        self._polarizer = Polarizer(self.coordinates, self._theta, config.selection, config.backend)
+        self._system = ParticleSystem(self.coordinates.d, config, self._theta, self._polarizer.saliency)
+        self._energy = ParticleEnergy(
+            model,
+            loss_fn or default_loss,
+            self.coordinates,
+            self._theta,
+            mode=config.energy_mode,
+            chunk_size=config.chunk_size,
+            backend=config.backend,
+        )
+        self._vote = Vote(
+            self._polarizer,
+            config.final_score or config.polarizer,
+            config.vote,
+            config.vote_ratio,
+            config.momentum,
+        )
+        self._last_energies: Tensor | None = None
+
+    @property
+    def particles(self) -> Tensor:
+        """(n, d), the live particles."""
+        return self._system.masks
+
+    @property
+    def done(self) -> bool:
+        """Whether the run is over: all K steps, or the target density with ``early_stop``."""
+        if self._system.done:
+            return True
+        reached = float(self._system.densities.mean()) <= self.config.target_density
+        return self.config.early_stop and reached
+
+    def run(self, loader: Iterable[Any], *, progress: bool | None = None) -> PruneResult:
+        """All remaining steps; every particle takes its own batch in every step.
+
+        Args:
+            loader: batches, cycled; n · K are used by a whole run. Its order is drawn under ``config.seed``
+                where it uses torch's global generator.
+            progress: show a bar; ``None`` for only on a terminal.
+
+        Raises:
+            ValueError: an empty loader or a one-shot iterator that runs out.
+            FloatingPointError: a loss that is not finite; the message names step and particle.
+        """
+        n, remaining = self.config.n_particles, self.config.n_steps - self._system.step
+        stream = BatchStream(loader, self.coordinates.device, n * remaining)
+        with (
+            self._guard(),
+            seeded(self.config.seed, self.coordinates.device),
+            tqdm(total=remaining, desc="SFPK", disable=None if progress is None else not progress) as bar,
+        ):
+            while not self.done:
+                record = self._step(stream.take(n))
+                bar.set_postfix(loss=f"{record.energy:.4f}", density=f"{record.density:.4f}", refresh=False)
+                bar.update()
+        return self.result()
+
+    def step(self, batches: Sequence[Any]) -> StepRecord:
+        """One step of every particle.
+
+        Args:
+            batches: n of them, one per particle.
+
+        Raises:
+            RuntimeError: the run is over.
+            ValueError: another number of batches.
+            FloatingPointError: a loss that is not finite. The particles have not moved then.
+        """
+        if self.done:
+            raise RuntimeError(f"step: the run is over after {self._system.step} steps")
+        if not isinstance(batches, Sequence) or len(batches) != self.config.n_particles:
+            got = len(batches) if isinstance(batches, Sequence) else type(batches).__name__
+            raise ValueError(f"batches: wanted a list of {self.config.n_particles}, one per particle, got {got}")
+        with self._guard():
+            return self._step([move_to(batch, self.coordinates.device) for batch in batches])
+
+    def _step(self, batches: Sequence[Any]) -> StepRecord:
+        """The numbered steps of the method, in their order."""
+        started = time.perf_counter()
+        system, number = self._system, self._system.step + 1
+        # 1. polarize
+        keep = self._polarizer.binary(system.masks, system.densities, self.config.polarizer)
+        # 2. energies, each particle on its own batch
+        try:
+            with seeded(self.config.seed + number, self.coordinates.device):
+                energies, grads = self._energy(keep, batches)
+        except Exception as error:
+            if hasattr(error, "add_note"):  # Python ≥ 3.11
+                error.add_note(f"sfpk_kernels: in step {number} of {self.config.n_steps}; nothing was changed")
+            raise
+        self._check_finite(energies, grads, number)
+        # 3.-7. repulsion, transition, retraction, consensus
+        stats = system.move_(grads)
+        self._last_energies = energies
+        if self._vote.remembers:
+            self._vote.update(system.masks, stats.densities, energies)
+        record = StepRecord(
+            step=number,
+            scheduled_density=system.schedule[number],
+            densities=stats.densities.tolist(),
+            energies=energies.tolist(),
+            cosines=stats.cosines.tolist(),
+            seconds=time.perf_counter() - started,
+        )
+        self.history.append(record)
+        for callback in self._callbacks:
+            callback(record)
+        return record
+
+    def result(self) -> PruneResult:
+        """The final mask from the particles as they stand.
+
+        Raises:
+            RuntimeError: no step was done yet.
+        """
+        if self._last_energies is None:
+            raise RuntimeError("result: wanted at least one step done, got none")
+        score = self._vote.current(self._system.masks, self._system.densities, self._last_energies)
+        mask = self._polarizer.final(score, self.config.sparsity)
+        tensors = self.coordinates.tensors
+        return PruneResult(
+            mask=MaskSet({t.name: m for t, m in zip(tensors, self.coordinates.split(mask), strict=True)}),
+            history=list(self.history),
+            particles=self._system.masks.clone(),
+            score=score.clone(),
+            config=self.config,
+            coordinates=self.coordinates,
+        )
+
+    def _guard(self) -> Any:
+        return guarded(self._model, bn=self.config.bn, dropout=self.config.dropout)
+
+    def _check_finite(self, energies: Tensor, grads: Tensor, number: int) -> None:
+        finite = torch.isfinite(energies)
+        what, value = "loss", energies
+        if bool(finite.all()):
+            value = grads.abs().sum(dim=1, dtype=torch.float64)
+            finite, what = torch.isfinite(value), "gradient"
+        if not bool(finite.all()):
+            particle = int((~finite).int().argmax())
+            raise FloatingPointError(
+                f"loss_fn: wanted a finite {what}, got {float(value[particle])} in step {number}, particle {particle}"
+            )
+
+
+def prune(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    loader: Iterable[Any],
+    config: SFPKConfig,
+    *,
+    progress: bool | None = None,
+    **options: Any,
+) -> PruneResult:
+    """Search a mask for ``model`` in one run; the model itself is not changed.
+
+    ``options`` are those of :class:`SFPKPruner` (``ignored_layers``, ``include_embeddings``, ``callbacks``, …);
+    arguments and errors as there and in :meth:`SFPKPruner.run`.
+    """
+    return SFPKPruner(model, loss_fn, config, **options).run(loader, progress=progress)

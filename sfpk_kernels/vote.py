@@ -1,0 +1,62 @@
+"""The vote: one score per coordinate from all particles, behind the final mask."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .polarizer import Polarizer
+
+
+class Vote:
+    """Running vote of the particles over the coordinates.
+
+    Args:
+        polarizer: gives each particle's scores and binary mask.
+        kind: score name, see :meth:`Polarizer.score`.
+        rule: ``"soft"``: mean score of the voting particles. ``"hard"``: in how many of their binary masks a
+            coordinate is kept, equal counts ranked by the soft score.
+        ratio: fraction of the particles that vote, those of lowest energy, at least one.
+        momentum: after each step, score ← vote + momentum · score.
+    """
+
+    def __init__(self, polarizer: Polarizer, kind: str, rule: str, ratio: float, momentum: float):
+        self._polarizer = polarizer
+        self._kind = kind
+        self._rule = rule
+        self._ratio = ratio
+        self._momentum = momentum
+        self._score: Tensor | None = None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether earlier steps count: without momentum only the last update matters."""
+        return self._momentum > 0
+
+    def update(
+        self,
+        masks: Tensor,  # (n, d) after the move
+        densities: Tensor,  # (n,)
+        energies: Tensor,  # (n,) before the move
+    ) -> Tensor:  # (d,)
+        """Count this step in and return the score."""
+        voters = torch.argsort(energies, stable=True)[: max(1, math.ceil(self._ratio * masks.shape[0]))]
+        chosen = masks[voters.sort().values] if voters.numel() < masks.shape[0] else masks
+        soft = self._polarizer.score(chosen, self._kind).mean(dim=0)
+        vote = soft
+        if self._rule == "hard":
+            kept = self._polarizer.binary(masks, densities, self._kind)[voters].sum(dim=0)
+            low, high = soft.min(), soft.max()
+            vote = kept + 0.5 * (soft - low) / (high - low).clamp_min(torch.finfo(soft.dtype).tiny)
+        if self._momentum > 0 and self._score is not None:
+            vote = vote + self._momentum * self._score
+        self._score = vote
+        return vote
+
+    def current(self, masks: Tensor, densities: Tensor, energies: Tensor) -> Tensor:
+        """The score as it stands: the remembered one, else the vote of these particles alone."""
+        if self.remembers and self._score is not None:
+            return self._score
+        return self.update(masks, densities, energies)
