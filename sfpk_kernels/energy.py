@@ -88,6 +88,7 @@ class ParticleEnergy:
         self.mode = ("vmap" if _prefers_vmap(model) else "sequential") if mode == "auto" else mode
         self._chunk_size = chunk_size
         self._backend = backend
+        self._depends = False  # whether a vmap pass has shown that the loss depends on the weights
 
     def __call__(
         self,
@@ -165,6 +166,11 @@ class ParticleEnergy:
             logger.warning("particles run one by one from now on, vmap failed: %s", _first_line(error))
             self.mode = "sequential"
             return False
+        if not self._depends:
+            # A loss that ignores the weights gives zeros here; one by one it is told from a flat one.
+            self._depends = bool(results[0].any())
+            if not self._depends:
+                return False
         grads.copy_(results[0])
         losses.copy_(results[1])
         return True

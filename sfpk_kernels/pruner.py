@@ -155,12 +155,12 @@ class SFPKPruner:
             FloatingPointError: a loss that is not finite; the message names step and particle.
         """
         n, remaining = self.config.n_particles, self.config.n_steps - self._system.step
-        stream = BatchStream(loader, self.coordinates.device, n * remaining)
         with (
             self._guard(),
             seeded(self.config.seed, self.coordinates.device),
             tqdm(total=remaining, desc="SFPK", disable=None if progress is None else not progress) as bar,
         ):
+            stream = BatchStream(loader, self.coordinates.device, n * remaining)  # draws the data order: seeded
             while not self.done:
                 record = self._step(stream.take(n))
                 bar.set_postfix(loss=f"{record.energy:.4f}", density=f"{record.density:.4f}", refresh=False)

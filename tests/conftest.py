@@ -1,0 +1,54 @@
+"""Shared fixtures: GPU policy, quiet threads, small models."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+REQUIRE_GPU = os.environ.get("SFPK_REQUIRE_GPU") == "1"
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if REQUIRE_GPU:
+            pytest.fail("SFPK_REQUIRE_GPU=1, and there is no CUDA device", pytrace=False)
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def mlp():
+    """8 → 12 → 4, tanh: no dead units, so no ties by zero gradients. d = 144."""
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
+
+
+@pytest.fixture
+def convnet():
+    """Small batch-norm net with trained-looking running statistics and dropout."""
+    # fmt: off
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.3),
+        nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4),
+    )
+    # fmt: on
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(32, 2, 6, 6))
+    return model.eval()
+
+
+@pytest.fixture
+def vectors():
+    """Batches (x, y) for the mlp: a list of ten."""
+    return [(torch.randn(16, 8), torch.randint(4, (16,))) for _ in range(10)]
+
+
+@pytest.fixture
+def images():
+    """Batches (x, y) for the convnet: a list of ten."""
+    return [(torch.randn(16, 2, 6, 6), torch.randint(4, (16,))) for _ in range(10)]

@@ -1,0 +1,155 @@
+"""The package as installed: imports, extension, version, README, command line."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import sfpk_kernels
+from sfpk_kernels import _build, _extension
+from sfpk_kernels.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+def test_import_is_light():
+    heavy = "triton matplotlib sklearn scipy sfpk_kernels._C torch.utils.cpp_extension"
+    code = f"import sys, sfpk_kernels; print([m for m in {heavy.split()!r} if m in sys.modules])"
+    done = python(code)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_version_comes_from_one_place():
+    assert metadata.version("sfpk_kernels") == sfpk_kernels.__version__
+    assert all(hasattr(sfpk_kernels, name) for name in sfpk_kernels.__all__)
+
+
+def test_setup_lists_every_package():
+    listed = set(re.findall(r'"(sfpk_kernels[\w.]*)"', (ROOT / "setup.py").read_text()))
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "sfpk_kernels").rglob("__init__.py")}
+    assert found <= listed
+
+
+def test_readme_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        done = python(block)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_run(example):
+    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_extension_is_built_and_copies():
+    config = _extension.load().build_config()
+    assert {"compiler", "cpp_standard", "openmp", "cuda"} <= set(config)
+    for size in (0, 1, 7, 4096, 300_001):
+        source, out = torch.randn(size), torch.full((size,), float("nan"))
+        torch.ops.sfpk_cpp.copy_(out, source)
+        assert torch.equal(out, source)
+    torch.library.opcheck(torch.ops.sfpk_cpp.copy_.default, (torch.empty(5), torch.randn(5)), test_utils="test_schema")
+
+
+@pytest.mark.parametrize(
+    ("out", "source", "words"),
+    [
+        (torch.empty(3), torch.empty(4), "copy_: src: wanted 3, got 4 elements"),
+        (torch.empty(3), torch.empty(3).double(), "copy_: src: wanted the dtype of out"),
+        (torch.empty(3, 2).t(), torch.empty(2, 3), "copy_: out, src: wanted contiguous tensors"),
+    ],
+)
+def test_extension_names_bad_input(out, source, words):
+    _extension.load()
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.sfpk_cpp.copy_(out, source)
+
+
+BLOCK_AOT = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name == "sfpk_kernels._C":
+            raise ImportError("no ahead-of-time build here")
+sys.meta_path.insert(0, Block())
+from sfpk_kernels import _extension
+"""
+
+
+@pytest.mark.slow
+def test_extension_is_compiled_at_first_use_and_cached(tmp_path):
+    code = BLOCK_AOT + "import torch; m = _extension.load(); print(m.__file__, torch.ops.sfpk_cpp.copy_)"
+    for attempt in range(2):
+        done = python(code, SFPK_CACHE_DIR=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert str(tmp_path) in done.stdout
+        assert ("compiling the C++ extension" in done.stderr) == (attempt == 0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "cause"),
+    [({"SFPK_BUILD": "none"}, "switched off by SFPK_BUILD=none"), ({"CXX": "/bin/false"}, "Error")],
+)
+def test_without_extension_the_error_names_both_causes(tmp_path, environment, cause):
+    code = BLOCK_AOT + (
+        "import torch, sfpk_kernels\n"
+        "for _ in range(2):\n"
+        "    try:\n"
+        "        _extension.load()\n"
+        "    except _extension.ExtensionUnavailableError as error:\n"
+        "        print(error)\n"
+        "print(sfpk_kernels.ops.topk_mask(torch.tensor([1.0, 2.0]), 1).tolist())"
+    )
+    done = python(code, SFPK_CACHE_DIR=str(tmp_path), **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("built ahead of time: no ahead-of-time build here") == 2
+    assert done.stdout.count("built at first use:") == 2
+    assert cause in done.stdout
+    assert "[False, True]" in done.stdout, "the package works without it"
+
+
+def test_build_flags(monkeypatch):
+    monkeypatch.setenv("SFPK_BUILD", "fast")
+    with pytest.raises(ValueError, match="SFPK_BUILD: wanted one of auto, cpu, none, got 'fast'"):
+        _build.build_mode()
+    flags = _build.compile_arguments(_build.source_dir())["extra_compile_args"]
+    assert not {"-march=native", "-ffast-math"} & set(flags)
+
+
+def test_cli_info(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"sfpk_kernels {sfpk_kernels.__version__}" in printed
+    assert "extension    compiler" in printed
+
+
+def test_cli_wrong_usage(capsys, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        main(["fly"])
+    assert caught.value.code == 2
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main(["demo", "--out", str(file)]) == 2
+    assert "--out: wanted a folder" in capsys.readouterr().err
+
+
+def test_cli_demo_names_missing_packages(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["demo"]) == 1
+    assert "pip install 'sfpk_kernels[demo]'" in capsys.readouterr().err

@@ -1,0 +1,323 @@
+"""The loop: exact counts, determinism, the model as it was, options, errors."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sfpk_kernels import SFPKConfig, SFPKPruner, prune
+from sfpk_kernels.model_state import guarded
+from sfpk_kernels.ops import topk_mask
+from sfpk_kernels.particles import ParticleSystem
+
+
+def quick(preset="default", sparsity=0.8, **overrides):
+    return SFPKConfig.preset(preset, sparsity=sparsity, **{"n_particles": 3, "n_steps": 8, **overrides})
+
+
+class Snapshot:
+    """Everything about a model that a run must leave alone."""
+
+    def __init__(self, model):
+        self.model = model
+        self.values = copy.deepcopy(model.state_dict())
+        self.identities = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+        self.buffers = {name: id(b) for name, b in model.named_buffers()}
+        self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.modes = [m.training for m in model.modules()]
+        self.tracking = [getattr(m, "track_running_stats", None) for m in model.modules()]
+        self.grads = {name: p.grad for name, p in model.named_parameters()}
+
+    def check(self):
+        model = self.model
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, self.values[name]), name
+        assert {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} == self.identities
+        assert {name: id(b) for name, b in model.named_buffers()} == self.buffers
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == self.flags
+        assert [m.training for m in model.modules()] == self.modes
+        assert [getattr(m, "track_running_stats", None) for m in model.modules()] == self.tracking
+        assert {name: p.grad for name, p in model.named_parameters()} == self.grads
+        assert all(p.is_leaf for p in model.parameters())
+
+
+@pytest.mark.parametrize("preset", ["default", "paper", "authors"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_is_as_it_was(convnet, images, preset, training):
+    convnet.train(training)
+    convnet[1].eval()
+    convnet[0].weight.requires_grad_(False)
+    snapshot = Snapshot(convnet)
+    prune(convnet, None, images, quick(preset))
+    snapshot.check()
+
+
+def failing_loss(after):
+    calls = iter(range(10**6))
+
+    def loss_fn(model, batch):
+        model.train()
+        model[1].running_mean.add_(1.0)
+        if next(calls) == after:
+            raise KeyboardInterrupt if after % 2 else RuntimeError("boom")
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("after", [0, 4, 7])
+def test_the_model_is_as_it_was_after_an_exception(convnet, images, after):
+    snapshot = Snapshot(convnet)
+    pruner = SFPKPruner(convnet, failing_loss(after), quick())
+    before = pruner.particles.clone()
+    with pytest.raises((RuntimeError, KeyboardInterrupt)) as caught:
+        pruner.run(images)
+    snapshot.check()
+    if after < 3:
+        assert torch.equal(pruner.particles, before)
+    if hasattr(caught.value, "__notes__"):
+        notes = " ".join(caught.value.__notes__)
+        assert f"particle {after % 3}" in notes
+        assert f"step {after // 3 + 1} of 8" in notes
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("sparsity", [0.05, 0.5, 0.8, 0.99])
+def test_exact_count(mlp, vectors, preset, sparsity):
+    result = prune(mlp, None, vectors, quick(preset, sparsity))
+    assert result.mask.kept == round((1 - sparsity) * 144)
+    assert result.mask.flat().sum() == result.mask.kept
+    assert result.particles.shape == (3, 144)
+    assert [record.step for record in result.history] == list(range(1, 9))
+    assert all(len(record.energies) == 3 for record in result.history)
+    assert torch.equal(topk_mask(result.score, result.mask.kept), result.mask.flat())
+
+
+def test_default_preset_stays_on_schedule(mlp, vectors):
+    result = prune(mlp, None, vectors, quick())
+    for record in result.history:
+        assert record.densities == pytest.approx([record.scheduled_density] * 3, rel=1e-6)
+    assert result.history[-1].scheduled_density == pytest.approx(0.2)
+
+
+def test_without_retraction_the_density_drifts(mlp, vectors):
+    result = prune(mlp, None, vectors, quick(retract=False, consensus=0.0, radius=3))
+    assert result.history[-1].density > result.history[-1].scheduled_density + 0.02
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel": "weighted_rbf"}, {"density": "l2_squared"}, {"schedule": "linear"}, {"schedule": "exponential"},
+        {"polarizer": "mask"}, {"polarizer": "mask_weight"}, {"final_score": "mask_weight"}, {"final_score": "mask"},
+        {"retract": False}, {"consensus": 0.0}, {"consensus_start": 0.0}, {"momentum": 0.5}, {"vote": "hard"},
+        {"vote_ratio": 0.4}, {"selection": "threshold"}, {"repulsion": 500.0}, {"radius": 1.2}, {"seed": 5},
+        {"dropout": True}, {"bn": "running"},
+    ],
+)  # fmt: skip
+def test_every_option_acts(convnet, images, options):
+    """Each changes the outcome: the particles, or, for the options of the vote, the score."""
+    loader = DataLoader(
+        TensorDataset(torch.cat([x for x, _ in images]), torch.cat([y for _, y in images])), 16, shuffle=True
+    )
+    plain = prune(convnet, None, loader, quick())
+    changed = prune(convnet, None, loader, quick(**options))
+    if set(options) <= {"final_score", "momentum", "vote", "vote_ratio"}:
+        assert torch.equal(plain.particles, changed.particles)
+        assert not torch.equal(plain.score, changed.score)
+    else:
+        assert not torch.equal(plain.particles, changed.particles)
+
+
+def test_consensus_starts_when_it_should(mlp, vectors):
+    early = prune(mlp, None, vectors, quick(consensus=0.0))
+    pulled = prune(mlp, None, vectors, quick(consensus=0.9, consensus_start=0.5))
+    for free, held in zip(early.history[:4], pulled.history[:4], strict=True):
+        assert free.energies == held.energies
+        assert free.densities == held.densities
+    assert pulled.particles.std(0).mean() < 0.5 * early.particles.std(0).mean()
+
+
+def test_hard_vote_counts_binary_masks(mlp, vectors):
+    result = prune(mlp, None, vectors, quick(vote="hard", consensus=0.0))
+    votes = result.score.floor()
+    assert set(votes.tolist()) <= {0.0, 1.0, 2.0, 3.0}
+    # Three masks of about 29 kept coordinates each.
+    assert 3 * 28 <= int(votes.sum()) <= 3 * 30
+    kept, dropped = votes[result.mask.flat()], votes[~result.mask.flat()]
+    assert kept.min() >= dropped.max()
+
+
+def test_vote_ratio_takes_the_particles_of_lowest_energy(mlp, vectors):
+    pruner = SFPKPruner(mlp, None, quick(vote_ratio=0.01, polarizer="mask"))
+    for _ in range(8):
+        record = pruner.step(vectors[:3])
+    best = min(range(3), key=record.energies.__getitem__)
+    assert torch.equal(pruner.result().score, pruner.particles[best])
+
+
+def test_early_stop(mlp, vectors):
+    pruner = SFPKPruner(mlp, None, quick(early_stop=True))
+    pruner.step(vectors[:3])
+    assert not pruner.done
+    pruner.particles.mul_(0.1)
+    assert pruner.done
+    with pytest.raises(RuntimeError, match="the run is over"):
+        pruner.step(vectors[:3])
+    assert SFPKPruner(mlp, None, quick(early_stop=False)).done is False
+
+
+@pytest.mark.parametrize("energy_mode", ["vmap", "sequential"])
+def test_same_seed_same_mask(convnet, images, energy_mode):
+    x, y = torch.cat([x for x, _ in images]), torch.cat([y for _, y in images])
+    loader = DataLoader(TensorDataset(x, y), 16, shuffle=True, drop_last=True)
+    config = quick(dropout=True, energy_mode=energy_mode)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(11)
+    first = prune(convnet, None, loader, config)
+    torch.manual_seed(22)
+    before = torch.random.get_rng_state()
+    second = prune(convnet, None, loader, config)
+    assert torch.equal(torch.random.get_rng_state(), before), "the caller's random state is left alone"
+    torch.random.set_rng_state(state)
+    assert torch.equal(first.particles, second.particles)
+    assert first.mask.fingerprint() == second.mask.fingerprint()
+    other = prune(convnet, None, loader, config.replace(seed=1))
+    assert not torch.equal(first.particles, other.particles)
+
+
+def test_step_by_step_equals_run(mlp, vectors):
+    config = quick(n_particles=2)
+    whole = prune(mlp, None, vectors, config)
+    pruner = SFPKPruner(mlp, None, config)
+    for k in range(config.n_steps):
+        pruner.step([vectors[(2 * k + i) % 10] for i in range(2)])
+    assert torch.equal(pruner.particles, whole.particles)
+    assert pruner.result().mask == whole.mask
+    halves = SFPKPruner(mlp, None, config)
+    for k in range(5):
+        halves.step([vectors[(2 * k + i) % 10] for i in range(2)])
+    assert len(halves.run(vectors).history) == 8
+
+
+def test_loaders(mlp, vectors):
+    config = quick(n_particles=3, n_steps=2)
+    expected = prune(mlp, None, vectors[:6], config)
+    assert prune(mlp, None, iter(vectors), config).mask == expected.mask, "a long enough generator works"
+    assert prune(mlp, None, tuple(vectors), config).mask == expected.mask
+    prune(mlp, None, vectors[:1], config)  # cycled
+    with pytest.raises(ValueError, match="loader: wanted batches, got an empty iterable"):
+        prune(mlp, None, [], config)
+    with pytest.raises(ValueError, match=r"loader: wanted 6 batches .* ended after 4"):
+        prune(mlp, None, iter(vectors[:4]), config)
+    with pytest.raises(TypeError, match="loader: wanted an iterable of batches, got int"):
+        prune(mlp, None, 3, config)
+    with pytest.raises(TypeError, match="put a single batch in a list"):
+        prune(mlp, None, {"x": 1}, config)
+
+    class Once:
+        used = False
+
+        def __iter__(self):
+            return iter([]) if self.used else (setattr(self, "used", True), iter(vectors[:4]))[1]
+
+    with pytest.raises(ValueError, match="wanted 6 batches .* got 4: a second pass over the loader yields nothing"):
+        prune(mlp, None, Once(), config)
+
+
+@pytest.mark.parametrize(
+    ("make_bad", "words"),
+    [
+        (lambda x: x * float("nan"), "wanted a finite loss, got nan in step 2, particle 1"),
+        (lambda x: x * float("inf"), "wanted a finite loss, got nan in step 2, particle 1"),
+    ],
+)
+@pytest.mark.parametrize("energy_mode", ["vmap", "sequential"])
+def test_a_loss_that_is_not_finite_names_step_and_particle(mlp, vectors, make_bad, words, energy_mode):
+    batches = list(vectors)
+    batches[4] = (make_bad(batches[4][0]), batches[4][1])
+    snapshot = Snapshot(mlp)
+    pruner = SFPKPruner(mlp, None, quick(energy_mode=energy_mode))
+    with pytest.raises(FloatingPointError, match=words):
+        pruner.run(batches)
+    assert len(pruner.history) == 1
+    snapshot.check()
+
+
+def test_a_gradient_that_is_not_finite_names_step_and_particle(mlp, vectors):
+    def loss_fn(model, batch):
+        return model(batch[0]).square().sum().sub(model(batch[0]).square().sum()).abs().sqrt()  # √0: slope inf
+
+    pruner = SFPKPruner(mlp, loss_fn, quick(energy_mode="sequential"))
+    before = pruner.particles.clone()
+    with pytest.raises(FloatingPointError, match="wanted a finite gradient, got nan in step 1, particle 0"):
+        pruner.step(vectors[:3])
+    assert torch.equal(pruner.particles, before)
+
+
+def test_bad_arguments(mlp, vectors):
+    with pytest.raises(TypeError, match="config: wanted an SFPKConfig, got dict"):
+        SFPKPruner(mlp, None, {"sparsity": 0.5})
+    with pytest.raises(TypeError, match="loss_fn: wanted a function"):
+        SFPKPruner(mlp, "cross_entropy", quick())
+    with pytest.raises(ValueError, match="sparsity: wanted one that keeps at least one of 144 weights"):
+        SFPKPruner(mlp, None, quick(sparsity=0.9999))
+    with pytest.raises(ValueError, match="batches: wanted a list of 3, one per particle, got 2"):
+        SFPKPruner(mlp, None, quick()).step(vectors[:2])
+    with pytest.raises(ValueError, match="batches: wanted a list of 3"):
+        SFPKPruner(mlp, None, quick()).step(iter(vectors))
+    with pytest.raises(RuntimeError, match="at least one step"):
+        SFPKPruner(mlp, None, quick()).result()
+    with pytest.raises(ValueError, match="'cuda' is not available"):
+        prune(mlp, None, vectors, quick(backend="cuda"))
+
+
+def test_ignored_layers_and_callbacks(mlp, vectors):
+    records = []
+    result = prune(mlp, None, vectors, quick(), ignored_layers=["0"], callbacks=[records.append])
+    assert list(result.mask) == ["2.weight"]
+    assert records == result.history
+
+
+def test_written_particles_are_measured_anew(mlp, vectors):
+    pruner = SFPKPruner(mlp, None, quick(retract=False))
+    pruner.step(vectors[:3])
+    pruner.particles.mul_(0.5)
+    fresh = SFPKPruner(mlp, None, quick(retract=False))
+    fresh.step(vectors[:3])
+    fresh._system.load_state_dict(pruner._system.state_dict())
+    pruner.step(vectors[:3])
+    fresh.step(vectors[:3])
+    assert torch.equal(pruner.particles, fresh.particles)
+
+
+def test_particle_state_dict(mlp):
+    theta = torch.rand(10)
+    system = ParticleSystem(10, quick(), theta, theta)
+    system.move_(torch.randn(3, 10))
+    state = system.state_dict()
+    other = ParticleSystem(10, quick(), theta, theta)
+    other.load_state_dict(state)
+    assert other.step == 1
+    assert torch.equal(other.masks, system.masks)
+    with pytest.raises(ValueError, match="masks: wanted shape"):
+        other.load_state_dict({"masks": torch.ones(2, 10), "step": 0})
+    with pytest.raises(ValueError, match="step: wanted"):
+        other.load_state_dict({"masks": torch.ones(3, 10), "step": 9})
+
+
+def test_guard_replaces_swapped_buffers(convnet):
+    snapshot = Snapshot(convnet)
+    with guarded(convnet, bn="batch", dropout=True):
+        convnet[1].running_mean = torch.full((6,), 7.0)
+        convnet[1].running_var.zero_()
+    snapshot.check()
+
+
+@pytest.mark.gpu
+def test_runs_on_a_gpu(convnet, images):
+    result = prune(convnet.cuda(), None, images, quick())
+    assert result.mask.kept == round(0.2 * result.coordinates.d)
+    assert result.particles.is_cuda
