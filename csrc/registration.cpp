@@ -7,7 +7,14 @@
 
 #include <string>
 
-STABLE_TORCH_LIBRARY(sfpk_cpp, m) { m.def("copy_(Tensor(a!) out, Tensor src) -> ()"); }
+STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
+  m.def("copy_(Tensor(a!) out, Tensor src) -> ()");
+  m.def(
+      "transition_(Tensor(a!) masks, Tensor grads, Tensor? weights, Tensor? saliency, Tensor? sizes, "
+      "Tensor[] state, float step, float radius, float repulsion, bool weighted, bool squared, "
+      "float? target_density, float consensus, float eps) "
+      "-> (bool, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
 
 namespace {
 

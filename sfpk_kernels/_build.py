@@ -49,6 +49,7 @@ def compile_arguments(folder: Path) -> dict[str, list[str]]:
         "extra_compile_args": [
             "-O3",
             "-std=c++17",
+            "-ffp-contract=fast",  # fused multiply-add, the same with every compiler
             "-fvisibility=hidden",
             "-Wall",
             "-Wextra",

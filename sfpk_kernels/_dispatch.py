@@ -2,38 +2,69 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("cpp", "triton", "cuda", "reference")
 
 # Fastest first. A backend an op does not have is passed over.
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
+_said: set[tuple[str, str]] = set()
+
+
+def _always(tensor: Tensor) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op."""
+
+    run: Callable[..., Any]
+    # Why it cannot run on this tensor here (not built, dtype, strides, device), or None if it can.
+    why_not: Callable[[Tensor], str | None] = _always
+
 
 def choose(
     op: str,  # for messages
-    backend: str | None,  # the caller's explicit choice
-    available: Mapping[str, Any],  # the op's backends by name
-    device_type: str,
-) -> str:
-    """The name of the backend to run.
+    backend: str,  # the caller's explicit choice, "" for none
+    available: Mapping[str, Backend],  # the op's backends by name
+    tensor: Tensor,  # the op's main argument
+) -> Callable[..., Any]:
+    """The implementation to run.
 
-    An explicit choice (argument first, then ``SFPK_BACKEND``) that the op does not have raises; the automatic
-    choice takes the fastest one available.
+    An explicit choice (argument first, then ``SFPK_BACKEND``) that cannot run raises. The automatic choice takes
+    the fastest one that can, and says once why a faster one was passed over.
 
     Raises:
-        ValueError: an unknown backend, or one this op does not have.
+        ValueError: an unknown backend, one this op does not have, or one that cannot run on this tensor.
     """
     source = "backend"
-    if backend is None:
-        backend, source = os.environ.get("SFPK_BACKEND") or None, "SFPK_BACKEND"
-    if backend is None:
-        preferred = _PREFERENCE.get(device_type, ("reference",))
-        return next(name for name in preferred if name in available)
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: {source}: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend not in available:
-        raise ValueError(f"{op}: {source}: {backend!r} is not available, only {', '.join(available)}")
-    return backend
+    if not backend:
+        backend, source = os.environ.get("SFPK_BACKEND", ""), "SFPK_BACKEND"
+    if backend:
+        if backend not in BACKENDS:
+            raise ValueError(f"{op}: {source}: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
+        if backend not in available:
+            raise ValueError(f"{op}: {source}: {backend!r} is not available, only {', '.join(available)}")
+        reason = available[backend].why_not(tensor)
+        if reason:
+            raise ValueError(f"{op}: {source}: {backend!r} cannot run here: {reason}")
+        return available[backend].run
+    for name in _PREFERENCE.get(tensor.device.type, ("reference",)):
+        if name in available:
+            reason = available[name].why_not(tensor)
+            if reason is None:
+                return available[name].run
+            if (op, reason) not in _said:
+                _said.add((op, reason))
+                logger.warning("%s runs on a slower backend than %s: %s", op, name, reason)
+    return available["reference"].run

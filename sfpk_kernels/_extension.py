@@ -41,6 +41,15 @@ def load() -> ModuleType:
         return _module
 
 
+def unavailable() -> str | None:
+    """Why the extension cannot be had, or None once it is loaded. Compiles it if need be."""
+    try:
+        load()
+    except ExtensionUnavailableError as error:
+        return str(error)
+    return None
+
+
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("sfpk_kernels._C"), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import logging
 import platform
@@ -69,7 +70,10 @@ def _info(options: argparse.Namespace) -> int:
         print("extension    " + ", ".join(f"{key} {value}" for key, value in config.items()))
     except _extension.ExtensionUnavailableError as error:
         print(f"extension    {error}")
-    print("op backends  reference")
+    for op in ("transition", "selection", "masking"):
+        backends = importlib.import_module(f"sfpk_kernels.ops.{op}")._BACKENDS
+        states = {name: backend.why_not(torch.ones(1, 1)) for name, backend in backends.items()}
+        print(f"{op:<12} " + ", ".join(name if why is None else f"{name} (no)" for name, why in states.items()))
     return 0
 
 

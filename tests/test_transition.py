@@ -253,6 +253,8 @@ def sample(n=3, d=7, **changes):
         ({"state": "x"}, TypeError, "state"),
         ({"backend": "fortran"}, ValueError, "backend: wanted one of"),
         ({"backend": "triton"}, ValueError, "'triton' is not available"),
+        ({"masks": torch.ones(3, 7).double(), "backend": "cpp"}, ValueError, "cpp.*takes fp32 particles"),
+        ({"masks": torch.ones(7, 3).t(), "backend": "cpp"}, ValueError, "cpp.*rows without gaps"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(changes, error, words):

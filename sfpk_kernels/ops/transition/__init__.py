@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._dispatch import choose
+from ..._dispatch import Backend, choose
 from .. import _checks as check
-from . import reference
+from . import cpp, reference
 from .reference import TransitionStats
 
 KERNELS = ("rbf", "weighted_rbf")
 DENSITIES = ("l2", "l2_squared")
 
-_BACKENDS: dict[str, Callable[..., TransitionStats]] = {"reference": reference.transition_}
+_OP = "transition_"
+_BACKENDS = {
+    "cpp": Backend(cpp.transition_, cpp.why_not),
+    "reference": Backend(reference.transition_),
+}
 
 
 def transition_(
@@ -77,7 +80,7 @@ def transition_(
         ValueError: a wrong shape, device or range; masks and grads sharing memory; a non-finite gradient (the
             message names the particles). ``masks`` is untouched then.
     """
-    op = "transition_"
+    op = _OP
     check.is_tensor(op, "masks", masks, (torch.float32, torch.float64))
     if masks.dim() != 2 or masks.shape[0] < 1 or masks.shape[1] < 1:
         raise ValueError(f"{op}: masks: wanted shape (n ≥ 1, d ≥ 1), got {tuple(masks.shape)}")
@@ -105,11 +108,10 @@ def transition_(
     if state is not None:
         check.has_shape(op, "state", state.sq_distances, (masks.shape[0], masks.shape[0]))
         check.same_device(op, "state", state.sq_distances, masks.device)
-    name = choose(op, backend, _BACKENDS, masks.device.type)
     # fmt: off
     results = torch.ops.sfpk.transition_(
         masks, grads, weights, saliency, sizes, list(state) if state is not None else [],
-        step, radius, repulsion, kernel, density, target_density, consensus, eps, name,
+        step, radius, repulsion, kernel, density, target_density, consensus, eps, backend or "",
     )
     # fmt: on
     return TransitionStats(*results)
@@ -144,7 +146,7 @@ def _transition_(
     if check.share_memory(masks, grads):
         raise ValueError("transition_: grads: wanted memory of its own, got memory shared with masks")
     return tuple(
-        _BACKENDS[backend](
+        choose(_OP, backend, _BACKENDS, masks)(
             masks,
             grads,
             weights,

@@ -38,6 +38,15 @@ def _density(masks: Tensor, sizes: Tensor | None, density: str) -> Tensor:
     return share.sqrt() if density == "l2" else share
 
 
+def check_finite(
+    norms: Tensor,  # (n,)
+) -> None:
+    """Raise a ValueError that names the particles whose gradient norm is not finite."""
+    if not torch.isfinite(norms).all():
+        rows = torch.nonzero(~torch.isfinite(norms)).flatten().tolist()
+        raise ValueError(f"transition_: grads: wanted finite gradients, got non-finite ones in particles {rows}")
+
+
 def measure(
     masks: Tensor,  # (n, d)
     saliency: Tensor | None,  # (d,)
@@ -116,9 +125,7 @@ def transition_(
     if weights is not None:
         descent = descent * weights
     descent_norm = _sum(descent.square()).sqrt()
-    if not torch.isfinite(descent_norm).all():
-        rows = torch.nonzero(~torch.isfinite(descent_norm)).flatten().tolist()
-        raise ValueError(f"transition_: grads: wanted finite gradients, got non-finite ones in particles {rows}")
+    check_finite(descent_norm)
     if state is None:
         state = measure(masks, saliency, sizes, kernel, density)
 

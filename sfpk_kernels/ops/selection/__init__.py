@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import overload
 
 import torch
 from torch import Tensor
 
-from ..._dispatch import choose
+from ..._dispatch import Backend, choose
 from .. import _checks as check
 from . import reference
 
 _OP = "topk_mask"
-_BACKENDS: dict[str, Callable[[Tensor, list[int]], Tensor]] = {"reference": reference.topk_mask}
+_BACKENDS = {"reference": Backend(reference.topk_mask)}
 
 
 @overload
@@ -54,8 +54,7 @@ def topk_mask(
         if tensor.dtype != scores[0].dtype:
             raise TypeError(f"{_OP}: scores[{i}]: wanted {scores[0].dtype} as in scores[0], got {tensor.dtype}")
     counts = _counts(k, 1, sum(tensor.numel() for tensor in scores), scores[0].device)
-    name = choose(_OP, backend, _BACKENDS, scores[0].device.type)
-    return torch.ops.sfpk.topk_mask_list(list(scores), counts, name)
+    return torch.ops.sfpk.topk_mask_list(list(scores), counts, backend or "")
 
 
 def _topk_rows(scores: Tensor, k: int | Sequence[int] | Tensor, backend: str | None) -> Tensor:
@@ -64,8 +63,7 @@ def _topk_rows(scores: Tensor, k: int | Sequence[int] | Tensor, backend: str | N
         raise ValueError(f"{_OP}: scores: wanted shape (d,) or (n, d), got {tuple(scores.shape)}")
     rows = scores.unsqueeze(0) if scores.dim() == 1 else scores
     counts = _counts(k, rows.shape[0], rows.shape[1], rows.device)
-    name = choose(_OP, backend, _BACKENDS, rows.device.type)
-    return torch.ops.sfpk.topk_mask(rows, counts, name).view(scores.shape)
+    return torch.ops.sfpk.topk_mask(rows, counts, backend or "").view(scores.shape)
 
 
 def _counts(k: int | Sequence[int] | Tensor, rows: int, d: int, device: torch.device) -> Tensor:
@@ -100,7 +98,7 @@ def _select(scores: Tensor, k: Tensor, backend: str) -> Tensor:
     nan_rows = torch.isnan(scores).any(dim=1)
     if nan_rows.any():
         raise ValueError(f"{_OP}: scores: wanted no NaN, got NaN in row {int(nan_rows.int().argmax())}")
-    return _BACKENDS[backend](scores, counts)
+    return choose(_OP, backend, _BACKENDS, scores)(scores, counts)
 
 
 @torch.library.impl("sfpk::topk_mask", ("cpu", "cuda"))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._dispatch import choose
+from ..._dispatch import Backend, choose
 from .. import _checks as check
 from . import reference
 
 _OP = "masked_weights"
-_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {"reference": reference.masked_weights_}
+_BACKENDS = {"reference": Backend(reference.masked_weights_)}
 
 
 def masked_weights(
@@ -48,18 +47,17 @@ def masked_weights(
         d = weights.shape[0]
         raise ValueError(f"{_OP}: mask: wanted shape ({d},) or (n, {d}), got {tuple(mask.shape)}")
     check.same_device(_OP, "mask", mask, weights.device)
-    name = choose(_OP, backend, _BACKENDS, weights.device.type)
     if out is None:
         dtype = weights.dtype if dtype is None else dtype
         if dtype not in check.FLOATS:
             raise TypeError(f"{_OP}: dtype: wanted a float dtype, got {dtype}")
-        return torch.ops.sfpk.masked_weights(weights, mask, dtype, name)
+        return torch.ops.sfpk.masked_weights(weights, mask, dtype, backend or "")
     if dtype is not None:
         raise TypeError(f"{_OP}: dtype: wanted None together with out, got {dtype}")
     check.is_tensor(_OP, "out", out)
     check.has_shape(_OP, "out", out, tuple(mask.shape))
     check.same_device(_OP, "out", out, weights.device)
-    torch.ops.sfpk.masked_weights_out(weights, mask, out, name)
+    torch.ops.sfpk.masked_weights_out(weights, mask, out, backend or "")
     return out
 
 
@@ -70,7 +68,7 @@ torch.library.define("sfpk::masked_weights_out", "(Tensor weights, Tensor mask, 
 @torch.library.impl("sfpk::masked_weights", ("cpu", "cuda"))
 def _masked_weights(weights: Tensor, mask: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     out = torch.empty(mask.shape, dtype=dtype, device=weights.device)
-    _BACKENDS[backend](weights, mask, out)
+    choose(_OP, backend, _BACKENDS, weights)(weights, mask, out)
     return out
 
 
@@ -79,7 +77,7 @@ def _masked_weights_out(weights: Tensor, mask: Tensor, out: Tensor, backend: str
     for name, tensor in (("weights", weights), ("mask", mask)):
         if check.share_memory(out, tensor):
             raise ValueError(f"{_OP}: out: wanted memory of its own, got memory shared with {name}")
-    _BACKENDS[backend](weights, mask, out)
+    choose(_OP, backend, _BACKENDS, weights)(weights, mask, out)
 
 
 @torch.library.register_fake("sfpk::masked_weights")

@@ -1,0 +1,76 @@
+// What the fused transition's files share: the problem, the passes, and one entry per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace sfpk {
+
+constexpr int kReduceSums = 8;  // per particle: e.e, e.s, e.u, u.u, u.s, c u.u, c s.u, c s.s with s = c*m
+constexpr int kUpdateSums = 4;  // per particle: m.m, c m.m, c c m.m, a m.m
+constexpr int kGrams = 6;       // n x n each: m.m, m.u, u.u, and with sizes (c m).m, (c m).u, (c m).(c m)
+
+// Rows of a tile start at different cache sets.
+constexpr int64_t kRowPadding = 32;
+
+enum class Pass { kReduce, kUpdate };
+enum class GradKind { kFloat, kBFloat16, kHalf };
+
+// All of one call that a tile needs. Vectors over coordinates are (d), over particles (n).
+struct Problem {
+  int64_t n, d, tile;
+  float* masks;  // (n, d)
+  int64_t mask_stride;
+  const void* grads;  // (n, d)
+  int64_t grad_stride;
+  GradKind grad_kind;
+  const float *weights, *saliency, *sizes;  // (d), or null
+  bool weighted, repel, grams, moves;
+  const float* mix;                                      // (n, n): repulsion as a mix of centred particles
+  const float* guess;                                    // (n): u is accumulated as g - guess * s
+  const float *slope_high, *slope_low;                   // (n): u = g - slope * s, slope in two floats
+  const float *keep, *radial, *tangential, *after_pull;  // (n): m += keep m + radial s + tangential u
+  float pull;                                            // consensus
+};
+
+inline float float_from_bfloat16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// IEEE half to float by exponent arithmetic; exact, subnormals, infinities and NaN included.
+inline float float_from_half(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+  const uint32_t shifted = static_cast<uint32_t>(bits & 0x7fffu) << 13;
+  const uint32_t special = (shifted & 0x0f800000u) == 0x0f800000u ? 0x70000000u : 0u;
+  uint32_t wide = shifted + special;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  value *= 0x1p112f;
+  if (special) {
+    wide = shifted | 0x7f800000u;
+    std::memcpy(&value, &wide, sizeof value);
+  }
+  std::memcpy(&wide, &value, sizeof wide);
+  wide |= sign;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// Adds the sums of columns [begin, end) to `sums`; the update pass also moves them.
+using RunChunk = void (*)(const Problem&, Pass, int64_t begin, int64_t end, float* scratch, double* sums);
+
+namespace baseline {
+void run_chunk(const Problem&, Pass, int64_t, int64_t, float*, double*);
+}
+namespace avx2 {
+void run_chunk(const Problem&, Pass, int64_t, int64_t, float*, double*);
+}
+namespace avx512 {
+void run_chunk(const Problem&, Pass, int64_t, int64_t, float*, double*);
+}
+
+}  // namespace sfpk

@@ -1,0 +1,409 @@
+// The arithmetic of one tile, written once and compiled once per instruction set (see transition_<isa>.cpp).
+//
+// A tile is a block of columns of all n particles, small enough that everything after the first touch reads
+// the cache; while one tile is worked on, the next one is prefetched. Sums run in fp32 lanes over one tile
+// and in fp64 across tiles. Particles stay close to each other, so whatever needs their differences first
+// subtracts the tile of particle 0.
+//
+// No include guard and no includes: the including file chooses namespace, target and vector width SFPK_LANES.
+
+typedef float Vec __attribute__((vector_size(SFPK_LANES * 4)));
+
+constexpr int64_t kStep = 2 * SFPK_LANES;  // columns are padded to this
+
+static inline Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+static inline Vec splat(float x) { return x - Vec{}; }
+
+// The lanes in fp64, by halves.
+static inline double lane_sum(Vec v) {
+  typedef double Wide __attribute__((vector_size(SFPK_LANES * 8)));
+  const Wide wide = __builtin_convertvector(v, Wide);
+  double lanes[SFPK_LANES];
+  __builtin_memcpy(lanes, &wide, sizeof lanes);
+  for (int half = SFPK_LANES / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+
+// A tile: rows of the particles, and the vectors they share, readable up to `width` (zeros after `count`).
+struct Tile {
+  int64_t begin, count, width;
+  const float* masks;  // row i at masks + i * mask_stride
+  int64_t mask_stride;
+  const float *weights, *saliency, *sizes;  // null where the problem has none
+  int64_t stride;                           // of the scratch rows below, (n, stride)
+  float *force, *other, *copy, *row, *shared;
+};
+
+static Tile make_tile(const Problem& p, float* memory) {
+  Tile t{};
+  t.stride = p.tile + kRowPadding;
+  t.force = memory;
+  t.other = t.force + p.n * t.stride;
+  t.copy = t.other + p.n * t.stride;
+  t.row = t.copy + p.n * t.stride;
+  t.shared = t.row + t.stride;
+  return t;
+}
+
+// `count` values, zeros up to `width`.
+static void pad(const float* from, int64_t count, int64_t width, float* to) {
+  for (int64_t v = 0; v < count; ++v) to[v] = from[v];
+  for (int64_t v = count; v < width; ++v) to[v] = 0.0f;
+}
+
+// Points the tile at columns [begin, begin + count); a ragged one is copied to padded scratch.
+static void open_tile(const Problem& p, Tile& t, int64_t begin, int64_t count) {
+  t.begin = begin;
+  t.count = count;
+  t.width = (count + kStep - 1) / kStep * kStep;
+  const bool ragged = t.width != count;
+  t.masks = p.masks + begin;
+  t.mask_stride = p.mask_stride;
+  if (ragged) {
+    for (int64_t i = 0; i < p.n; ++i) pad(t.masks + i * t.mask_stride, count, t.width, t.copy + i * t.stride);
+    t.masks = t.copy;
+    t.mask_stride = t.stride;
+  }
+  int64_t slot = 0;
+  const auto vector = [&](const float* all) -> const float* {
+    if (!all) return nullptr;
+    if (!ragged) return all + begin;
+    float* to = t.shared + slot++ * t.stride;
+    pad(all + begin, count, t.width, to);
+    return to;
+  };
+  t.weights = vector(p.weights);
+  t.saliency = vector(p.saliency);
+  t.sizes = vector(p.sizes);
+}
+
+// The gradients of particle i in this tile as fp32, in place or through t.row.
+static const float* open_grads(const Problem& p, const Tile& t, int64_t i) {
+  const int64_t first = i * p.grad_stride + t.begin;
+  if (p.grad_kind == GradKind::kFloat) {
+    const float* grads = static_cast<const float*>(p.grads) + first;
+    if (t.width == t.count) return grads;
+    pad(grads, t.count, t.width, t.row);
+    return t.row;
+  }
+  const auto* bits = static_cast<const uint16_t*>(p.grads) + first;
+  if (p.grad_kind == GradKind::kBFloat16) {
+    for (int64_t v = 0; v < t.count; ++v) t.row[v] = float_from_bfloat16(bits[v]);
+  } else {
+    for (int64_t v = 0; v < t.count; ++v) t.row[v] = float_from_half(bits[v]);
+  }
+  for (int64_t v = t.count; v < t.width; ++v) t.row[v] = 0.0f;
+  return t.row;
+}
+
+// What particle i will need of the next tile, on its way to L2 while this one is computed.
+struct Ahead {
+  const char *masks, *grads;
+  int64_t grad_size;
+
+  Ahead(const Problem& p, const Tile& t, int64_t i) {
+    grad_size = p.grad_kind == GradKind::kFloat ? 4 : 2;
+    masks = reinterpret_cast<const char*>(p.masks + i * p.mask_stride + t.begin + p.tile);
+    grads = static_cast<const char*>(p.grads) + (i * p.grad_stride + t.begin + p.tile) * grad_size;
+  }
+  void fetch(int64_t v) const {
+    __builtin_prefetch(masks + 4 * v, 0, 2);
+    __builtin_prefetch(grads + grad_size * v, 0, 2);
+  }
+};
+
+// out[i] = sum_j mix[i][j] * (rows[j] - rows[0]), for R particles i at once.
+template <int R>
+static void mix_rows(const float* mix, int64_t n, const float* rows, int64_t stride, int64_t width,
+                     float* out, int64_t out_stride) {
+  for (int64_t v = 0; v < width; v += kStep) {
+    const Vec a0 = load(rows + v), b0 = load(rows + v + SFPK_LANES);
+    Vec low[R] = {}, high[R] = {};
+    for (int64_t j = 1; j < n; ++j) {
+      const Vec a = load(rows + j * stride + v) - a0, b = load(rows + j * stride + v + SFPK_LANES) - b0;
+      for (int r = 0; r < R; ++r) {
+        const float weight = mix[r * n + j];
+        low[r] += weight * a;
+        high[r] += weight * b;
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      store(out + r * out_stride + v, low[r]);
+      store(out + r * out_stride + v + SFPK_LANES, high[r]);
+    }
+  }
+}
+
+// t.force <- the repulsion on every particle (without its weights w).
+static void repel(const Problem& p, const Tile& t) {
+  int64_t i = 0;
+  const auto block = [&](auto rows) {
+    constexpr int R = decltype(rows)::value;
+    for (; i + R <= p.n; i += R)
+      mix_rows<R>(p.mix + i * p.n, p.n, t.masks, t.mask_stride, t.width, t.force + i * t.stride, t.stride);
+  };
+  block(std::integral_constant<int, 5>{});
+  block(std::integral_constant<int, 2>{});
+  block(std::integral_constant<int, 1>{});
+}
+
+// sums[i][j] += x[i] . y[j] for an A x B block of rows.
+template <int A, int B>
+static void dot_block(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t width,
+                      double* sums, int64_t n) {
+  Vec acc[A][B] = {};
+  for (int64_t v = 0; v < width; v += SFPK_LANES) {
+    Vec b[B];
+    for (int j = 0; j < B; ++j) b[j] = load(y + j * y_stride + v);
+    for (int i = 0; i < A; ++i) {
+      const Vec a = load(x + i * x_stride + v);
+      for (int j = 0; j < B; ++j) acc[i][j] += a * b[j];
+    }
+  }
+  for (int i = 0; i < A; ++i)
+    for (int j = 0; j < B; ++j) sums[i * n + j] += lane_sum(acc[i][j]);
+}
+
+// sums (n, n) += x . y^T; `symmetric` leaves out what lies in blocks below the diagonal.
+static void gram(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t n, int64_t width,
+                 double* sums, bool symmetric) {
+  const auto column = [&](auto rows, int64_t i) {
+    constexpr int A = decltype(rows)::value;
+    int64_t j = symmetric ? i : 0;
+    const float* xi = x + i * x_stride;
+    for (; j + 4 <= n; j += 4)
+      dot_block<A, 4>(xi, x_stride, y + j * y_stride, y_stride, width, sums + i * n + j, n);
+    for (; j + 2 <= n; j += 2)
+      dot_block<A, 2>(xi, x_stride, y + j * y_stride, y_stride, width, sums + i * n + j, n);
+    for (; j < n; ++j) dot_block<A, 1>(xi, x_stride, y + j * y_stride, y_stride, width, sums + i * n + j, n);
+  };
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) column(std::integral_constant<int, 4>{}, i);
+  for (; i + 2 <= n; i += 2) column(std::integral_constant<int, 2>{}, i);
+  for (; i < n; ++i) column(std::integral_constant<int, 1>{}, i);
+}
+
+// Which of the optional vectors a problem has, known to the compiler.
+template <bool kWeights, bool kSaliency, bool kSizes>
+struct Have {
+  static constexpr bool weights = kWeights, saliency = kSaliency, sizes = kSizes;
+};
+
+template <class F>
+static void with_vectors(const Tile& t, F&& f) {
+  const int which = (t.weights ? 1 : 0) + (t.saliency ? 2 : 0) + (t.sizes ? 4 : 0);
+  switch (which) {
+    case 0:
+      f(Have<false, false, false>{});
+      break;
+    case 1:
+      f(Have<true, false, false>{});
+      break;
+    case 2:
+      f(Have<false, true, false>{});
+      break;
+    case 3:
+      f(Have<true, true, false>{});
+      break;
+    case 4:
+      f(Have<false, false, true>{});
+      break;
+    case 5:
+      f(Have<true, false, true>{});
+      break;
+    case 6:
+      f(Have<false, true, true>{});
+      break;
+    default:
+      f(Have<true, true, true>{});
+      break;
+  }
+}
+
+// e = -dL/dm and g = e + w * force at column v.
+template <class H>
+static inline void descent(const Tile& t, const float* grads, const float* force, int64_t v, Vec& e, Vec& g) {
+  e = -load(grads + v);
+  if constexpr (H::weights) e *= load(t.weights + v);
+  g = e;
+  if (!force) return;
+  if constexpr (H::saliency) {
+    const Vec a = load(t.saliency + v);
+    g += a * a * load(force + v);
+  } else {
+    g += load(force + v);
+  }
+}
+
+static void scale_rows(const Problem& p, const Tile& t, const float* from, int64_t from_stride, float* to) {
+  for (int64_t i = 0; i < p.n; ++i)
+    for (int64_t v = 0; v < t.width; v += SFPK_LANES)
+      store(to + i * t.stride + v, load(t.sizes + v) * load(from + i * from_stride + v));
+}
+
+// Reduce pass, one tile: row sums (kReduceSums per particle), then the Gram matrices if asked for.
+static void reduce_tile(const Problem& p, Tile& t, double* sums) {
+  if (p.repel) repel(p, t);
+  with_vectors(t, [&](auto have) {
+    using H = decltype(have);
+    for (int64_t i = 0; i < p.n; ++i) {
+      const float *grads = open_grads(p, t, i), *m = t.masks + i * t.mask_stride;
+      const float* force = p.repel ? t.force + i * t.stride : nullptr;
+      float* keep = p.grams ? t.other + i * t.stride : nullptr;
+      const float guess = p.guess[i];
+      const Ahead ahead(p, t, i);
+      Vec ee = {}, es = {}, eu = {}, uu = {}, us = {}, cuu = {}, csu = {}, css = {};
+      for (int64_t v = 0; v < t.width; v += SFPK_LANES) {
+        ahead.fetch(v);
+        Vec e, u;
+        descent<H>(t, grads, force, v, e, u);
+        Vec s = load(m + v);
+        if constexpr (H::sizes) s *= load(t.sizes + v);
+        u -= guess * s;
+        if (keep) store(keep + v, u);
+        ee += e * e;
+        es += e * s;
+        eu += e * u;
+        uu += u * u;
+        us += u * s;
+        if constexpr (H::sizes) {
+          const Vec c = load(t.sizes + v);
+          cuu += c * u * u;
+          csu += c * s * u;
+          css += c * s * s;
+        } else {
+          css += s * s;
+        }
+      }
+      const Vec all[kReduceSums] = {ee, es, eu, uu, us, cuu, H::sizes ? csu : us, css};
+      for (int k = 0; k < kReduceSums; ++k) sums[k * p.n + i] += lane_sum(all[k]);
+    }
+  });
+  if (!p.grams) return;
+  // Inner products, weighted by c, of m, s = c*m and u: the norms after the pull to the mean follow from
+  // them.
+  double* out = sums + kReduceSums * p.n;
+  const int64_t square = p.n * p.n;
+  const float* u = t.other;
+  if (!t.sizes) {
+    gram(t.masks, t.mask_stride, t.masks, t.mask_stride, p.n, t.width, out, true);
+    gram(t.masks, t.mask_stride, u, t.stride, p.n, t.width, out + square, false);
+    gram(u, t.stride, u, t.stride, p.n, t.width, out + 2 * square, true);
+    return;
+  }
+  float *slope = t.force, *scaled = t.copy;  // c*m; then c*c*m and c*u, over masks that are not read again
+  scale_rows(p, t, t.masks, t.mask_stride, slope);
+  gram(t.masks, t.mask_stride, slope, t.stride, p.n, t.width, out, true);
+  gram(slope, t.stride, u, t.stride, p.n, t.width, out + square, false);
+  gram(slope, t.stride, slope, t.stride, p.n, t.width, out + 3 * square, true);
+  scale_rows(p, t, slope, t.stride, scaled);
+  gram(scaled, t.stride, u, t.stride, p.n, t.width, out + 4 * square, false);
+  gram(scaled, t.stride, slope, t.stride, p.n, t.width, out + 5 * square, true);
+  scale_rows(p, t, u, t.stride, scaled);
+  gram(scaled, t.stride, u, t.stride, p.n, t.width, out + 2 * square, true);
+}
+
+static void write_back(const Problem& p, const Tile& t, int64_t i, const float* from) {
+  float* to = p.masks + i * p.mask_stride + t.begin;
+  for (int64_t v = 0; v < t.count; ++v) to[v] = from[v];
+}
+
+// t.other row i <- particle i moved.
+template <class H>
+static void move_row(const Problem& p, const Tile& t, int64_t i) {
+  const float *grads = open_grads(p, t, i), *m = t.masks + i * t.mask_stride;
+  const float* force = p.repel ? t.force + i * t.stride : nullptr;
+  float* to = t.other + i * t.stride;
+  const float high = p.slope_high[i], low = p.slope_low[i];
+  const float keep = p.keep[i], radial = p.radial[i], tangential = p.tangential[i];
+  const Ahead ahead(p, t, i);
+  for (int64_t v = 0; v < t.width; v += SFPK_LANES) {
+    ahead.fetch(v);
+    Vec e, u;
+    descent<H>(t, grads, force, v, e, u);
+    const Vec old = load(m + v);
+    Vec s = old;
+    if constexpr (H::sizes) s *= load(t.sizes + v);
+    u = (u - high * s) - low * s;
+    Vec moved = keep * old + tangential * u;
+    if constexpr (H::sizes) moved += radial * s;
+    store(to + v, old + moved);
+  }
+}
+
+// t.other <- every row pulled towards the mean row, then scaled.
+static void pull_rows(const Problem& p, const Tile& t) {
+  const float inverse = 1.0f / static_cast<float>(p.n);
+  for (int64_t v = 0; v < t.width; v += SFPK_LANES) {
+    Vec mean = {};
+    for (int64_t i = 0; i < p.n; ++i) mean += load(t.other + i * t.stride + v);
+    mean *= inverse;
+    for (int64_t i = 0; i < p.n; ++i) {
+      float* m = t.other + i * t.stride + v;
+      const Vec pulled = load(m) + p.pull * (mean - load(m));
+      store(m, pulled + p.after_pull[i] * pulled);
+    }
+  }
+}
+
+// Update pass, one tile: moves the rows, writes them back, and measures them.
+static void update_tile(const Problem& p, Tile& t, double* sums) {
+  if (p.moves) {
+    if (p.repel) repel(p, t);
+    with_vectors(t, [&](auto have) {
+      for (int64_t i = 0; i < p.n; ++i) move_row<decltype(have)>(p, t, i);
+    });
+    if (p.pull > 0.0f) pull_rows(p, t);
+    for (int64_t i = 0; i < p.n; ++i) write_back(p, t, i, t.other + i * t.stride);
+    t.masks = t.other;
+    t.mask_stride = t.stride;
+  }
+  with_vectors(t, [&](auto have) {
+    using H = decltype(have);
+    for (int64_t i = 0; i < p.n; ++i) {
+      const float* m = t.masks + i * t.mask_stride;
+      float* difference = t.force + i * t.stride;
+      Vec mm = {}, cmm = {}, ccmm = {}, amm = {};
+      for (int64_t v = 0; v < t.width; v += SFPK_LANES) {
+        const Vec x = load(m + v), square = x * x;
+        mm += square;
+        if constexpr (H::sizes) {
+          const Vec c = load(t.sizes + v), weighted = c * square;
+          cmm += weighted;
+          ccmm += c * weighted;
+        }
+        Vec apart = x - load(t.masks + v);
+        if constexpr (H::saliency) {
+          const Vec a = load(t.saliency + v);
+          amm += a * square;
+          apart *= a;
+        }
+        store(difference + v, apart);
+      }
+      const Vec all[kUpdateSums] = {mm, cmm, ccmm, amm};
+      for (int k = 0; k < kUpdateSums; ++k) sums[k * p.n + i] += lane_sum(all[k]);
+    }
+  });
+  if (p.n > 1) {
+    // Row 0 is zero: distances of the others to it are their own squares.
+    gram(t.force + t.stride, t.stride, t.force + t.stride, t.stride, p.n - 1, t.width,
+         sums + kUpdateSums * p.n, true);
+  }
+}
+
+void run_chunk(const Problem& p, Pass pass, int64_t begin, int64_t end, float* memory, double* sums) {
+  Tile t = make_tile(p, memory);
+  for (int64_t at = begin; at < end; at += p.tile) {
+    open_tile(p, t, at, end - at < p.tile ? end - at : p.tile);
+    if (pass == Pass::kReduce)
+      reduce_tile(p, t, sums);
+    else
+      update_tile(p, t, sums);
+  }
+}
