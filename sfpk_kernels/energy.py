@@ -77,11 +77,12 @@ class ParticleEnergy:
         self._theta = theta
         self._dtypes = [parameter.dtype for parameter in coordinates.parameters(model)]
         self._names = [f"model.{tensor.name}" for tensor in coordinates.tensors]
-        # Everything else detached: no gradient is computed for it. Tied names follow through functional_call.
-        prunable = {*self._names, *(f"model.{alias}" for t in coordinates.tensors for alias in t.aliases)}
+        # Everything else detached: no gradient is computed for it. Tied parameters stand here under their first
+        # name alone; functional_call carries them over to the others.
+        prunable = set(self._names)
         self._fixed = {
             name: parameter.detach()
-            for name, parameter in self._loss.named_parameters(remove_duplicate=False)
+            for name, parameter in self._loss.named_parameters()
             if name not in prunable
         }
         self._may_fall_back = mode == "auto"

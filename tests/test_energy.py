@@ -166,6 +166,14 @@ def test_tied_weights_and_half_precision_models(mode):
     default_loss(tied, batches[0]).backward()
     torch.testing.assert_close(grads[0], tied[0].weight.grad.flatten())
 
+    # Tied, but not prunable: a head that shares an embedding.
+    model = nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 6), nn.Linear(6, 8, bias=False))
+    model[2].weight = model[0].weight
+    tokens = [(torch.randint(8, (4,)), torch.randint(8, (4,))) for _ in range(2)]
+    losses, grads, _ = energies(model, tokens, torch.ones(2, 36, dtype=torch.bool), mode=mode)
+    default_loss(model, tokens[0]).backward()
+    torch.testing.assert_close(grads[0], model[1].weight.grad.flatten())
+
     half = nn.Linear(8, 4).bfloat16()
     _, grads, _ = energies(half, [(torch.randn(4, 8).bfloat16(), torch.randint(4, (4,)))], mode=mode)
     assert grads.dtype == torch.float32

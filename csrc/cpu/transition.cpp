@@ -329,8 +329,16 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
     std::vector<double> grams(sums.begin() + size, sums.end());
     double* mm = grams.data();
     double *mu = mm + square, *uu = mu + square, *sm = uu + square, *su = sm + square, *ss = su + square;
-    mirror(mm, n);
     mirror(uu, n);
+    if (p.sizes || weighted) {
+      mirror(mm, n);
+    } else {
+      // Unweighted, the inner products follow from the norms and distances of the state.
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < n; ++j)
+          mm[i * n + j] =
+              0.5 * (old.norms[i] * old.norms[i] + old.norms[j] * old.norms[j] - old.sq_distances[i * n + j]);
+    }
     if (p.sizes) {
       // In this branch the blocks hold m.cm, cm.u, u.cu, cm.cm, ccm.u, ccm.cm.
       mirror(sm, n);

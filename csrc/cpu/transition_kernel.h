@@ -292,7 +292,7 @@ static void reduce_tile(const Problem& p, Tile& t, double* sums) {
   const int64_t square = p.n * p.n;
   const float* u = t.other;
   if (!t.sizes) {
-    gram(t.masks, t.mask_stride, t.masks, t.mask_stride, p.n, t.width, out, true);
+    if (p.weighted) gram(t.masks, t.mask_stride, t.masks, t.mask_stride, p.n, t.width, out, true);
     gram(t.masks, t.mask_stride, u, t.stride, p.n, t.width, out + square, false);
     gram(u, t.stride, u, t.stride, p.n, t.width, out + 2 * square, true);
     return;
