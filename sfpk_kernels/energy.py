@@ -81,9 +81,7 @@ class ParticleEnergy:
         # name alone; functional_call carries them over to the others.
         prunable = set(self._names)
         self._fixed = {
-            name: parameter.detach()
-            for name, parameter in self._loss.named_parameters()
-            if name not in prunable
+            name: parameter.detach() for name, parameter in self._loss.named_parameters() if name not in prunable
         }
         self._may_fall_back = mode == "auto"
         self.mode = ("vmap" if _prefers_vmap(model) else "sequential") if mode == "auto" else mode
