@@ -20,18 +20,21 @@
 #include <vector>
 
 #include "checks.h"
+#include "transition_algebra.h"
 
 namespace {
 
 using sfpk::GradKind;
 using sfpk::Pass;
 using sfpk::Problem;
+using sfpk::State;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr double kTangentTolerance = 1e-6;   // as in ops/transition/reference.py
 constexpr int64_t kScratchFloats = 1 << 15;  // of one row block: stays in L2 with its two companions
 constexpr int64_t kMaxChunks = 512;
+constexpr int64_t kSlotSums = 1 << 23;  // fp64 sums in all slots together
 constexpr int64_t kGuessBlocks = 16;
 constexpr int64_t kGuessColumns = 256;
 
@@ -74,7 +77,8 @@ std::unique_ptr<float, FreeDeleter> scratch(const Problem& p) {
 std::vector<double> run_pass(const Problem& p, Pass pass, int64_t size) {
   const int64_t columns = p.d;
   const int64_t tiles = (columns + p.tile - 1) / p.tile;
-  const int64_t tiles_per_chunk = std::max<int64_t>(1, (tiles + kMaxChunks - 1) / kMaxChunks);
+  const int64_t most = std::clamp<int64_t>(kSlotSums / size, 16, kMaxChunks);
+  const int64_t tiles_per_chunk = std::max<int64_t>(1, (tiles + most - 1) / most);
   const int64_t chunk = tiles_per_chunk * p.tile;
   const int64_t chunks = (columns + chunk - 1) / chunk;
   std::vector<double> slots(static_cast<size_t>(chunks * size), 0.0);
@@ -103,40 +107,6 @@ std::vector<double> sample_sums(const Problem& p, int64_t size) {
   return sums;
 }
 
-// gram() leaves blocks below the diagonal empty.
-void mirror(double* matrix, int64_t n) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = i + 1; j < n; ++j) matrix[j * n + i] = matrix[i * n + j];
-}
-
-// The statistics of the particles, as the Python side knows them (TransitionStats without the cosines).
-struct State {
-  std::vector<double> densities, norms, slope_norms, saliency_norms, sq_distances;
-};
-
-State state_from(const std::vector<double>& sums, const Problem& p, double total, bool squared) {
-  const int64_t n = p.n;
-  State s;
-  for (int64_t i = 0; i < n; ++i) {
-    const double mm = sums[i], cmm = p.sizes ? sums[n + i] : mm, ccmm = p.sizes ? sums[2 * n + i] : mm;
-    const double share = cmm / total;
-    s.densities.push_back(squared ? share : std::sqrt(share));
-    s.norms.push_back(std::sqrt(mm));
-    s.slope_norms.push_back(std::sqrt(ccmm));
-    s.saliency_norms.push_back(p.weighted ? sums[3 * n + i] : 0.0);
-  }
-  // Inner products of the differences to particle 0.
-  s.sq_distances.assign(n * n, 0.0);
-  const double* gram = sums.data() + sfpk::kUpdateSums * n;
-  const auto inner = [&](int64_t i, int64_t j) { return i > 0 ? gram[(i - 1) * (n - 1) + j - 1] : 0.0; };
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = i + 1; j < n; ++j) {
-      const double q = std::max(0.0, inner(i, i) + inner(j, j) - 2.0 * inner(i, j));
-      s.sq_distances[i * n + j] = s.sq_distances[j * n + i] = q;
-    }
-  return s;
-}
-
 std::vector<double> read(const Tensor& t, int64_t size) {
   SFPK_CHECK(t.numel() == size && t.is_contiguous() && t.scalar_type() == ScalarType::Double, "transition_",
              "state", "contiguous fp64 statistics of the same particles", "others");
@@ -152,26 +122,6 @@ Tensor fp64_tensor(const Tensor& like, const std::vector<double>& values, std::v
   Tensor t = torch::stable::new_empty(like, shape, ScalarType::Double);
   std::copy(values.begin(), values.end(), static_cast<double*>(t.mutable_data_ptr()));
   return t;
-}
-
-// lambda (2 / (n h_ij)) kappa_ij as a Laplacian over centred particles.
-std::vector<float> repulsion_mix(const State& s, int64_t n, int64_t d, double repulsion, bool weighted) {
-  std::vector<float> mix(n * n, 0.0f);
-  for (int64_t i = 0; i < n; ++i) {
-    double row = 0.0;
-    for (int64_t j = 0; j < n; ++j) {
-      if (i == j) continue;  // m_i - m_i is zero
-      const double h =
-          weighted ? std::sqrt(s.saliency_norms[i] * s.saliency_norms[j]) : static_cast<double>(d);
-      const double strength =
-          h > 0 ? repulsion * 2.0 / h * std::exp(-s.sq_distances[i * n + j] / h) / static_cast<double>(n)
-                : 0.0;
-      mix[i * n + j] = static_cast<float>(-strength);
-      row += strength;
-    }
-    mix[i * n + i] = static_cast<float>(row);
-  }
-  return mix;
 }
 
 using Result = std::tuple<bool, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -220,9 +170,13 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
     for (int64_t e = 0; e < d; ++e) total += static_cast<double>(p.sizes[e]);
   }
 
+  const sfpk::Settings settings{step, radius, repulsion, weighted, squared, target_density, consensus, eps};
+  const auto measured = [&](const std::vector<double>& sums) {
+    return sfpk::state_from(sums, n, p.sizes != nullptr, total, settings);
+  };
   State old;
   if (state.empty()) {
-    old = state_from(run_pass(p, Pass::kUpdate, sfpk::kUpdateSums * n + n * n), p, total, squared);
+    old = measured(run_pass(p, Pass::kUpdate, sfpk::kUpdateSums * n + n * n));
   } else {
     old = {read(state[0], n), read(state[1], n), read(state[2], n), read(state[3], n), read(state[4], n * n)};
   }
@@ -230,7 +184,7 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
   std::vector<float> mix, zeros(n, 0.0f);
   p.repel = repulsion > 0.0 && n > 1;
   if (p.repel) {
-    mix = repulsion_mix(old, n, d, repulsion, weighted);
+    mix = sfpk::repulsion_mix(old, n, d, settings);
     p.mix = mix.data();
   }
 
@@ -248,14 +202,8 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
   p.grams = consensus > 0.0 && n > 1 && target_density.has_value();
   const auto sums = run_pass(p, Pass::kReduce, size + (p.grams ? sfpk::kGrams * n * n : 0));
 
-  std::vector<double> cosines(n, 0.0);
-  bool finite = true;
-  for (int64_t i = 0; i < n; ++i)
-    if (!std::isfinite(sums[i])) {
-      finite = false;
-      cosines[i] = std::nan("");
-    }
-  const auto pack = [&](bool moved, const State& s) {
+  const auto pack = [&](const std::vector<double>& cosines, const State& s) {
+    const bool moved = std::all_of(cosines.begin(), cosines.end(), [](double x) { return std::isfinite(x); });
     return Result{moved,
                   fp64_tensor(masks, s.densities, {n}),
                   fp64_tensor(masks, s.norms, {n}),
@@ -264,126 +212,25 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
                   fp64_tensor(masks, s.sq_distances, {n, n}),
                   fp64_tensor(masks, cosines, {n})};
   };
-  if (!finite) return pack(false, old);
+  // One gradient that is not finite, or too large to square, shows in a sum of its particle.
+  std::vector<double> squares(n, 0.0);
+  for (int64_t k = 0; k < size; ++k) squares[k % n] += sums[k];
+  if (!std::all_of(squares.begin(), squares.end(), [](double x) { return std::isfinite(x); })) {
+    for (double& x : squares) x = std::isfinite(x) ? 0.0 : std::nan("");
+    return pack(squares, old);
+  }
 
-  // Per particle: m' = f (m + alpha s + b u), u = g - slope * s; all in fp64.
-  std::vector<double> alpha(n), b(n), factor(n, 1.0), rest(n);
-  std::vector<float> high(n), low(n), keep(n), radial(n), tangential(n), after_pull(n, 0.0f);
-  for (int64_t i = 0; i < n; ++i) {
-    const double ee = sums[i], es = sums[n + i], eu = sums[2 * n + i], uu = sums[3 * n + i],
-                 us = sums[4 * n + i];
-    const double norm = old.slope_norms[i], ss = norm * norm;
-    if (!(norm > 0.0)) continue;  // a row of zeros stays
-    const double scale = squared ? 2.0 / total : 1.0 / (total * old.densities[i]);
-    const double slope_norm = norm * scale;  // ‖∇s‖
-    const double delta = us / ss;            // what the guess left over
-    rest[i] = delta;
-    const double u_square = std::max(0.0, uu - us * delta);
-    const double slope = static_cast<double>(guess[i]) + delta;
-    const double g_norm = std::sqrt(u_square + slope * slope * ss), u_norm = std::sqrt(u_square);
-    const double root = std::sqrt(radius * radius - 1.0);
-    double pace = 0.0;  // of u
-    if (eps > 0.0)
-      pace = step * root / std::sqrt(slope_norm * slope_norm * u_square + eps);
-    else if (u_norm > kTangentTolerance * g_norm)
-      pace = step * root / (slope_norm * u_norm);
-    alpha[i] = -step / slope_norm / norm;  // ŝ = -s / ‖s‖
-    b[i] = pace;
-    high[i] = static_cast<float>(slope);
-    low[i] = static_cast<float>(slope - static_cast<double>(high[i]));
-    // cos(move, e): move = alpha s + b u, and u.e = eu - delta es.
-    const double along = alpha[i] * es + pace * (eu - delta * es);
-    const double length = std::sqrt(alpha[i] * alpha[i] * ss + pace * pace * u_square);
-    if (length > 0.0 && ee > 0.0) cosines[i] = along / (length * std::sqrt(ee));
-    if (target_density) {
-      // Sum of c (m + alpha s + b u)^2, with s = c m.
-      double moved;
-      const double c_mm = (squared ? old.densities[i] : old.densities[i] * old.densities[i]) * total;
-      if (p.sizes) {
-        const double cuu = sums[5 * n + i], csu = sums[6 * n + i], css = sums[7 * n + i];
-        const double uu_c = cuu - 2 * delta * csu + delta * delta * css, su_c = csu - delta * css;
-        moved = c_mm + 2 * alpha[i] * ss + alpha[i] * alpha[i] * css + 2 * alpha[i] * pace * su_c +
-                pace * pace * uu_c;  // c m.u = s.u = 0
-      } else {
-        moved = c_mm * (1 + alpha[i]) * (1 + alpha[i]) + pace * pace * u_square;
-      }
-      const double wanted = (squared ? *target_density : *target_density * *target_density) * total;
-      factor[i] = std::sqrt(wanted / moved);
-    }
-    if (!std::isfinite(factor[i])) factor[i] = 1.0;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    const double f = factor[i];
-    tangential[i] = static_cast<float>(f * b[i]);
-    if (p.sizes) {
-      keep[i] = static_cast<float>(f - 1.0);
-      radial[i] = static_cast<float>(f * alpha[i]);
-    } else {
-      keep[i] = static_cast<float>(f * (1.0 + alpha[i]) - 1.0);
-    }
-  }
-  if (p.grams) {
-    // Gram matrix, weighted by c, of y_i = f_i (m_i + (alpha_i - b_i rest_i) s_i + b_i u_i), u as summed;
-    // then the norm of (1 - η) y_i + η mean(y).
-    const int64_t square = n * n;
-    std::vector<double> grams(sums.begin() + size, sums.end());
-    double* mm = grams.data();
-    double *mu = mm + square, *uu = mu + square, *sm = uu + square, *su = sm + square, *ss = su + square;
-    mirror(uu, n);
-    if (p.sizes || weighted) {
-      mirror(mm, n);
-    } else {
-      // Unweighted, the inner products follow from the norms and distances of the state.
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = 0; j < n; ++j)
-          mm[i * n + j] =
-              0.5 * (old.norms[i] * old.norms[i] + old.norms[j] * old.norms[j] - old.sq_distances[i * n + j]);
-    }
-    if (p.sizes) {
-      // In this branch the blocks hold m.cm, cm.u, u.cu, cm.cm, ccm.u, ccm.cm.
-      mirror(sm, n);
-      mirror(ss, n);
-    }
-    std::vector<double> y(square);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) {
-        const double gi = alpha[i] - b[i] * rest[i], gj = alpha[j] - b[j] * rest[j];
-        const int64_t ij = i * n + j, ji = j * n + i;
-        double value;
-        if (p.sizes) {
-          value = mm[ij] + (gi + gj) * sm[ij] + gi * gj * ss[ij] + b[j] * (mu[ij] + gi * su[ij]) +
-                  b[i] * (mu[ji] + gj * su[ji]) + b[i] * b[j] * uu[ij];
-        } else {
-          value = (1 + gi) * (1 + gj) * mm[ij] + (1 + gi) * b[j] * mu[ij] + (1 + gj) * b[i] * mu[ji] +
-                  b[i] * b[j] * uu[ij];
-        }
-        y[ij] = factor[i] * factor[j] * value;
-      }
-    std::vector<double> with_mean(n, 0.0);
-    double mean_square = 0.0;
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t j = 0; j < n; ++j) with_mean[i] += y[i * n + j] / static_cast<double>(n);
-      mean_square += with_mean[i] / static_cast<double>(n);
-    }
-    const double wanted = (squared ? *target_density : *target_density * *target_density) * total;
-    for (int64_t i = 0; i < n; ++i) {
-      const double stay = 1.0 - consensus;
-      const double norm_square = stay * stay * y[i * n + i] + 2 * stay * consensus * with_mean[i] +
-                                 consensus * consensus * mean_square;
-      const double again = std::sqrt(wanted / norm_square);
-      if (std::isfinite(again)) after_pull[i] = static_cast<float>(again - 1.0);
-    }
-  }
-  p.slope_high = high.data();
-  p.slope_low = low.data();
-  p.keep = keep.data();
-  p.radial = radial.data();
-  p.tangential = tangential.data();
-  p.after_pull = after_pull.data();
+  const auto moves = sfpk::plan_moves(old, sums, guess, n, p.sizes != nullptr, p.grams, total, settings);
+  p.slope_high = moves.slope_high.data();
+  p.slope_low = moves.slope_low.data();
+  p.keep = moves.keep.data();
+  p.radial = moves.radial.data();
+  p.tangential = moves.tangential.data();
+  p.after_pull = moves.after_pull.data();
   p.pull = n > 1 ? static_cast<float>(consensus) : 0.0f;
   p.moves = true;
   const auto moved = run_pass(p, Pass::kUpdate, sfpk::kUpdateSums * n + n * n);
-  return pack(true, state_from(moved, p, total, squared));
+  return pack(moves.cosines, measured(moved));
 }
 
 }  // namespace
