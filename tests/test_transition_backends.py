@@ -234,6 +234,7 @@ def test_cpp_kernel_checks_its_arguments():
     for masks, grads, words in [
         (torch.ones(2, 3).double(), torch.ones(2, 3), "masks: wanted fp32 rows"),
         (torch.ones(3, 2).t(), torch.ones(2, 3), "masks: wanted fp32 rows"),
+        (torch.ones(3), torch.ones(3), "masks: wanted shape"),
         (torch.ones(2, 3), torch.ones(3, 2).t(), "grads: wanted rows without gaps"),
         (torch.ones(2, 3), torch.ones(2, 3).double(), "grads: wanted"),
         (torch.ones(2, 3), torch.ones(2, 4), "grads: wanted"),
@@ -242,9 +243,11 @@ def test_cpp_kernel_checks_its_arguments():
             torch.ops.sfpk_cpp.transition_(masks, grads, *options)
 
 
-def test_automatic_choice_takes_cpp_and_falls_back_for_fp64(caplog):
+def test_automatic_choice_takes_cpp_and_falls_back_for_fp64():
     masks, grads, vectors = problem(3, 100)
     options = {"step": 0.05, "radius": 2.0, "repulsion": 0.2}
+    with pytest.raises(ValueError, match="rows that do not overlap"):
+        transition_(masks[0].expand(3, -1), grads, **vectors, **options, backend="cpp")
     automatic, explicit = masks.clone(), masks.clone()
     transition_(automatic, grads, **vectors, **options)
     transition_(explicit, grads, **vectors, **options, backend="cpp")

@@ -133,6 +133,10 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
                    const std::vector<Tensor>& state, double step, double radius, double repulsion,
                    bool weighted, bool squared, std::optional<double> target_density, double consensus,
                    double eps) {
+  SFPK_CHECK(masks.dim() == 2 && masks.size(0) > 0 && masks.size(1) > 0, "transition_", "masks",
+             "shape (n >= 1, d >= 1)", masks.dim(), " dimensions");
+  SFPK_CHECK(state.empty() || state.size() >= 5, "transition_", "state", "TransitionStats or nothing",
+             state.size(), " tensors");
   const int64_t n = masks.size(0), d = masks.size(1);
   SFPK_CHECK(masks.scalar_type() == ScalarType::Float && (d == 1 || masks.stride(1) == 1), "transition_",
              "masks", "fp32 rows without gaps", "others");

@@ -19,6 +19,8 @@ def why_not(masks: Tensor) -> str | None:
         return f"it takes fp32 particles, these are {str(masks.dtype).removeprefix('torch.')}"
     if masks.shape[1] > 1 and masks.stride(1) != 1:
         return f"it takes rows without gaps, these have a column stride of {masks.stride(1)}"
+    if masks.shape[0] > 1 and abs(masks.stride(0)) < masks.shape[1]:
+        return f"it takes rows that do not overlap, these have a row stride of {masks.stride(0)}"
     return _extension.unavailable()
 
 
