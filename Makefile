@@ -1,4 +1,4 @@
-# The commands of the project. Each works in a fresh clone with only Python ≥ 3.10, gcc and git; a second run
+# The commands of the project. Each works in a fresh clone with only Python ≥ 3.11 (its headers) and gcc; a second run
 # reuses the environment.
 
 PYTHON ?= python3

@@ -17,7 +17,7 @@ from ..batchnorm import recalibrate_batchnorm
 from ..config import SFPKConfig
 from ..masks import MaskSet
 from ..pruner import StepRecord, prune
-from .task import Digits, accuracy, load_digits, train
+from .task import TRAINING_BATCH, Digits, accuracy, load_digits, train
 
 SPARSITIES = (0.80, 0.90, 0.95, 0.98)
 HEADLINE = 0.95  # the sparsity that gets all seeds
@@ -128,7 +128,7 @@ class Demo:
             mask = search(models[seed], sparsity, seed)
             seconds.append(time.perf_counter() - started)
             pruned = mask.apply_(copy.deepcopy(models[seed]))
-            recalibrate_batchnorm(pruned, digits.loader(seed))
+            recalibrate_batchnorm(pruned, digits.loader(seed, TRAINING_BATCH))
             accuracies.append(accuracy(pruned, digits))
             mask.save(self.out / f"mask-{method}-{sparsity:g}-seed{seed}.safetensors")
         row = {

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-BATCH = 128
+TRAINING_BATCH = 128
+PRUNING_BATCH = 64  # of SFPK and SNIP; at 128 the searches end at the same accuracy and take a third longer
 TEST_IMAGES = 450
 
 
@@ -22,11 +23,11 @@ class Digits:
     test_x: Tensor  # (450, 1, 8, 8)
     test_y: Tensor  # (450,)
 
-    def loader(self, seed: int) -> DataLoader:
+    def loader(self, seed: int, batch: int = PRUNING_BATCH) -> DataLoader:
         """Shuffled mini-batches of the training images, in an order fixed by ``seed``."""
         generator = torch.Generator().manual_seed(seed)
         return DataLoader(
-            TensorDataset(self.train_x, self.train_y), BATCH, shuffle=True, drop_last=True, generator=generator
+            TensorDataset(self.train_x, self.train_y), batch, shuffle=True, drop_last=True, generator=generator
         )
 
 
@@ -87,7 +88,7 @@ def train(digits: Digits, seed: int, epochs: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model()
-    loader = digits.loader(seed)
+    loader = digits.loader(seed, TRAINING_BATCH)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=epochs * len(loader))
     model.train()
