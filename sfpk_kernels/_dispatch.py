@@ -35,24 +35,26 @@ class Backend:
 
 def choose(
     op: str,  # for messages
-    backend: str,  # the caller's explicit choice, "" for none
+    backend: str,  # the caller's explicit choice, "" for none; "NAME?" for NAME where the op has it
     available: Mapping[str, Backend],  # the op's backends by name
     tensor: Tensor,  # the op's main argument
 ) -> Callable[..., Any]:
     """The implementation to run.
 
-    An explicit choice (argument first, then ``SFPK_BACKEND``) that cannot run raises. The automatic choice takes
-    the fastest one that can, and says once why a faster one was passed over.
+    An explicit choice that cannot run raises. ``SFPK_BACKEND`` and the choice of a whole run ("NAME?") hold for the
+    ops that have the backend, the others choose automatically. The automatic choice takes the fastest one that
+    can run, and says once why a faster one was passed over.
 
     Raises:
         ValueError: an unknown backend, one this op does not have, or one that cannot run on this tensor.
     """
     source = "backend"
-    if not backend:
-        backend, source = os.environ.get("SFPK_BACKEND", ""), "SFPK_BACKEND"
-    if backend:
-        if backend not in BACKENDS:
-            raise ValueError(f"{op}: {source}: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
+    if not backend and os.environ.get("SFPK_BACKEND"):
+        backend, source = os.environ["SFPK_BACKEND"] + "?", "SFPK_BACKEND"
+    lenient, backend = backend.endswith("?"), backend.removesuffix("?")
+    if backend and backend not in BACKENDS:
+        raise ValueError(f"{op}: {source}: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend and not (lenient and backend not in available):
         if backend not in available:
             raise ValueError(f"{op}: {source}: {backend!r} is not available, only {', '.join(available)}")
         reason = available[backend].why_not(tensor)

@@ -9,6 +9,8 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from ._dispatch import BACKENDS
+
 PRESETS: dict[str, dict[str, Any]] = {
     # What we recommend; the measurements behind it are in README, "What is measured".
     "default": {},
@@ -50,6 +52,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "selection": ("exact", "threshold"),
     "bn": ("batch", "running"),
     "energy_mode": ("auto", "vmap", "sequential"),
+    "backend": (*BACKENDS, None),
 }
 
 
@@ -80,14 +83,14 @@ class SFPKConfig:
         selection: ``"exact"`` keeps exactly the counted coordinates, ties to the lower index;
             ``"threshold"`` keeps what the authors' thresholds keep, for parity with their code.
         early_stop: stop once the particles' mean density has reached the target.
-        eps: added to the squared norm of the tangential part (authors: 1e-12, for parity).
+        eps: added to (‖s‖‖u‖)², u the tangential part of the gradient (authors: 1e-12, for parity).
         bn: batch-norm in the energies uses the ``"batch"`` statistics of the particle's batch, or the model's
             ``"running"`` ones. The model's own statistics never change.
         dropout: run the model in train mode (dropout, stochastic depth on), seeded; off by default.
         energy_mode: particles through the model at once (``"vmap"``), one by one (``"sequential"``) or
             ``"auto"``.
         chunk_size: particles per vmap call, ``None`` for all.
-        backend: kernel backend, ``None`` for the fastest available (see ``SFPK_BACKEND``).
+        backend: kernel backend of the ops that have it, ``None`` for the fastest available.
         seed: of every random number the run draws, data order included.
 
     Raises:
@@ -138,8 +141,6 @@ class SFPKConfig:
         for name in ("retract", "early_stop", "dropout"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: wanted a bool, got {getattr(self, name)!r}")
-        if self.backend is not None and not isinstance(self.backend, str):
-            raise TypeError(f"backend: wanted a name or None, got {self.backend!r}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 wanted = ", ".join(repr(choice) for choice in choices)

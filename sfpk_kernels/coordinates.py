@@ -106,8 +106,16 @@ class Coordinates:
         return [model.get_parameter(tensor.name) for tensor in self.tensors]
 
     def flatten(self, model: nn.Module) -> Tensor:
-        """A copy of the prunable weights as one vector (d,), fp32 (fp64 if the model has fp64 weights)."""
-        return torch.cat([p.detach().reshape(-1).to(self.dtype) for p in self.parameters(model)])
+        """A copy of the prunable weights as one vector (d,), fp32 (fp64 if the model has fp64 weights).
+
+        Raises:
+            ValueError: a weight that is not finite; the message names its tensor.
+        """
+        flat = torch.cat([p.detach().reshape(-1).to(self.dtype) for p in self.parameters(model)])
+        if not bool(torch.isfinite(flat).all()):
+            bad = [t.name for t, part in zip(self.tensors, self.split(flat), strict=True) if not part.isfinite().all()]
+            raise ValueError(f"model: wanted finite weights, got NaN or infinite ones in {', '.join(bad)}")
+        return flat
 
     def split(
         self,

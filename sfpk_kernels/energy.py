@@ -31,14 +31,24 @@ class _Loss(nn.Module):
         # parameter names.
         self._loss_fn = (loss_fn,)
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: Any, leaves: Sequence[Tensor] = ()) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss; with ``leaves`` also its gradients by them.
+
+        The backward pass belongs inside functional_call: checkpointed layers run again during it, and must still
+        see the masked weights.
+        """
         (loss_fn,) = self._loss_fn
         loss = loss_fn(self.model, batch)
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss_fn: wanted a scalar tensor, got {type(loss).__name__}")
         if loss.numel() != 1:
             raise ValueError(f"loss_fn: wanted a scalar tensor, got shape {tuple(loss.shape)}")
-        return loss.reshape(())
+        if not leaves:
+            return loss.reshape(())
+        if not loss.requires_grad:
+            raise RuntimeError("loss_fn: wanted a loss that depends on the prunable weights, got a constant")
+        gradients = torch.autograd.grad(loss.reshape(()), leaves, allow_unused=True, materialize_grads=True)
+        return loss.detach().reshape(()), gradients
 
 
 class ParticleEnergy:
@@ -87,6 +97,7 @@ class ParticleEnergy:
         self.mode = ("vmap" if _prefers_vmap(model) else "sequential") if mode == "auto" else mode
         self._chunk_size = chunk_size
         self._backend = backend
+        self._said_ragged = False
         self._depends = False  # whether a vmap pass has shown that the loss depends on the weights
 
     def __call__(
@@ -99,8 +110,8 @@ class ParticleEnergy:
         Raises:
             TypeError, ValueError: a loss that is no scalar.
             RuntimeError: ``mode="vmap"`` and vmap cannot run this model; a loss that does not depend on the
-                prunable weights. Errors raised inside the model or ``loss_fn`` pass through, with a note that
-                names the particle.
+                prunable weights. Other errors of the model or ``loss_fn`` pass through with a note that names the
+                particle (with ``mode="vmap"`` as the cause of the RuntimeError).
         """
         n = keep.shape[0]
         losses = torch.empty(n, dtype=torch.float64, device=self._theta.device)
@@ -116,9 +127,9 @@ class ParticleEnergy:
                         losses[i] = self._single(i, keep[i], batches[i], grads[i])
         return losses, grads
 
-    def _functional(self, tensors: Sequence[Tensor], batch: Any) -> Tensor:
+    def _functional(self, tensors: Sequence[Tensor], *arguments: Any) -> Any:
         parameters = {**self._fixed, **dict(zip(self._names, tensors, strict=True))}
-        return functional_call(self._loss, parameters, (batch,))
+        return functional_call(self._loss, parameters, arguments)
 
     def _single(self, index: int, keep: Tensor, batch: Any, grad: Tensor) -> Tensor:
         """One particle: writes ∂L/∂W into ``grad`` (d,), returns the loss."""
@@ -128,17 +139,16 @@ class ParticleEnergy:
             for part, dtype in zip(self._coordinates.split(flat), self._dtypes, strict=True)
         ]
         try:
-            loss = self._functional(leaves, batch)
-            if not loss.requires_grad:
-                raise RuntimeError("loss_fn: wanted a loss that depends on the prunable weights, got a constant")
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            loss, gradients = self._functional(leaves, batch, leaves)
         except Exception as error:
             if hasattr(error, "add_note"):  # Python ≥ 3.11
                 error.add_note(f"sfpk_kernels: while computing the energy of particle {index}")
+                if "more than 1 value per channel" in str(error):
+                    error.add_note("sfpk_kernels: batch-norm cannot use a batch of one sample: drop_last=True")
             raise
         for part, gradient in zip(self._coordinates.split(grad), gradients, strict=True):
             part.copy_(gradient)
-        return loss.detach()
+        return loss
 
     def _batched(self, keep: Tensor, batches: Sequence[Any], losses: Tensor, grads: Tensor) -> bool:
         """A chunk under vmap; False where it has to run one by one."""
@@ -147,7 +157,9 @@ class ParticleEnergy:
             reason = "its batches differ in structure or shape"
             if not self._may_fall_back:
                 raise RuntimeError(f"energy_mode='vmap' cannot run this chunk of particles: {reason}")
-            logger.info("particles run one by one in this chunk: %s", reason)
+            if not self._said_ragged:
+                logger.info("particles run one by one where %s", reason.replace("its", "their"))
+                self._said_ragged = True
             return False
 
         def loss_of(flat: Tensor, batch: Any) -> Tensor:
@@ -155,6 +167,7 @@ class ParticleEnergy:
             return self._functional([p.to(dtype) for p, dtype in zip(parts, self._dtypes, strict=True)], batch)
 
         weights = masked_weights(self._theta, keep, backend=self._backend)
+        attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in self._loss.model.modules()]
         try:
             results = vmap(grad_and_value(loss_of), randomness="different")(weights, stacked)
         except _OUT_OF_MEMORY:
@@ -165,6 +178,18 @@ class ParticleEnergy:
             logger.warning("particles run one by one from now on, vmap failed: %s", _first_line(error))
             self.mode = "sequential"
             return False
+        if _holds_batched_tensors(self._loss.model):
+            for module, values, buffers in attributes:
+                module.__dict__.clear()
+                module.__dict__.update(values)
+                module._buffers.clear()
+                module._buffers.update(buffers)
+            reason = "the model keeps tensors of its forward pass as attributes or buffers"
+            if not self._may_fall_back:
+                raise RuntimeError(f"energy_mode='vmap' cannot run this model: {reason}")
+            logger.warning("particles run one by one from now on: %s", reason)
+            self.mode = "sequential"
+            return False
         if not self._depends:
             # A loss that ignores the weights gives zeros here; one by one it is told from a flat one.
             self._depends = bool(results[0].any())
@@ -173,6 +198,16 @@ class ParticleEnergy:
         grads.copy_(results[0])
         losses.copy_(results[1])
         return True
+
+
+def _holds_batched_tensors(model: nn.Module) -> bool:
+    """Whether a vmap pass left tensors of its own on the model; they are dead outside of it."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(
+        isinstance(value, Tensor) and wrapped(value)
+        for module in model.modules()
+        for value in (*module._buffers.values(), *module.__dict__.values())
+    )
 
 
 def _first_line(error: Exception) -> str:

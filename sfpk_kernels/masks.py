@@ -39,6 +39,8 @@ class MaskSet:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"masks: {name}: wanted a bool tensor, got {got}")
+            if mask.numel() == 0:
+                raise ValueError(f"masks: {name}: wanted at least one weight, got shape {tuple(mask.shape)}")
             flat = mask.detach().reshape(-1).cpu()
             self._shapes[name] = tuple(mask.shape)
             self._bits[name] = np.packbits(flat.numpy(), bitorder="little")
@@ -151,6 +153,8 @@ class MaskSet:
         The file is written beside its place and then moved there, so that no half-written file is ever read.
         """
         target = Path(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"path: wanted a file in an existing folder, got {os.fspath(path)!r}")
         metadata = {
             "format": _FORMAT,
             "shapes": json.dumps({name: list(shape) for name, shape in self._shapes.items()}),
@@ -172,7 +176,7 @@ class MaskSet:
             ValueError: no mask file, or one that was cut or altered.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"path: wanted a mask file, got {os.fspath(path)!r}, which does not exist")
+            raise FileNotFoundError(f"path: wanted a mask file, got {os.fspath(path)!r}, which is no file")
         try:
             with safe_open(str(path), framework="numpy") as file:
                 metadata: dict[str, Any] = file.metadata() or {}
@@ -183,11 +187,14 @@ class MaskSet:
             raise ValueError(
                 f"path: {os.fspath(path)!r}: wanted a file of format {_FORMAT}, got {metadata.get('format')!r}"
             )
-        shapes = json.loads(metadata["shapes"])
+        try:
+            shapes, fingerprint = json.loads(metadata["shapes"]), metadata["fingerprint"]
+        except (KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"path: {os.fspath(path)!r} was altered: its metadata is broken") from error
         masks = cls.__new__(cls)
         masks._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         masks._bits = {name: packed.get(name, np.empty(0, np.uint8)) for name in shapes}
-        if masks.fingerprint() != metadata["fingerprint"]:
+        if masks.fingerprint() != fingerprint:
             raise ValueError(f"path: {os.fspath(path)!r} was altered: its fingerprint does not match its masks")
         masks._kept = {name: int(np.unpackbits(bits).sum()) for name, bits in masks._bits.items()}
         return masks

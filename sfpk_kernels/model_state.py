@@ -22,17 +22,16 @@ def guarded(
     """Put ``model`` into the mode energies are measured in; put everything back at the end, also on errors.
 
     With ``bn="batch"`` batch-norm normalizes with the batch it sees and neither reads nor writes its running
-    statistics (train mode without tracking), so that it also runs under vmap.
+    statistics (train mode without tracking), so that it also runs under vmap. Buffers get their registration and
+    their values back, whatever the forward pass did to them.
     """
     modes = [(module, module.training) for module in model.modules()]
     norms = [m for m in model.modules() if isinstance(m, _STATISTICS_NORMS)]
     tracking = [(module, module.track_running_stats) for module in norms]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+    registered = [
+        (module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in model.modules()
     ]
+    values = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
     try:
         model.train(dropout)
         for norm in norms:
@@ -45,10 +44,15 @@ def guarded(
             module.training = training
         for norm, tracked in tracking:
             norm.track_running_stats = tracked
+        for module, buffers, non_persistent in registered:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(non_persistent)
         with torch.no_grad():
-            for module, name, buffer, saved in buffers:
-                module._buffers[name] = buffer
-                buffer.copy_(saved)
+            for buffer, version, saved in values:
+                if buffer._version != version:  # expanded buffers cannot be written, by the model neither
+                    buffer.copy_(saved)
 
 
 @contextmanager

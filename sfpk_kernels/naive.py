@@ -6,7 +6,6 @@ for the binary masks, the transition as printed in eq. 8. No flat buffers, no ba
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,12 +67,12 @@ def naive_sfpk(
         binary[torch.topk(score(m), kept).indices] = 1
         return binary
 
-    def energy(m: Tensor, batch: Any) -> Tensor:
+    def energy_and_gradient(m: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         kept = round(float(soft_density(m.detach())) * d)
         straight_through = m + (polarize(m.detach(), kept) - m).detach()
         masked = (straight_through * theta).split([p.numel() for p in parameters.values()])
-        weights = {name: w.view_as(p) for w, (name, p) in zip(masked, parameters.items(), strict=True)}
-        return loss_fn(_Swapped(model, weights), batch)  # type: ignore[arg-type]
+        weights = {f"model.{name}": w.view_as(p) for w, (name, p) in zip(masked, parameters.items(), strict=True)}
+        return functional_call(_Energy(model, loss_fn), weights, (batch, m))
 
     def kernel_penalty(m: Tensor, others: list[Tensor]) -> Tensor:
         values = []
@@ -94,8 +93,7 @@ def naive_sfpk(
         losses = []
         for i in range(n_particles):
             m = old[i].clone().requires_grad_()
-            loss = energy(m, next(stream))
-            (grad_energy,) = torch.autograd.grad(loss, m)
+            loss, grad_energy = energy_and_gradient(m, next(stream))
             (grad_kernel,) = torch.autograd.grad(kernel_penalty(m, old), m)
             (s,) = torch.autograd.grad(soft_sparsity(m), m)
             g = -grad_energy - repulsion * grad_kernel
@@ -110,15 +108,19 @@ def naive_sfpk(
 
     consensus = torch.stack([score(m) for m in particles]).mean(dim=0)
     mask = torch.zeros(d, dtype=torch.bool)
-    mask[torch.topk(consensus, math.floor((1 - sparsity) * d + 0.5)).indices] = True
+    mask[torch.topk(consensus, round((1 - sparsity) * d)).indices] = True
     return NaiveRun(trajectory, energies, mask)
 
 
-class _Swapped:
-    """The model with other weights, callable like the model."""
+class _Energy(nn.Module):
+    """Loss and mask gradient of the model whose weights functional_call has put in place."""
 
-    def __init__(self, model: nn.Module, weights: dict[str, Tensor]):
-        self._model, self._weights = model, weights
+    def __init__(self, model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor]):
+        super().__init__()
+        self.model = model
+        self._loss_fn = (loss_fn,)  # in a tuple: a loss that is a module is not registered
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return functional_call(self._model, self._weights, arguments, keywords)
+    def forward(self, batch: Any, m: Tensor) -> tuple[Tensor, Tensor]:
+        loss = self._loss_fn[0](self.model, batch)
+        (gradient,) = torch.autograd.grad(loss, m)
+        return loss, gradient

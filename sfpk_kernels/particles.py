@@ -78,7 +78,7 @@ class ParticleSystem:
             weights=self._theta,
             state=self.stats,
             eps=config.eps,
-            backend=config.backend,
+            backend=None if config.backend is None else f"{config.backend}?",
         )
         self._stats, self._version = stats, self.masks._version
         self.step += 1

@@ -67,7 +67,8 @@ class SFPKPruner:
     identities are the same after every call, also after an exception. Apply ``result.mask`` to prune it.
 
     Args:
-        model: the trained, dense model, on one device.
+        model: the trained, dense model, on one device. Its weights are copied now; make a new pruner if they
+            change.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``; ``None`` for cross-entropy on batches (x, y) and
             the output's ``.loss`` on dict batches.
         config: hyper-parameters; see :class:`SFPKConfig`.
@@ -109,7 +110,8 @@ class SFPKPruner:
         self._model = model
         self._callbacks = tuple(callbacks)
         self._theta = self.coordinates.flatten(model)
-        self._polarizer = Polarizer(self.coordinates, self._theta, config.selection, config.backend)
+        backend = None if config.backend is None else f"{config.backend}?"
+        self._polarizer = Polarizer(self.coordinates, self._theta, config.selection, backend)
         self._system = ParticleSystem(self.coordinates.d, config, self._theta, self._polarizer.saliency)
         self._energy = ParticleEnergy(
             model,
@@ -118,7 +120,7 @@ class SFPKPruner:
             self._theta,
             mode=config.energy_mode,
             chunk_size=config.chunk_size,
-            backend=config.backend,
+            backend=backend,
         )
         self._vote = Vote(
             self._polarizer,
@@ -157,7 +159,7 @@ class SFPKPruner:
         n, remaining = self.config.n_particles, self.config.n_steps - self._system.step
         with (
             self._guard(),
-            seeded(self.config.seed, self.coordinates.device),
+            seeded(self._step_seed(0), self.coordinates.device),
             tqdm(total=remaining, desc="SFPK", disable=None if progress is None else not progress) as bar,
         ):
             stream = BatchStream(loader, self.coordinates.device, n * remaining)  # draws the data order: seeded
@@ -194,11 +196,11 @@ class SFPKPruner:
         keep = self._polarizer.binary(system.masks, system.densities, self.config.polarizer)
         # 2. energies, each particle on its own batch
         try:
-            with seeded(self.config.seed + number, self.coordinates.device):
+            with seeded(self._step_seed(number), self.coordinates.device):
                 energies, grads = self._energy(keep, batches)
         except Exception as error:
             if hasattr(error, "add_note"):  # Python ≥ 3.11
-                error.add_note(f"sfpk_kernels: in step {number} of {self.config.n_steps}; nothing was changed")
+                error.add_note(f"sfpk_kernels: in step {number} of {self.config.n_steps}; the particles have not moved")
             raise
         self._check_finite(energies, grads, number)
         # 3.-7. repulsion, transition, retraction, consensus
@@ -238,6 +240,10 @@ class SFPKPruner:
             config=self.config,
             coordinates=self.coordinates,
         )
+
+    def _step_seed(self, number: int) -> int:
+        """One per step, far from those of neighbouring seeds."""
+        return (self.config.seed * 1_000_003 + number) % 2**63
 
     def _guard(self) -> Any:
         return guarded(self._model, bn=self.config.bn, dropout=self.config.dropout)

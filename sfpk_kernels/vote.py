@@ -48,8 +48,9 @@ class Vote:
         vote = soft
         if self._rule == "hard":
             kept = self._polarizer.binary(masks, densities, self._kind)[voters].sum(dim=0)
-            low, high = soft.min(), soft.max()
-            vote = kept + 0.5 * (soft - low) / (high - low).clamp_min(torch.finfo(soft.dtype).tiny)
+            fine = soft.double()  # fp32 would lose the order of small scores beside the counts
+            low, high = fine.min(), fine.max()
+            vote = kept + 0.5 * (fine - low) / (high - low).clamp_min(torch.finfo(fine.dtype).tiny)
         if self._momentum > 0 and self._score is not None:
             vote = vote + self._momentum * self._score
         self._score = vote

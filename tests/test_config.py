@@ -67,7 +67,7 @@ def test_replace_checks_again():
         ("chunk_size", 0, ValueError),
         ("retract", 1, TypeError),
         ("dropout", "no", TypeError),
-        ("backend", 3, TypeError),
+        ("backend", "fortran", ValueError),
         ("kernel", "gauss", ValueError),
         ("density", "l1", ValueError),
         ("schedule", "cosine", ValueError),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sfpk_kernels import Coordinates, default_loss
 from sfpk_kernels.energy import ParticleEnergy
@@ -86,6 +87,13 @@ def test_dropout_is_off_by_default_and_seeded_on_request(convnet, images):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
         assert not torch.equal(a, first)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "sequential"])
+def test_dropout_differs_between_particles(convnet, images, mode):
+    dense = torch.ones(4, Coordinates(convnet).d, dtype=torch.bool)
+    losses = energies(convnet, images[:1] * 4, dense, mode=mode, dropout=True)[0]
+    assert len(set(losses.tolist())) == 4
 
 
 class DataDependent(nn.Module):
@@ -178,6 +186,26 @@ def test_tied_weights_and_half_precision_models(mode):
     _, grads, _ = energies(half, [(torch.randn(4, 8).bfloat16(), torch.randint(4, (4,)))], mode=mode)
     assert grads.dtype == torch.float32
     assert grads.abs().sum() > 0
+
+
+def test_checkpointed_layers_see_the_masked_weights_again_in_backward(vectors):
+    class Checkpointed(nn.Module):
+        def __init__(self, checkpoints):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+            self.middle = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+            self.checkpoints = checkpoints
+
+        def forward(self, x):
+            h = self.first(x)
+            h = checkpoint(self.middle, h, use_reentrant=False) if self.checkpoints else self.middle(h)
+            return self.last(h)
+
+    plain, checkpointed = Checkpointed(False), Checkpointed(True)
+    checkpointed.load_state_dict(plain.state_dict())
+    expected, actual = (energies(model, vectors, mode="sequential") for model in (plain, checkpointed))
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1])
 
 
 def test_an_unused_layer_gets_a_zero_gradient(mlp, vectors):

@@ -11,6 +11,7 @@ from sfpk_kernels import SFPKConfig, SFPKPruner, prune
 from sfpk_kernels.model_state import guarded
 from sfpk_kernels.ops import topk_mask
 from sfpk_kernels.particles import ParticleSystem
+from sfpk_kernels.vote import Vote
 
 
 def quick(preset="default", sparsity=0.8, **overrides):
@@ -158,6 +159,44 @@ def test_vote_ratio_takes_the_particles_of_lowest_energy(mlp, vectors):
     assert torch.equal(pruner.result().score, pruner.particles[best])
 
 
+def test_vote_ratio_rounds_up(mlp, vectors):
+    pruner = SFPKPruner(mlp, None, quick(vote_ratio=0.34, polarizer="mask"))  # 1.02 of 3 particles: two vote
+    for _ in range(8):
+        record = pruner.step(vectors[:3])
+    best = sorted(range(3), key=record.energies.__getitem__)[:2]
+    assert torch.equal(pruner.result().score, pruner.particles[sorted(best)].mean(0))
+
+
+def test_hard_vote_ranks_equal_counts_by_the_soft_score():
+    class Scores:
+        def score(self, masks, kind):
+            return masks
+
+        def binary(self, masks, densities, kind):
+            return torch.ones_like(masks, dtype=torch.bool)
+
+    vote = Vote(Scores(), "mask", "hard", 1.0, 0.0)
+    score = vote.update(torch.tensor([[1e6, 1.0, 1.2, 1.1, 1.3]]), torch.ones(1), torch.ones(1))
+    assert torch.argsort(score, descending=True).tolist() == [0, 4, 2, 3, 1]
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 5), (4, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_few_particles_few_steps_any_dtype(mlp, vectors, n, k, dtype):
+    batches = [(x.to(dtype), y) for x, y in vectors]
+    result = prune(mlp.to(dtype), None, batches, quick(n_particles=n, n_steps=k))
+    assert result.mask.kept == 29
+    assert result.particles.isfinite().all()
+
+
+@pytest.mark.parametrize("bn", ["batch", "running"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_guard_sets_the_modes(convnet, bn, dropout):
+    with guarded(convnet, bn=bn, dropout=dropout):
+        assert convnet[1].training == (bn == "batch")
+        assert convnet[3].training == dropout
+
+
 def test_early_stop(mlp, vectors):
     pruner = SFPKPruner(mlp, None, quick(early_stop=True))
     pruner.step(vectors[:3])
@@ -270,8 +309,67 @@ def test_bad_arguments(mlp, vectors):
         SFPKPruner(mlp, None, quick()).step(iter(vectors))
     with pytest.raises(RuntimeError, match="at least one step"):
         SFPKPruner(mlp, None, quick()).result()
-    with pytest.raises(ValueError, match="'cuda' is not available"):
-        prune(mlp, None, vectors, quick(backend="cuda"))
+    mlp[2].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="model: wanted finite weights, got NaN or infinite ones in 2.weight"):
+        SFPKPruner(mlp, None, quick())
+
+
+def test_the_backend_of_a_run_holds_for_the_ops_that_have_it(mlp, vectors):
+    automatic = prune(mlp, None, vectors, quick())
+    assert torch.equal(prune(mlp, None, vectors, quick(backend="cpp")).particles, automatic.particles)
+    assert not torch.equal(prune(mlp, None, vectors, quick(backend="reference")).particles, automatic.particles)
+
+
+class Stateful(nn.Module):
+    """Everything a forward pass may do to its module."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("empty", None)
+        self.register_buffer("wide", torch.ones(1, 8).expand(3, 8))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        h = self.body(x)
+        self.mean = 0.9 * self.mean + h.mean(0).detach()
+        self.empty = h.detach().sum()
+        self.last = h
+        if not torch._C._functorch.is_functorch_wrapped_tensor(h):
+            self.count += 1
+            self.register_buffer("new", h.detach())
+        return self.head(h * self.wide[0])
+
+
+@pytest.mark.parametrize("energy_mode", ["auto", "sequential"])
+def test_a_model_that_writes_its_own_state_is_as_it_was(vectors, energy_mode):
+    model = Stateful()
+    snapshot = Snapshot(model)
+    prune(model, None, vectors, quick(energy_mode=energy_mode))
+    snapshot.check()
+    assert set(model.state_dict()) == set(snapshot.values)
+    assert model.empty is None
+    model.last = None
+    copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="keeps tensors of its forward pass"):
+        prune(model, None, vectors, quick(energy_mode="vmap"))
+
+
+def test_neighbouring_seeds_share_no_dropout(mlp, vectors):
+    def noises(seed):
+        drawn = []
+
+        def loss_fn(model, batch):
+            drawn.append(float(torch.rand(())))
+            return model(batch[0]).square().mean()
+
+        prune(mlp, loss_fn, vectors, quick(seed=seed, energy_mode="sequential"))
+        return drawn
+
+    first, second = noises(0), noises(1)
+    assert len(set(first)) == len(first)
+    assert not set(first) & set(second)
 
 
 def test_ignored_layers_and_callbacks(mlp, vectors):

@@ -249,6 +249,8 @@ def sample(n=3, d=7, **changes):
         ({"density": "l1"}, ValueError, "density"),
         ({"saliency": torch.ones(8)}, ValueError, "saliency"),
         ({"sizes": torch.ones(3, 7)}, ValueError, "sizes"),
+        ({"sizes": torch.zeros(7)}, ValueError, "sizes: wanted all > 0, got 0.0"),
+        ({"kernel": "weighted_rbf", "saliency": torch.full((7,), float("nan"))}, ValueError, "saliency: wanted all"),
         ({"weights": torch.ones(7).long()}, TypeError, "weights"),
         ({"state": "x"}, TypeError, "state"),
         ({"backend": "fortran"}, ValueError, "backend: wanted one of"),
@@ -280,6 +282,11 @@ def test_shared_memory_and_foreign_state_are_refused():
 
 def test_environment_variable_chooses_the_backend(monkeypatch):
     monkeypatch.setenv("SFPK_BACKEND", "triton")
-    with pytest.raises(ValueError, match="SFPK_BACKEND: 'triton' is not available"):
+    transition_(torch.rand(2, 7), torch.randn(2, 7), **STEP)  # holds for the ops that have it
+    monkeypatch.setenv("SFPK_BACKEND", "fortran")
+    with pytest.raises(ValueError, match="SFPK_BACKEND: wanted one of .* got 'fortran'"):
         transition_(torch.rand(2, 7), torch.randn(2, 7), **STEP)
+    monkeypatch.setenv("SFPK_BACKEND", "cpp")
+    with pytest.raises(ValueError, match="SFPK_BACKEND: 'cpp' cannot run here: it takes fp32"):
+        transition_(torch.rand(2, 7).double(), torch.randn(2, 7), **STEP)
     transition_(torch.rand(2, 7), torch.randn(2, 7), **STEP, backend="reference")

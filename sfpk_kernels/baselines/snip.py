@@ -56,6 +56,8 @@ def snip(
             if not bool(torch.isfinite(losses).all()):
                 raise FloatingPointError(f"loss_fn: wanted a finite loss, got {float(losses[0])} in batch {batches}")
             score += (theta * grads[0]).abs()
+            if not bool(torch.isfinite(score).all()):
+                raise FloatingPointError(f"loss_fn: wanted a finite gradient, got another in batch {batches}")
             batches += 1
     if batches == 0:
         raise ValueError("loader: wanted batches, got an empty iterable")

@@ -145,6 +145,10 @@ def _transition_(
 ) -> tuple[Tensor, ...]:
     if check.share_memory(masks, grads):
         raise ValueError("transition_: grads: wanted memory of its own, got memory shared with masks")
+    if sizes is not None and not bool(sizes.min() > 0):
+        raise ValueError(f"transition_: sizes: wanted all > 0, got {float(sizes.min())}")
+    if kernel == "weighted_rbf" and saliency is not None and not bool(saliency.min() >= 0):
+        raise ValueError(f"transition_: saliency: wanted all ≥ 0, got {float(saliency.min())}")
     return tuple(
         choose(_OP, backend, _BACKENDS, masks)(
             masks,
