@@ -12,7 +12,7 @@ from typing import Any
 from ._dispatch import BACKENDS
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # What we recommend; the measurements behind it are in README, "What is measured".
+    # What we recommend: the field defaults below.
     "default": {},
     # The paper's Algorithms 2 and 3. Its radius differs by model (1.1 to 8, Tables 3-4).
     "paper": {

@@ -154,11 +154,11 @@ class ParticleEnergy:
         """A chunk under vmap; False where it has to run one by one."""
         stacked = _stack(batches)
         if stacked is None:
-            reason = "its batches differ in structure or shape"
+            reason = "the batches differ in structure or shape"
             if not self._may_fall_back:
                 raise RuntimeError(f"energy_mode='vmap' cannot run this chunk of particles: {reason}")
             if not self._said_ragged:
-                logger.info("particles run one by one where %s", reason.replace("its", "their"))
+                logger.info("particles run one by one where %s", reason)
                 self._said_ragged = True
             return False
 
@@ -173,17 +173,14 @@ class ParticleEnergy:
         except _OUT_OF_MEMORY:
             raise
         except Exception as error:
+            _put_back(attributes)
             if not self._may_fall_back:
                 raise RuntimeError(f"energy_mode='vmap' cannot run this model: {_first_line(error)}") from error
             logger.warning("particles run one by one from now on, vmap failed: %s", _first_line(error))
             self.mode = "sequential"
             return False
         if _holds_batched_tensors(self._loss.model):
-            for module, values, buffers in attributes:
-                module.__dict__.clear()
-                module.__dict__.update(values)
-                module._buffers.clear()
-                module._buffers.update(buffers)
+            _put_back(attributes)
             reason = "the model keeps tensors of its forward pass as attributes or buffers"
             if not self._may_fall_back:
                 raise RuntimeError(f"energy_mode='vmap' cannot run this model: {reason}")
@@ -198,6 +195,15 @@ class ParticleEnergy:
         grads.copy_(results[0])
         losses.copy_(results[1])
         return True
+
+
+def _put_back(attributes: Sequence[tuple[nn.Module, dict[str, Any], dict[str, Tensor | None]]]) -> None:
+    """Give every module the attributes and buffers it had."""
+    for module, values, buffers in attributes:
+        module.__dict__.clear()
+        module.__dict__.update(values)
+        module._buffers.clear()
+        module._buffers.update(buffers)
 
 
 def _holds_batched_tensors(model: nn.Module) -> bool:

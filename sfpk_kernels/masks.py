@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
+from .coordinates import Coordinates
+
 _FORMAT = "sfpk-masks-1"
 
 
@@ -45,6 +47,15 @@ class MaskSet:
             self._shapes[name] = tuple(mask.shape)
             self._bits[name] = np.packbits(flat.numpy(), bitorder="little")
             self._kept[name] = int(flat.count_nonzero())
+
+    @classmethod
+    def from_flat(
+        cls,
+        flat: Tensor,  # (d,) bool
+        coordinates: Coordinates,
+    ) -> MaskSet:
+        """The masks of a flat vector over ``coordinates``."""
+        return cls({t.name: m for t, m in zip(coordinates.tensors, coordinates.split(flat), strict=True)})
 
     def __getitem__(self, name: str) -> Tensor:
         """The bool mask of one parameter, in its shape, on the CPU."""

@@ -198,13 +198,13 @@ class SFPKPruner:
         try:
             with seeded(self._step_seed(number), self.coordinates.device):
                 energies, grads = self._energy(keep, batches)
+            self._check_finite(energies, grads, number)
+            # 3.-7. repulsion, transition, retraction, consensus
+            stats = system.move_(grads)
         except Exception as error:
             if hasattr(error, "add_note"):  # Python ≥ 3.11
                 error.add_note(f"sfpk_kernels: in step {number} of {self.config.n_steps}; the particles have not moved")
             raise
-        self._check_finite(energies, grads, number)
-        # 3.-7. repulsion, transition, retraction, consensus
-        stats = system.move_(grads)
         self._last_energies = energies
         if self._vote.remembers:
             self._vote.update(system.masks, stats.densities, energies)
@@ -231,9 +231,8 @@ class SFPKPruner:
             raise RuntimeError("result: wanted at least one step done, got none")
         score = self._vote.current(self._system.masks, self._system.densities, self._last_energies)
         mask = self._polarizer.final(score, self.config.sparsity)
-        tensors = self.coordinates.tensors
         return PruneResult(
-            mask=MaskSet({t.name: m for t, m in zip(tensors, self.coordinates.split(mask), strict=True)}),
+            mask=MaskSet.from_flat(mask, self.coordinates),
             history=list(self.history),
             particles=self._system.masks.clone(),
             score=score.clone(),

@@ -45,5 +45,9 @@ def test_options_and_bad_input(mlp, vectors):
         baselines.magnitude(mlp, None, None, "0.5")
     with pytest.raises(ValueError, match="loader: wanted batches"):
         baselines.snip(mlp, None, [], 0.5)
+    with pytest.raises(ValueError, match="sparsity: wanted"):
+        baselines.snip(mlp, None, None, 1.5)
+    with pytest.raises(ValueError, match="max_batches: wanted ≥ 1"):
+        baselines.snip(mlp, None, vectors, 0.5, max_batches=0)
     with pytest.raises(FloatingPointError, match="in batch 0"):
         baselines.snip(mlp, None, [(vectors[0][0] * float("nan"), vectors[0][1])], 0.5)

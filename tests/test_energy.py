@@ -123,6 +123,18 @@ def test_a_model_vmap_cannot_run_goes_one_by_one_with_one_log_line(vectors, capl
         energies(model, vectors, mode="vmap")
 
 
+def test_a_vmap_pass_that_fails_leaves_nothing_on_the_model(vectors):
+    class Keeps(DataDependent):
+        def forward(self, x):
+            self.last = self.linear(x)
+            return super().forward(x)
+
+    model = Keeps()
+    with pytest.raises(RuntimeError, match="cannot run this model"):
+        energies(model, vectors, mode="vmap")
+    assert not hasattr(model, "last")
+
+
 def test_auto_takes_vmap_for_linear_stacks_only(mlp, convnet, vectors, images):
     assert energies(mlp, vectors, mode="auto")[2].mode == "vmap"
     assert energies(convnet, images, mode="auto")[2].mode == "sequential"

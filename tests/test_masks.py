@@ -79,13 +79,16 @@ def test_save_and_load(masks, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["masks.safetensors"]
 
 
-def test_masks_of_another_model_are_refused(masks, mlp):
+def test_masks_of_another_model_are_refused(masks, mlp, tmp_path):
     before = mlp[0].weight.clone()
     wider = nn.Sequential(mlp[0], nn.Tanh(), nn.Linear(12, 5))
     with pytest.raises(ValueError, match=r"2.weight is \(5, 12\) in the model, \(4, 12\) in the masks"):
         masks.apply_(wider)
     with pytest.raises(ValueError, match="2.weight is not in the model"):
         masks.apply_(nn.Sequential(mlp[0]))
+    masks.save(tmp_path / "masks.safetensors")
+    with pytest.raises(ValueError, match="wanted the model these masks were made for, got another: 2.weight"):
+        MaskSet.load(tmp_path / "masks.safetensors").apply_(wider)
     assert torch.equal(mlp[0].weight, before)
 
 

@@ -12,15 +12,20 @@ from ..ops import topk_mask
 from ..polarizer import budget
 
 
+def check_sparsity(sparsity: float) -> None:
+    """``sparsity`` is a number in (0, 1)."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
+        raise TypeError(f"sparsity: wanted a number in (0, 1), got {sparsity!r}")
+    if not 0 < sparsity < 1:
+        raise ValueError(f"sparsity: wanted a number in (0, 1), got {sparsity!r}")
+
+
 def select(
     coordinates: Coordinates,
     score: Tensor,  # (d,)
     sparsity: float,
 ) -> MaskSet:
     """Exactly the round((1 - sparsity)·d) best coordinates, ties to the lower index."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
-        raise TypeError(f"sparsity: wanted a number in (0, 1), got {sparsity!r}")
-    if not 0 < sparsity < 1:
-        raise ValueError(f"sparsity: wanted a number in (0, 1), got {sparsity!r}")
+    check_sparsity(sparsity)
     mask = topk_mask(score, budget(float(sparsity), coordinates.d))
-    return MaskSet({t.name: m for t, m in zip(coordinates.tensors, coordinates.split(mask), strict=True)})
+    return MaskSet.from_flat(mask, coordinates)

@@ -14,7 +14,7 @@ from ..coordinates import Coordinates
 from ..energy import LossFn, ParticleEnergy
 from ..masks import MaskSet
 from ..model_state import guarded
-from ._select import select
+from ._select import check_sparsity, select
 
 
 def snip(
@@ -44,6 +44,9 @@ def snip(
         ValueError: an empty loader, a sparsity outside (0, 1), or nothing prunable.
         FloatingPointError: a loss that is not finite.
     """
+    check_sparsity(sparsity)
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches: wanted ≥ 1 or None, got {max_batches}")
     coordinates = Coordinates(model, **coordinate_options)
     theta = coordinates.flatten(model)
     energy = ParticleEnergy(model, loss_fn or default_loss, coordinates, theta, mode="sequential")
