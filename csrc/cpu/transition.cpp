@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "isa.h"
 #include "transition_algebra.h"
 
 namespace {
@@ -38,25 +39,15 @@ constexpr int64_t kSlotSums = 1 << 23;  // fp64 sums in all slots together
 constexpr int64_t kGuessBlocks = 16;
 constexpr int64_t kGuessColumns = 256;
 
-// The widest variant this CPU runs; SFPK_CPU_ISA=baseline|avx2 asks for a narrower one (tests).
-sfpk::RunChunk choose_run_chunk() {
-#if defined(__x86_64__)
-  const char* asked = std::getenv("SFPK_CPU_ISA");
-  const std::string isa = asked ? asked : "avx512";
-  STD_TORCH_CHECK(isa == "baseline" || isa == "avx2" || isa == "avx512",
-                  "transition_: SFPK_CPU_ISA: wanted baseline, avx2 or avx512, got ", isa);
-  if (isa == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    return sfpk::avx512::run_chunk;
-  if (isa != "baseline" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return sfpk::avx2::run_chunk;
-#endif
-  return sfpk::baseline::run_chunk;
-}
-
 sfpk::RunChunk run_chunk_for_this_cpu() {
-  static const sfpk::RunChunk chosen = choose_run_chunk();
-  return chosen;
+  switch (sfpk::cpu_isa()) {
+    case sfpk::Isa::kAvx512:
+      return sfpk::avx512::run_chunk;
+    case sfpk::Isa::kAvx2:
+      return sfpk::avx2::run_chunk;
+    default:
+      return sfpk::baseline::run_chunk;
+  }
 }
 
 struct FreeDeleter {

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "half.h"
+
 namespace sfpk {
 
 constexpr int kReduceSums = 8;  // per particle: e.e, e.s, e.u, u.u, u.s, c u.u, c s.u, c s.s with s = c*m
@@ -33,32 +35,6 @@ struct Problem {
   const float *keep, *radial, *tangential, *after_pull;  // (n): m += keep m + radial s + tangential u
   float pull;                                            // consensus
 };
-
-inline float float_from_bfloat16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-// IEEE half to float by exponent arithmetic; exact, subnormals, infinities and NaN included.
-inline float float_from_half(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  const uint32_t shifted = static_cast<uint32_t>(bits & 0x7fffu) << 13;
-  const uint32_t special = (shifted & 0x0f800000u) == 0x0f800000u ? 0x70000000u : 0u;
-  uint32_t wide = shifted + special;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  value *= 0x1p112f;
-  if (special) {
-    wide = shifted | 0x7f800000u;
-    std::memcpy(&value, &wide, sizeof value);
-  }
-  std::memcpy(&wide, &value, sizeof wide);
-  wide |= sign;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
 
 // Adds the sums of columns [begin, end) to `sums`; the update pass also moves them.
 using RunChunk = void (*)(const Problem&, Pass, int64_t begin, int64_t end, float* scratch, double* sums);
