@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := demo,test,bench,dev
+EXTRAS := demo,test,bench,dev,gpu
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: setup demo demo-full test test-all lint format clean

@@ -11,9 +11,9 @@ STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
   m.def("copy_(Tensor(a!) out, Tensor src) -> ()");
   m.def(
       "transition_(Tensor(a!) masks, Tensor grads, Tensor? weights, Tensor? saliency, Tensor? sizes, "
-      "Tensor[] state, float step, float radius, float repulsion, bool weighted, bool squared, "
-      "float? target_density, float consensus, float eps) "
-      "-> (bool, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor(b!)? residual, Tensor[] state, float step, float radius, float repulsion, bool weighted, "
+      "bool squared, float? target_density, float consensus, float eps, int key, bool skip) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 namespace {

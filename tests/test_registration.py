@@ -8,8 +8,8 @@ from sfpk_kernels import ops
 SAMPLES = {
     "transition_": lambda: [
         (
-            torch.rand(3, 7) + 0.5, torch.randn(3, 7), weights, saliency, sizes, [],
-            0.1, 2.0, 0.2, kernel, "l2", target, 0.3, 0.0, "reference",
+            torch.rand(3, 7) + 0.5, torch.randn(3, 7), weights, saliency, sizes, None, [],
+            0.1, 2.0, 0.2, kernel, "l2", target, 0.3, 0.0, 0, False, "reference",
         )
         for weights, saliency, sizes, kernel, target in [
             (None, None, None, "rbf", None),

@@ -120,7 +120,7 @@ def test_the_move_satisfies_its_constraints(
 )
 def test_retraction_is_exact(n, d, target, density, consensus, sized, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
-    m = torch.rand(n, d, generator=generator, dtype=dtype) + 0.1
+    m = torch.rand(n, d, generator=generator, dtype=dtype) + 0.5  # a step longer than a row would turn it round
     sizes = torch.randint(1, 9, (d,), generator=generator).to(dtype) if sized else None
     grads = torch.randn(n, d, generator=generator, dtype=dtype)
     stats = transition_(m, grads, **STEP, sizes=sizes, density=density, target_density=target, consensus=consensus)
@@ -228,7 +228,11 @@ def sample(n=3, d=7, **changes):
     ("changes", "error", "words"),
     [
         ({"masks": [1.0]}, TypeError, "masks: wanted a tensor, got list"),
-        ({"masks": torch.ones(3, 7).half()}, TypeError, "masks: wanted float32 or float64, got float16"),
+        ({"masks": torch.ones(3, 7).int()}, TypeError, "masks: wanted float32 or .*, got int32"),
+        ({"masks": torch.ones(3, 7).bfloat16()}, ValueError, "residual: wanted a bf16 tensor with bf16 masks, got None"),
+        ({"residual": torch.ones(3, 7).bfloat16()}, ValueError, "residual: wanted None with torch.float32 masks"),
+        ({"seed": 0.5}, TypeError, "seed: wanted an integer, got 0.5"),
+        ({"nonfinite": "ignore"}, ValueError, "nonfinite: wanted one of 'raise', 'skip'"),
         ({"masks": torch.ones(7)}, ValueError, "masks: wanted shape"),
         ({"masks": torch.ones(3, 0), "grads": torch.ones(3, 0)}, ValueError, "masks: wanted shape"),
         ({"grads": torch.ones(3, 8)}, ValueError, r"grads: wanted shape \(3, 7\), got \(3, 8\)"),
@@ -255,7 +259,7 @@ def sample(n=3, d=7, **changes):
         ({"state": "x"}, TypeError, "state"),
         ({"backend": "fortran"}, ValueError, "backend: wanted one of"),
         ({"backend": "triton"}, ValueError, "'triton' is not available"),
-        ({"masks": torch.ones(3, 7).double(), "backend": "cpp"}, ValueError, "cpp.*takes fp32 particles"),
+        ({"masks": torch.ones(3, 7).double(), "backend": "cpp"}, ValueError, "cpp.*takes fp32, fp16 and bf16 particles"),
         ({"masks": torch.ones(7, 3).t(), "backend": "cpp"}, ValueError, "cpp.*rows without gaps"),
     ],
 )

@@ -230,14 +230,15 @@ def test_cpp_on_every_instruction_set(isa):
 
 def test_cpp_kernel_checks_its_arguments():
     _extension.load()
-    options = (None, None, None, [], 0.1, 2.0, 0.2, False, False, None, 0.0, 0.0)
+    options = (None, None, None, None, [], 0.1, 2.0, 0.2, False, False, None, 0.0, 0.0, 0, False)
     for masks, grads, words in [
-        (torch.ones(2, 3).double(), torch.ones(2, 3), "masks: wanted fp32 rows"),
-        (torch.ones(3, 2).t(), torch.ones(2, 3), "masks: wanted fp32 rows"),
+        (torch.ones(2, 3).double(), torch.ones(2, 3), "masks: wanted fp32, bf16 or fp16"),
+        (torch.ones(3, 2).t(), torch.ones(2, 3), "masks: wanted rows without gaps"),
+        (torch.ones(2, 3).bfloat16(), torch.ones(2, 3), "residual: wanted a bf16 tensor"),
         (torch.ones(3), torch.ones(3), "masks: wanted shape"),
         (torch.ones(2, 3), torch.ones(3, 2).t(), "grads: wanted rows without gaps"),
         (torch.ones(2, 3), torch.ones(2, 3).double(), "grads: wanted"),
-        (torch.ones(2, 3), torch.ones(2, 4), "grads: wanted"),
+        (torch.ones(2, 3), torch.ones(2, 4), "grads, residual: wanted the shape"),
     ]:
         with pytest.raises(RuntimeError, match=f"transition_: {words}"):
             torch.ops.sfpk_cpp.transition_(masks, grads, *options)

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -25,14 +26,13 @@
 
 namespace {
 
-using sfpk::GradKind;
+using sfpk::FloatKind;
 using sfpk::Pass;
 using sfpk::Problem;
 using sfpk::State;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr double kTangentTolerance = 1e-6;   // as in ops/transition/reference.py
 constexpr int64_t kScratchFloats = 1 << 15;  // of one row block: stays in L2 with its two companions
 constexpr int64_t kMaxChunks = 512;
 constexpr int64_t kSlotSums = 1 << 23;  // fp64 sums in all slots together
@@ -109,34 +109,41 @@ const float* vector_data(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
 }
 
+// The kind of a tensor whose rows have no gaps.
+FloatKind kind_of(const Tensor& t, const char* argument) {
+  const auto type = t.scalar_type();
+  SFPK_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+             "transition_", argument, "fp32, bf16 or fp16", "another dtype");
+  SFPK_CHECK(t.size(1) == 1 || t.stride(1) == 1, "transition_", argument, "rows without gaps", "others");
+  return type == ScalarType::Float      ? FloatKind::kFloat
+         : type == ScalarType::BFloat16 ? FloatKind::kBFloat16
+                                        : FloatKind::kHalf;
+}
+
 Tensor fp64_tensor(const Tensor& like, const std::vector<double>& values, std::vector<int64_t> shape) {
   Tensor t = torch::stable::new_empty(like, shape, ScalarType::Double);
   std::copy(values.begin(), values.end(), static_cast<double*>(t.mutable_data_ptr()));
   return t;
 }
 
-using Result = std::tuple<bool, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Returns (moved, TransitionStats...). With a non-finite gradient nothing is moved, and the cosines of the
-// particles it came from are NaN.
+// Returns TransitionStats. The cosine of a particle whose gradient is not finite is NaN; it has not moved,
+// and unless `skip` neither has any other.
 Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor>& weights,
                    const std::optional<Tensor>& saliency, const std::optional<Tensor>& sizes,
-                   const std::vector<Tensor>& state, double step, double radius, double repulsion,
-                   bool weighted, bool squared, std::optional<double> target_density, double consensus,
-                   double eps) {
+                   std::optional<Tensor> residual, const std::vector<Tensor>& state, double step,
+                   double radius, double repulsion, bool weighted, bool squared,
+                   std::optional<double> target_density, double consensus, double eps, int64_t key,
+                   bool skip) {
   SFPK_CHECK(masks.dim() == 2 && masks.size(0) > 0 && masks.size(1) > 0, "transition_", "masks",
              "shape (n >= 1, d >= 1)", masks.dim(), " dimensions");
   SFPK_CHECK(state.empty() || state.size() >= 5, "transition_", "state", "TransitionStats or nothing",
              state.size(), " tensors");
   const int64_t n = masks.size(0), d = masks.size(1);
-  SFPK_CHECK(masks.scalar_type() == ScalarType::Float && (d == 1 || masks.stride(1) == 1), "transition_",
-             "masks", "fp32 rows without gaps", "others");
-  SFPK_CHECK(grads.dim() == 2 && grads.size(0) == n && grads.size(1) == d, "transition_", "grads",
-             "the shape of masks", "another shape");
-  SFPK_CHECK(d == 1 || grads.stride(1) == 1, "transition_", "grads", "rows without gaps", "others");
-  SFPK_CHECK(grads.scalar_type() == ScalarType::Float || grads.scalar_type() == ScalarType::BFloat16 ||
-                 grads.scalar_type() == ScalarType::Half,
-             "transition_", "grads", "fp32, bf16 or fp16", "another dtype");
+  for (const Tensor* t : {&grads, residual ? &*residual : &grads})
+    SFPK_CHECK(t->dim() == 2 && t->size(0) == n && t->size(1) == d, "transition_", "grads, residual",
+               "the shape of masks", "another shape");
   for (const auto* t : {&weights, &saliency, &sizes})
     SFPK_CHECK(
         !*t || ((*t)->scalar_type() == ScalarType::Float && (*t)->is_contiguous() && (*t)->numel() == d),
@@ -147,13 +154,20 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
   p.d = d;
   // Tiles depend on n alone; at least two vectors, at most what fp32 lanes may sum.
   p.tile = std::clamp<int64_t>(kScratchFloats / n / 64 * 64, 64, 1024);
-  p.masks = static_cast<float*>(masks.mutable_data_ptr());
+  p.mask_kind = kind_of(masks, "masks");
+  p.masks = masks.mutable_data_ptr();
   p.mask_stride = masks.stride(0);
+  p.key = static_cast<uint64_t>(key);
+  SFPK_CHECK((p.mask_kind == FloatKind::kBFloat16) == residual.has_value() &&
+                 (!residual || kind_of(*residual, "residual") == FloatKind::kBFloat16),
+             "transition_", "residual", "a bf16 tensor with bf16 masks, else none", "something else");
+  if (residual) {
+    p.residual = static_cast<uint16_t*>(residual->mutable_data_ptr());
+    p.residual_stride = residual->stride(0);
+  }
   p.grads = grads.const_data_ptr();
   p.grad_stride = grads.stride(0);
-  p.grad_kind = grads.scalar_type() == ScalarType::Float      ? GradKind::kFloat
-                : grads.scalar_type() == ScalarType::BFloat16 ? GradKind::kBFloat16
-                                                              : GradKind::kHalf;
+  p.grad_kind = kind_of(grads, "grads");
   p.weights = vector_data(weights);
   p.saliency = weighted ? vector_data(saliency) : nullptr;
   p.sizes = vector_data(sizes);
@@ -198,24 +212,26 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
   const auto sums = run_pass(p, Pass::kReduce, size + (p.grams ? sfpk::kGrams * n * n : 0));
 
   const auto pack = [&](const std::vector<double>& cosines, const State& s) {
-    const bool moved = std::all_of(cosines.begin(), cosines.end(), [](double x) { return std::isfinite(x); });
-    return Result{moved,
-                  fp64_tensor(masks, s.densities, {n}),
-                  fp64_tensor(masks, s.norms, {n}),
-                  fp64_tensor(masks, s.slope_norms, {n}),
-                  fp64_tensor(masks, s.saliency_norms, {n}),
-                  fp64_tensor(masks, s.sq_distances, {n, n}),
-                  fp64_tensor(masks, cosines, {n})};
+    return Result{fp64_tensor(masks, s.densities, {n}),       fp64_tensor(masks, s.norms, {n}),
+                  fp64_tensor(masks, s.slope_norms, {n}),     fp64_tensor(masks, s.saliency_norms, {n}),
+                  fp64_tensor(masks, s.sq_distances, {n, n}), fp64_tensor(masks, cosines, {n})};
   };
   // One gradient that is not finite, or too large to square, shows in a sum of its particle.
-  std::vector<double> squares(n, 0.0);
-  for (int64_t k = 0; k < size; ++k) squares[k % n] += sums[k];
-  if (!std::all_of(squares.begin(), squares.end(), [](double x) { return std::isfinite(x); })) {
-    for (double& x : squares) x = std::isfinite(x) ? 0.0 : std::nan("");
-    return pack(squares, old);
+  std::vector<double> total_sums(n, 0.0);
+  for (int64_t k = 0; k < size; ++k) total_sums[k % n] += sums[k];
+  std::vector<char> skipped(n);
+  std::transform(total_sums.begin(), total_sums.end(), skipped.begin(),
+                 [](double x) { return !std::isfinite(x); });
+  if (!skip && std::find(skipped.begin(), skipped.end(), 1) != skipped.end()) {
+    std::vector<double> cosines(n, 0.0);
+    for (int64_t i = 0; i < n; ++i)
+      if (skipped[i]) cosines[i] = std::nan("");
+    return pack(cosines, old);
   }
 
-  const auto moves = sfpk::plan_moves(old, sums, guess, n, p.sizes != nullptr, p.grams, total, settings);
+  const auto moves =
+      sfpk::plan_moves(old, sums, guess, skipped, n, p.sizes != nullptr, p.grams, total, settings);
+  p.skipped = skipped.data();
   p.slope_high = moves.slope_high.data();
   p.slope_low = moves.slope_low.data();
   p.keep = moves.keep.data();

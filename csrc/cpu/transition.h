@@ -17,16 +17,22 @@ constexpr int kGrams = 6;       // n x n each: m.m, m.u, u.u, and with sizes (c 
 constexpr int64_t kRowPadding = 32;
 
 enum class Pass { kReduce, kUpdate };
-enum class GradKind { kFloat, kBFloat16, kHalf };
+enum class FloatKind { kFloat, kBFloat16, kHalf };
+
+inline int64_t size_of(FloatKind kind) { return kind == FloatKind::kFloat ? 4 : 2; }
 
 // All of one call that a tile needs. Vectors over coordinates are (d), over particles (n).
 struct Problem {
   int64_t n, d, tile;
-  float* masks;  // (n, d)
+  void* masks;  // (n, d)
   int64_t mask_stride;
+  FloatKind mask_kind;
+  uint16_t* residual;  // (n, d) of bf16 particles: what rounding took from them
+  int64_t residual_stride;
+  uint64_t key;       // of the stochastic rounding of fp16 particles
   const void* grads;  // (n, d)
   int64_t grad_stride;
-  GradKind grad_kind;
+  FloatKind grad_kind;
   const float *weights, *saliency, *sizes;  // (d), or null
   bool weighted, repel, grams, moves;
   const float* mix;                                      // (n, n): repulsion as a mix of centred particles
@@ -34,6 +40,7 @@ struct Problem {
   const float *slope_high, *slope_low;                   // (n): u = g - slope * s, slope in two floats
   const float *keep, *radial, *tangential, *after_pull;  // (n): m += keep m + radial s + tangential u
   float pull;                                            // consensus
+  const char* skipped;                                   // (n): particles that stay where they are
 };
 
 // Adds the sums of columns [begin, end) to `sums`; the update pass also moves them.

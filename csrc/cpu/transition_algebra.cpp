@@ -49,6 +49,10 @@ std::vector<float> scales_after_pull(const State& old, const std::vector<double>
     mirror(sm, n);
     mirror(ss, n);
   }
+  // A particle without a tangential part may be one whose gradient, and so u, is not finite.
+  const auto times = [](double coefficient, double value) {
+    return coefficient != 0.0 ? coefficient * value : 0.0;
+  };
   std::vector<double> y(square);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < n; ++j) {
@@ -56,11 +60,11 @@ std::vector<float> scales_after_pull(const State& old, const std::vector<double>
       const int64_t ij = i * n + j, ji = j * n + i;
       double value;
       if (sized) {
-        value = mm[ij] + (gi + gj) * sm[ij] + gi * gj * ss[ij] + b[j] * (mu[ij] + gi * su[ij]) +
-                b[i] * (mu[ji] + gj * su[ji]) + b[i] * b[j] * uu[ij];
+        value = mm[ij] + (gi + gj) * sm[ij] + gi * gj * ss[ij] + times(b[j], mu[ij] + gi * su[ij]) +
+                times(b[i], mu[ji] + gj * su[ji]) + times(b[i] * b[j], uu[ij]);
       } else {
-        value = (1 + gi) * (1 + gj) * mm[ij] + (1 + gi) * b[j] * mu[ij] + (1 + gj) * b[i] * mu[ji] +
-                b[i] * b[j] * uu[ij];
+        value = (1 + gi) * (1 + gj) * mm[ij] + times((1 + gi) * b[j], mu[ij]) +
+                times((1 + gj) * b[i], mu[ji]) + times(b[i] * b[j], uu[ij]);
       }
       y[ij] = factor[i] * factor[j] * value;
     }
@@ -128,12 +132,17 @@ std::vector<float> repulsion_mix(const State& s, int64_t n, int64_t d, const Set
 }
 
 Moves plan_moves(const State& old, const std::vector<double>& sums, const std::vector<float>& guess,
-                 int64_t n, bool sized, bool grams, double total, const Settings& settings) {
+                 const std::vector<char>& skipped, int64_t n, bool sized, bool grams, double total,
+                 const Settings& settings) {
   // Per particle: m' = f (m + alpha s + b u), u = g - slope * s; all in fp64.
   std::vector<double> alpha(n), b(n), factor(n, 1.0), rest(n);
   const std::vector<float> zeros(n, 0.0f);
   Moves moves{std::vector<double>(n, 0.0), zeros, zeros, zeros, zeros, zeros, zeros};
   for (int64_t i = 0; i < n; ++i) {
+    if (skipped[i]) {
+      moves.cosines[i] = std::nan("");
+      continue;
+    }
     const double ee = sums[i], es = sums[n + i], eu = sums[2 * n + i], uu = sums[3 * n + i],
                  us = sums[4 * n + i];
     const double norm = old.slope_norms[i], ss = norm * norm;

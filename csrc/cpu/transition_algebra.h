@@ -36,8 +36,10 @@ State state_from(const std::vector<double>& sums, int64_t n, bool sized, double 
 // Repulsion as a mix of particles (n, n): lambda (2 / (n h_ij)) kappa_ij as a graph Laplacian.
 std::vector<float> repulsion_mix(const State& state, int64_t n, int64_t d, const Settings& settings);
 
-// From the sums of a reduce pass that accumulated u = g - guess * s; `grams`: with the Gram matrices.
+// From the sums of a reduce pass that accumulated u = g - guess * s; `grams`: with the Gram matrices. The
+// coefficients of skipped particles are zeros, their cosines NaN.
 Moves plan_moves(const State& old, const std::vector<double>& sums, const std::vector<float>& guess,
-                 int64_t n, bool sized, bool grams, double total, const Settings& settings);
+                 const std::vector<char>& skipped, int64_t n, bool sized, bool grams, double total,
+                 const Settings& settings);
 
 }  // namespace sfpk

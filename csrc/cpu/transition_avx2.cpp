@@ -1,4 +1,5 @@
 // The transition's tile arithmetic for avx2.
+#include "rounding.h"
 #include "transition.h"
 
 #if defined(__x86_64__)

@@ -1,4 +1,5 @@
 // The transition's tile arithmetic for baseline.
+#include "rounding.h"
 #include "transition.h"
 
 #define SFPK_LANES 4

@@ -57,18 +57,42 @@ static void pad(const float* from, int64_t count, int64_t width, float* to) {
   for (int64_t v = count; v < width; ++v) to[v] = 0.0f;
 }
 
-// Points the tile at columns [begin, begin + count); a ragged one is copied to padded scratch.
+// `count` values of any kind as fp32, zeros up to `width`.
+static void convert(const void* from, FloatKind kind, int64_t first, int64_t count, int64_t width,
+                    float* to) {
+  if (kind == FloatKind::kFloat) return pad(static_cast<const float*>(from) + first, count, width, to);
+  const auto* bits = static_cast<const uint16_t*>(from) + first;
+  if (kind == FloatKind::kBFloat16) {
+    for (int64_t v = 0; v < count; ++v) to[v] = float_from_bfloat16(bits[v]);
+  } else {
+    for (int64_t v = 0; v < count; ++v) to[v] = float_from_half(bits[v]);
+  }
+  for (int64_t v = count; v < width; ++v) to[v] = 0.0f;
+}
+
+// Particle i in this tile as fp32, in t.copy.
+static void copy_masks(const Problem& p, const Tile& t, int64_t i) {
+  float* to = t.copy + i * t.stride;
+  convert(p.masks, p.mask_kind, i * p.mask_stride + t.begin, t.count, t.width, to);
+  if (!p.residual) return;
+  const uint16_t* rest = p.residual + i * p.residual_stride + t.begin;
+  for (int64_t v = 0; v < t.count; ++v) to[v] += float_from_bfloat16(rest[v]);
+}
+
+// Points the tile at columns [begin, begin + count); a ragged one, and particles of two bytes, are copied to
+// padded scratch.
 static void open_tile(const Problem& p, Tile& t, int64_t begin, int64_t count) {
   t.begin = begin;
   t.count = count;
   t.width = (count + kStep - 1) / kStep * kStep;
   const bool ragged = t.width != count;
-  t.masks = p.masks + begin;
-  t.mask_stride = p.mask_stride;
-  if (ragged) {
-    for (int64_t i = 0; i < p.n; ++i) pad(t.masks + i * t.mask_stride, count, t.width, t.copy + i * t.stride);
+  if (ragged || p.mask_kind != FloatKind::kFloat) {
+    for (int64_t i = 0; i < p.n; ++i) copy_masks(p, t, i);
     t.masks = t.copy;
     t.mask_stride = t.stride;
+  } else {
+    t.masks = static_cast<const float*>(p.masks) + begin;
+    t.mask_stride = p.mask_stride;
   }
   int64_t slot = 0;
   const auto vector = [&](const float* all) -> const float* {
@@ -86,34 +110,25 @@ static void open_tile(const Problem& p, Tile& t, int64_t begin, int64_t count) {
 // The gradients of particle i in this tile as fp32, in place or through t.row.
 static const float* open_grads(const Problem& p, const Tile& t, int64_t i) {
   const int64_t first = i * p.grad_stride + t.begin;
-  if (p.grad_kind == GradKind::kFloat) {
-    const float* grads = static_cast<const float*>(p.grads) + first;
-    if (t.width == t.count) return grads;
-    pad(grads, t.count, t.width, t.row);
-    return t.row;
-  }
-  const auto* bits = static_cast<const uint16_t*>(p.grads) + first;
-  if (p.grad_kind == GradKind::kBFloat16) {
-    for (int64_t v = 0; v < t.count; ++v) t.row[v] = float_from_bfloat16(bits[v]);
-  } else {
-    for (int64_t v = 0; v < t.count; ++v) t.row[v] = float_from_half(bits[v]);
-  }
-  for (int64_t v = t.count; v < t.width; ++v) t.row[v] = 0.0f;
+  if (p.grad_kind == FloatKind::kFloat && t.width == t.count)
+    return static_cast<const float*>(p.grads) + first;
+  convert(p.grads, p.grad_kind, first, t.count, t.width, t.row);
   return t.row;
 }
 
 // What particle i will need of the next tile, on its way to L2 while this one is computed.
 struct Ahead {
   const char *masks, *grads;
-  int64_t grad_size;
+  int64_t mask_size, grad_size;
 
-  Ahead(const Problem& p, const Tile& t, int64_t i) {
-    grad_size = p.grad_kind == GradKind::kFloat ? 4 : 2;
-    masks = reinterpret_cast<const char*>(p.masks + i * p.mask_stride + t.begin + p.tile);
-    grads = static_cast<const char*>(p.grads) + (i * p.grad_stride + t.begin + p.tile) * grad_size;
+  Ahead(const Problem& p, const Tile& t, int64_t i)
+      : mask_size(size_of(p.mask_kind)), grad_size(size_of(p.grad_kind)) {
+    const int64_t next = t.begin + p.tile;
+    masks = static_cast<const char*>(p.masks) + (i * p.mask_stride + next) * mask_size;
+    grads = static_cast<const char*>(p.grads) + (i * p.grad_stride + next) * grad_size;
   }
   void fetch(int64_t v) const {
-    __builtin_prefetch(masks + 4 * v, 0, 2);
+    __builtin_prefetch(masks + mask_size * v, 0, 2);
     __builtin_prefetch(grads + grad_size * v, 0, 2);
   }
 };
@@ -309,17 +324,41 @@ static void reduce_tile(const Problem& p, Tile& t, double* sums) {
   gram(scaled, t.stride, u, t.stride, p.n, t.width, out + 2 * square, true);
 }
 
-static void write_back(const Problem& p, const Tile& t, int64_t i, const float* from) {
-  float* to = p.masks + i * p.mask_stride + t.begin;
-  for (int64_t v = 0; v < t.count; ++v) to[v] = from[v];
+// Stores row i of t.other; afterwards the row holds what a reader of the particles will see.
+static void write_back(const Problem& p, const Tile& t, int64_t i) {
+  float* row = t.other + i * t.stride;
+  const int64_t first = i * p.mask_stride + t.begin;
+  if (p.mask_kind == FloatKind::kFloat) {
+    float* to = static_cast<float*>(p.masks) + first;
+    for (int64_t v = 0; v < t.count; ++v) to[v] = row[v];
+    return;
+  }
+  uint16_t* to = static_cast<uint16_t*>(p.masks) + first;
+  if (p.mask_kind == FloatKind::kHalf) {
+    const RowBits random(p.key, i);
+    for (int64_t v = 0; v < t.count; ++v) {
+      row[v] = round_to_half(row[v], random.at(t.begin + v));
+      to[v] = half_from_exact(row[v]);
+    }
+    return;
+  }
+  uint16_t* rest = p.residual + i * p.residual_stride + t.begin;
+  for (int64_t v = 0; v < t.count; ++v) {
+    to[v] = bfloat16_from_float(row[v]);
+    const float rounded = float_from_bfloat16(to[v]);
+    rest[v] = bfloat16_from_float(row[v] - rounded);
+    row[v] = rounded + float_from_bfloat16(rest[v]);
+  }
 }
 
 // t.other row i <- particle i moved.
 template <class H>
 static void move_row(const Problem& p, const Tile& t, int64_t i) {
-  const float *grads = open_grads(p, t, i), *m = t.masks + i * t.mask_stride;
-  const float* force = p.repel ? t.force + i * t.stride : nullptr;
+  const float* m = t.masks + i * t.mask_stride;
   float* to = t.other + i * t.stride;
+  if (p.skipped[i]) return pad(m, t.width, t.width, to);
+  const float* grads = open_grads(p, t, i);
+  const float* force = p.repel ? t.force + i * t.stride : nullptr;
   const float high = p.slope_high[i], low = p.slope_low[i];
   const float keep = p.keep[i], radial = p.radial[i], tangential = p.tangential[i];
   const Ahead ahead(p, t, i);
@@ -345,6 +384,7 @@ static void pull_rows(const Problem& p, const Tile& t) {
     for (int64_t i = 0; i < p.n; ++i) mean += load(t.other + i * t.stride + v);
     mean *= inverse;
     for (int64_t i = 0; i < p.n; ++i) {
+      if (p.skipped[i]) continue;
       float* m = t.other + i * t.stride + v;
       const Vec pulled = load(m) + p.pull * (mean - load(m));
       store(m, pulled + p.after_pull[i] * pulled);
@@ -360,7 +400,8 @@ static void update_tile(const Problem& p, Tile& t, double* sums) {
       for (int64_t i = 0; i < p.n; ++i) move_row<decltype(have)>(p, t, i);
     });
     if (p.pull > 0.0f) pull_rows(p, t);
-    for (int64_t i = 0; i < p.n; ++i) write_back(p, t, i, t.other + i * t.stride);
+    for (int64_t i = 0; i < p.n; ++i)
+      if (!p.skipped[i]) write_back(p, t, i);
     t.masks = t.other;
     t.mask_stride = t.stride;
   }

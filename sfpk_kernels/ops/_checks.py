@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -43,6 +44,19 @@ def is_real(op: str, name: str, value: Any, wanted: str, low: float, high: float
     if not (math.isfinite(number) and above and number <= high):
         raise ValueError(f"{op}: {name}: wanted a number {wanted}, got {value!r}")
     return number
+
+
+_lowest: Any = WeakTensorKeyDictionary()  # tensor → (version, lowest value): constants of a run are looked at once
+
+
+def at_least(op: str, name: str, value: Tensor, low: float, *, strictly: bool = False) -> None:
+    """Every entry of ``value`` is ≥ ``low`` (> with ``strictly``)."""
+    version, lowest = _lowest.get(value, (None, 0.0))
+    if version is None or version != value._version:
+        version, lowest = value._version, float(value.min())
+        _lowest[value] = version, lowest
+    if not (lowest > low if strictly else lowest >= low):
+        raise ValueError(f"{op}: {name}: wanted all {'>' if strictly else '≥'} {low:g}, got {lowest}")
 
 
 def is_one_of(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 from ..._dispatch import Backend, choose
 from .. import _checks as check
 from . import cpp, reference
-from .reference import TransitionStats
+from .reference import TransitionStats, check_finite
+from .rounding import rounding_key
 
 KERNELS = ("rbf", "weighted_rbf")
 DENSITIES = ("l2", "l2_squared")
+NONFINITE = ("raise", "skip")
 
 _OP = "transition_"
 _BACKENDS = {
@@ -23,7 +26,7 @@ _BACKENDS = {
 
 
 def transition_(
-    masks: Tensor,  # (n, d) fp32 or fp64: the particles, moved in place
+    masks: Tensor,  # (n, d) fp32, fp64, fp16, or bf16 with residual: the particles, moved in place
     grads: Tensor,  # (n, d) any float: ∂L/∂m, or ∂L/∂W when weights is given
     *,
     step: float,  # Δt > 0: how far the soft sparsity moves
@@ -38,6 +41,10 @@ def transition_(
     weights: Tensor | None = None,  # (d,) θ
     state: TransitionStats | None = None,
     eps: float = 0.0,
+    residual: Tensor | None = None,  # (n, d) bf16, changed in place
+    seed: int = 0,
+    step_index: int = 0,
+    nonfinite: str = "raise",
     backend: str | None = None,
 ) -> TransitionStats:
     """Move every particle one step towards higher sparsity and lower energy (SFPK, Proposition 2, eq. 8).
@@ -53,7 +60,8 @@ def transition_(
     ``m_i ← m_i + η (m̄ - m_i)``; scale again. A row of zeros has no direction and stays as it is.
 
     Args:
-        masks: particles, one per row; any row stride.
+        masks: particles, one per row; any row stride. The arithmetic is fp32 (fp64 for fp64 particles); fp16 ones are
+            rounded stochastically (see ``seed``), bf16 ones leave their rounding error in ``residual``.
         grads: gradient of the loss by the mask, per particle; with ``weights`` the gradient by the masked
             weights, and θ is multiplied in here.
         step: Δt > 0, ``ρ_{k-1} - ρ_k`` of the schedule.
@@ -70,6 +78,13 @@ def transition_(
         state: the stats the previous call on these particles returned (same kernel, saliency, sizes, density,
             particles untouched since); spares the pass over ``masks`` that measures them.
         eps: added to ``(‖s‖‖u‖)²`` under the root, as the authors' code does; replaces the 1e-6 rule.
+        residual: what rounding took from bf16 particles, zeros at first: the particle is ``masks + residual``.
+            Wanted for bf16 particles and for no others.
+        seed, step_index: of the random bits that round fp16 particles; they depend on these, row and column alone.
+            Give every step of a run its own index.
+        nonfinite: what to do about gradients that are not finite: ``"raise"``, or ``"skip"``: such a particle stays
+            where it is in this step, the others move, and its cosine is NaN. On a GPU ``"raise"`` waits for the
+            step's end, ``"skip"`` never waits.
         backend: ``None`` for the fastest available.
 
     Returns:
@@ -81,7 +96,7 @@ def transition_(
             message names the particles). ``masks`` is untouched then.
     """
     op = _OP
-    check.is_tensor(op, "masks", masks, (torch.float32, torch.float64))
+    check.is_tensor(op, "masks", masks)
     if masks.dim() != 2 or masks.shape[0] < 1 or masks.shape[1] < 1:
         raise ValueError(f"{op}: masks: wanted shape (n ≥ 1, d ≥ 1), got {tuple(masks.shape)}")
     check.is_tensor(op, "grads", grads)
@@ -92,6 +107,17 @@ def transition_(
             check.is_tensor(op, name, vector)
             check.has_shape(op, name, vector, (masks.shape[1],))
             check.same_device(op, name, vector, masks.device)
+    if (masks.dtype == torch.bfloat16) != (residual is not None):
+        wanted = "a bf16 tensor with bf16 masks" if residual is None else f"None with {masks.dtype} masks"
+        raise ValueError(f"{op}: residual: wanted {wanted}, got {'None' if residual is None else 'a tensor'}")
+    if residual is not None:
+        check.is_tensor(op, "residual", residual, (torch.bfloat16,))
+        check.has_shape(op, "residual", residual, tuple(masks.shape))
+        check.same_device(op, "residual", residual, masks.device)
+    for name, value in (("seed", seed), ("step_index", step_index)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{op}: {name}: wanted an integer, got {value!r}")
+    check.is_one_of(op, "nonfinite", nonfinite, NONFINITE)
     check.is_one_of(op, "kernel", kernel, KERNELS)
     check.is_one_of(op, "density", density, DENSITIES)
     if kernel == "weighted_rbf" and saliency is None:
@@ -110,8 +136,9 @@ def transition_(
         check.same_device(op, "state", state.sq_distances, masks.device)
     # fmt: off
     results = torch.ops.sfpk.transition_(
-        masks, grads, weights, saliency, sizes, list(state) if state is not None else [],
-        step, radius, repulsion, kernel, density, target_density, consensus, eps, backend or "",
+        masks, grads, weights, saliency, sizes, residual, list(state) if state is not None else [],
+        step, radius, repulsion, kernel, density, target_density, consensus, eps,
+        rounding_key(int(seed), int(step_index)), nonfinite == "skip", backend or "",
     )
     # fmt: on
     return TransitionStats(*results)
@@ -119,9 +146,10 @@ def transition_(
 
 torch.library.define(
     "sfpk::transition_",
-    "(Tensor(a!) masks, Tensor grads, Tensor? weights, Tensor? saliency, Tensor? sizes, Tensor[] state, "
-    "float step, float radius, float repulsion, str kernel, str density, float? target_density, "
-    "float consensus, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor(a!) masks, Tensor grads, Tensor? weights, Tensor? saliency, Tensor? sizes, "
+    "Tensor(b!)? residual, Tensor[] state, float step, float radius, float repulsion, str kernel, str density, "
+    "float? target_density, float consensus, float eps, int key, bool skip, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -132,6 +160,7 @@ def _transition_(
     weights: Tensor | None,
     saliency: Tensor | None,
     sizes: Tensor | None,
+    residual: Tensor | None,
     state: list[Tensor],
     step: float,
     radius: float,
@@ -141,21 +170,25 @@ def _transition_(
     target_density: float | None,
     consensus: float,
     eps: float,
+    key: int,
+    skip: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
     if check.share_memory(masks, grads):
         raise ValueError("transition_: grads: wanted memory of its own, got memory shared with masks")
-    if sizes is not None and not bool(sizes.min() > 0):
-        raise ValueError(f"transition_: sizes: wanted all > 0, got {float(sizes.min())}")
-    if kernel == "weighted_rbf" and saliency is not None and not bool(saliency.min() >= 0):
-        raise ValueError(f"transition_: saliency: wanted all ≥ 0, got {float(saliency.min())}")
-    return tuple(
-        choose(_OP, backend, _BACKENDS, masks)(
+    if residual is not None and (check.share_memory(masks, residual) or check.share_memory(grads, residual)):
+        raise ValueError("transition_: residual: wanted memory of its own, got memory shared with masks or grads")
+    if sizes is not None:
+        check.at_least(_OP, "sizes", sizes, 0.0, strictly=True)
+    if kernel == "weighted_rbf" and saliency is not None:
+        check.at_least(_OP, "saliency", saliency, 0.0)
+    stats: TransitionStats = choose(_OP, backend, _BACKENDS, masks)(
             masks,
             grads,
             weights,
             saliency,
             sizes,
+            residual,
             TransitionStats(*state) if state else None,
             step=step,
             radius=radius,
@@ -165,8 +198,12 @@ def _transition_(
             target_density=target_density,
             consensus=consensus,
             eps=eps,
+            key=key,
+            skip=skip,
         )
-    )
+    if not skip:
+        check_finite(stats.cosines)
+    return tuple(stats)
 
 
 @torch.library.register_fake("sfpk::transition_")

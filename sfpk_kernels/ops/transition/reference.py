@@ -1,6 +1,6 @@
 """The projected transition in plain PyTorch: the ground truth every other backend is compared with.
 
-Elementwise arithmetic runs in the dtype of ``masks``, every sum over coordinates in fp64.
+Elementwise arithmetic runs in the dtype of ``masks`` (fp32 for two-byte ones), every sum over coordinates in fp64.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import rounding
 
 # Below this share of ‖g‖ the tangential part is rounding noise of fp32 products, not a direction.
 TANGENT_TOLERANCE = 1e-6
@@ -23,7 +25,7 @@ class TransitionStats(NamedTuple):
     slope_norms: Tensor  # (n,) ‖c ⊙ m_i‖₂ after the step; equals norms where sizes is None
     saliency_norms: Tensor  # (n,) Σ_e a_e m_ie² after the step; zeros for kernel "rbf"
     sq_distances: Tensor  # (n, n) q_ij = Σ_e w_e (m_ie - m_je)² after the step
-    cosines: Tensor  # (n,) cosine between the transition's move and the descent direction -∂L/∂m_i
+    cosines: Tensor  # (n,) cosine between the transition's move and the descent direction -∂L/∂m_i; NaN if skipped
 
 
 def _sum(values: Tensor) -> Tensor:
@@ -107,6 +109,7 @@ def transition_(
     weights: Tensor | None,  # (d,)
     saliency: Tensor | None,  # (d,)
     sizes: Tensor | None,  # (d,)
+    residual: Tensor | None,  # (n, d)
     state: TransitionStats | None,
     *,
     step: float,
@@ -117,30 +120,35 @@ def transition_(
     target_density: float | None,
     consensus: float,
     eps: float,
+    key: int,
+    skip: bool,
 ) -> TransitionStats:
     """One step of every particle, all reading the old positions; see :func:`sfpk_kernels.ops.transition_`."""
-    dtype = masks.dtype
+    particles = rounding.read(masks, residual)
+    n, dtype = masks.shape[0], particles.dtype
     weights, saliency, sizes = (t if t is None else t.to(dtype) for t in (weights, saliency, sizes))
     descent = -grads.to(dtype)
     if weights is not None:
         descent = descent * weights
     descent_norm = _sum(descent.square()).sqrt()
-    check_finite(descent_norm)
+    if not skip:
+        check_finite(descent_norm)
+    skipped = ~torch.isfinite(descent_norm)
+    descent[skipped], descent_norm[skipped] = 0.0, 0.0
     if state is None:
-        state = measure(masks, saliency, sizes, kernel, density)
+        state = measure(particles, saliency, sizes, kernel, density)
 
     g = descent
-    if repulsion > 0 and masks.shape[0] > 1:
-        g = g + repulsion * _repulsion(masks, state, saliency, kernel)
+    if repulsion > 0 and n > 1:
+        g = g + repulsion * _repulsion(particles, state, saliency, kernel)
 
     # ∇s = -c ⊙ m · (1 / (D ρ) for l2, 2 / D for l2_squared)
     total = float(masks.shape[1]) if sizes is None else _sum(sizes)
     scale = 1.0 / (total * state.densities) if density == "l2" else 2.0 / total
     slope_norm = state.slope_norms * scale  # ‖s‖
     alive = slope_norm > 0
-    unit = (masks if sizes is None else masks * sizes) * torch.where(alive, -1.0 / state.slope_norms, 0.0).to(dtype)[
-        :, None
-    ]  # ŝ
+    to_unit = torch.where(alive, -1.0 / state.slope_norms, 0.0).to(dtype)[:, None]
+    unit = (particles if sizes is None else particles * sizes) * to_unit  # ŝ
 
     u = g - _sum(unit * g).to(dtype)[:, None] * unit
     u_norm = _sum(u.square()).sqrt()
@@ -157,11 +165,23 @@ def transition_(
     product = descent_norm * _sum(move.square()).sqrt()
     cosines = torch.where(product > 0, _sum(move * descent) / product, 0.0)
 
-    masks.add_(move)
+    moved = particles + move
     if target_density is not None:
-        _retract_(masks, sizes, density, target_density)
-    if consensus > 0 and masks.shape[0] > 1:
-        masks.lerp_(masks.mean(dim=0, keepdim=True).expand_as(masks), consensus)
+        _retract_(moved, sizes, density, target_density)
+    moved[skipped] = particles[skipped]
+    if consensus > 0 and n > 1:
+        moved.lerp_(moved.mean(dim=0, keepdim=True).expand_as(moved), consensus)
         if target_density is not None:
-            _retract_(masks, sizes, density, target_density)
-    return measure(masks, saliency, sizes, kernel, density)._replace(cosines=cosines)
+            _retract_(moved, sizes, density, target_density)
+
+    if masks.dtype in rounding.TWO_BYTES:
+        before = masks[skipped], residual[skipped] if residual is not None else None
+        rounding.write_(moved, masks, residual, key)
+        masks[skipped] = before[0]
+        if residual is not None:
+            residual[skipped] = before[1]
+    else:
+        moved[skipped] = particles[skipped]
+        masks.copy_(moved)
+    stats = measure(rounding.read(masks, residual), saliency, sizes, kernel, density)
+    return stats._replace(cosines=cosines.masked_fill(skipped, float("nan")))
