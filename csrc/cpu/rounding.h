@@ -20,8 +20,8 @@ struct RowBits {
   uint32_t first, second;
 
   RowBits(uint64_t key, int64_t row) {
-    first = mix_bits(static_cast<uint32_t>(key) + static_cast<uint32_t>(row) * 0x9e3779b9u);
-    second = mix_bits(first ^ static_cast<uint32_t>(key >> 32));
+    first = mix_bits(static_cast<uint32_t>(key & 0x7fffffffu) + static_cast<uint32_t>(row) * 0x9e3779b9u);
+    second = mix_bits(first ^ static_cast<uint32_t>(key >> 31));
   }
   uint32_t at(int64_t column) const {
     const auto low = static_cast<uint32_t>(column);

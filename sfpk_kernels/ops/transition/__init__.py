@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._dispatch import Backend, choose
 from .. import _checks as check
-from . import cpp, reference
+from . import cpp, reference, triton_backend
 from .reference import TransitionStats, check_finite
 from .rounding import rounding_key
 
@@ -21,6 +21,7 @@ NONFINITE = ("raise", "skip")
 _OP = "transition_"
 _BACKENDS = {
     "cpp": Backend(cpp.transition_, cpp.why_not),
+    "triton": Backend(triton_backend.transition_, triton_backend.why_not),
     "reference": Backend(reference.transition_),
 }
 

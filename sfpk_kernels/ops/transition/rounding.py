@@ -20,7 +20,7 @@ TWO_BYTES = (torch.float16, torch.bfloat16)
 def rounding_key(
     seed: int,  # any integer
     step: int,  # any integer
-) -> int:  # in [0, 2⁶³)
+) -> int:  # in [0, 2⁶²)
     """One key per seed and step (splitmix64, Steele et al. 2014); neighbouring ones have nothing in common."""
     word = 0xFFFFFFFFFFFFFFFF
     state = seed & word
@@ -29,7 +29,7 @@ def rounding_key(
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & word
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & word
         state ^= state >> 31
-    return state >> 1
+    return state >> 2
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -45,8 +45,8 @@ def random_bits(rows: int, columns: int, key: int, device: torch.device) -> Tens
     """Uniform 32-bit words, a function of key, row and column."""
     row = torch.arange(rows, dtype=torch.int64, device=device)[:, None]
     column = torch.arange(columns, dtype=torch.int64, device=device)
-    first = _mix(((key & _WORD) + row * 0x9E3779B9) & _WORD)
-    second = _mix(first ^ (key >> 32))
+    first = _mix(((key & 0x7FFFFFFF) + row * 0x9E3779B9) & _WORD)
+    second = _mix(first ^ (key >> 31))
     low, high = column & _WORD, column >> 32
     return _mix((_mix(low ^ first) + second + high * 0x85EBCA6B) & _WORD)
 

@@ -1,0 +1,49 @@
+"""Whether Triton can run here, without importing it before it is asked for."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+from torch import Tensor
+
+_OLDEST = (3, 4)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``): on the CPU, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _OLDEST:
+        return f"it needs Triton {_OLDEST[0]}.{_OLDEST[1]} or newer, {triton.__version__} is installed"
+    return None
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """Why Triton kernels cannot run on this tensor, or None if they can."""
+    if tensor.device.type == "cpu" and not interpreted():
+        return "it runs on GPUs, the tensor is on the CPU (TRITON_INTERPRET=1 interprets it there, for tests)"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"it runs on CUDA devices, the tensor is on {tensor.device}"
+    return _missing()
+
+
+def unavailable() -> str | None:
+    """Why Triton kernels cannot run on any tensor of this machine, or None."""
+    missing = _missing()
+    if missing:
+        return missing
+    import torch
+
+    if not torch.cuda.is_available() and not interpreted():
+        return "there is no CUDA device"
+    return None

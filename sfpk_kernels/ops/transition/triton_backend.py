@@ -1,0 +1,174 @@
+"""Launches the Triton kernels of the fused transition (triton_kernels.py, imported only when it runs)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _triton
+from .reference import TransitionStats
+
+MOST_PARTICLES = 256
+WHOLE_COLUMNS = 4096  # up to here one program does the step: launches would cost more than the arithmetic
+_FLUSH_COLUMNS = 4096  # summed in fp32 before fp64 takes over
+_SLOTS = 1024
+_SLOT_SUMS = 1 << 24  # fp64 sums in all slots together
+
+
+class Tiling(NamedTuple):
+    """Fixed by n alone and not tuned at run time: another tile would add in another order, and change bits."""
+
+    n: int  # particles, padded to a power of two
+    columns: int
+    part: int  # particles at a time in products with the (n, n) mix
+    warps: int
+    precision: str
+
+
+def tiling(n: int) -> Tiling:
+    """Tiles whose (n, columns) temporaries and (n, n) sums fit the registers; see tests/test_triton_compiles.py."""
+    if n <= 16:
+        return Tiling(16, 128, 16, 4, "ieee")
+    if n <= 32:
+        return Tiling(32, 128, 32, 4, "ieee")
+    # More arithmetic per byte than fp32 units keep up with: tensor cores, three tf32 products per fp32 one.
+    if n <= 64:
+        return Tiling(64, 64, 64, 8, "tf32x3")
+    if n <= 128:
+        return Tiling(128, 64, 128, 8, "tf32x3")
+    return Tiling(256, 32, 64, 8, "tf32x3")
+
+
+def sums_gram_matrices(n: int, sized: bool) -> bool:
+    """Whether the reduce pass has registers for the Gram matrices that retraction after a pull takes from it.
+
+    Where it has not, a scaling pass behind the update does the same.
+    """
+    return n <= (32 if sized else 64)
+
+
+def why_not(masks: Tensor) -> str | None:
+    """Why the kernels cannot run on these particles."""
+    reason = _triton.why_not(masks)
+    if reason:
+        return reason
+    if masks.dtype == torch.float64:
+        return "it takes fp32, fp16 and bf16 particles, these are float64"
+    if masks.shape[1] > 1 and masks.stride(1) != 1:
+        return f"it takes rows without gaps, these have a column stride of {masks.stride(1)}"
+    if masks.shape[0] > 1 and abs(masks.stride(0)) < masks.shape[1]:
+        return f"it takes rows that do not overlap, these have a row stride of {masks.stride(0)}"
+    if masks.shape[0] > MOST_PARTICLES:
+        return f"it takes up to {MOST_PARTICLES} particles, these are {masks.shape[0]}"
+    return None
+
+
+def _two_floats(value: float) -> tuple[float, float]:
+    """A double as the sum of two fp32 numbers."""
+    high = torch.tensor(value, dtype=torch.float32).item()
+    return high, value - high
+
+
+def transition_(
+    masks: Tensor,  # (n, d) fp32, fp16 or bf16, moved in place
+    grads: Tensor,  # (n, d)
+    weights: Tensor | None,
+    saliency: Tensor | None,
+    sizes: Tensor | None,
+    residual: Tensor | None,
+    state: TransitionStats | None,
+    *,
+    step: float,
+    radius: float,
+    repulsion: float,
+    kernel: str,
+    density: str,
+    target_density: float | None,
+    consensus: float,
+    eps: float,
+    key: int,
+    skip: bool,
+) -> TransitionStats:
+    """As :func:`.reference.transition_`, in two passes over the particles and without a host synchronisation."""
+    from . import triton_kernels
+
+    if grads.shape[1] > 1 and grads.stride(1) != 1:
+        grads = grads.contiguous()
+    if residual is not None and residual.shape[1] > 1 and residual.stride(1) != 1:
+        raise ValueError("transition_: residual: wanted rows without gaps for backend 'triton', got a column stride")
+    weights, saliency, sizes = (t if t is None else t.contiguous() for t in (weights, saliency, sizes))
+    n, d = masks.shape
+    tile = tiling(n)
+    weighted, retract, pulls = kernel == "weighted_rbf", target_density is not None, consensus > 0 and n > 1
+    grams = pulls and retract and sums_gram_matrices(tile.n, sizes is not None)
+    rescales = pulls and retract and not grams
+    square = tile.n**2
+    size = max(8 * tile.n + grams * (6 if sizes is not None else 3) * square, 4 * tile.n + square)
+
+    flush = _FLUSH_COLUMNS // tile.columns
+    tiles = math.ceil(d / tile.columns)
+    slots = min(math.ceil(tiles / flush), max(128, min(_SLOTS, _SLOT_SUMS // size)))
+    tiles_per_slot = math.ceil(tiles / slots)
+    slots = math.ceil(tiles / tiles_per_slot)
+    whole = slots == 1 and d <= WHOLE_COLUMNS and not rescales and tile.n == tile.part
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=masks.device)
+
+    def new_stats() -> TransitionStats:
+        return TransitionStats(empty(n), empty(n), empty(n), empty(n), empty(n, n), empty(n))
+
+    new = new_stats()
+    old = state if state is not None else new_stats()
+    sums = empty(size)
+    slot_sums = sums if slots == 1 else empty(slots, size)
+    mix, guess, moves = (empty(*s, dtype=torch.float32) for s in ((tile.n, tile.n), (tile.n,), (7, tile.n)))
+    scratch = empty(5, tile.n)
+    total = None if sizes is None else sizes.sum(dtype=torch.float64)
+    numbers = (float(d), step, math.sqrt(radius**2 - 1), repulsion, eps, target_density or 1.0, consensus)
+    floats = [part for number in numbers for part in _two_floats(number)]
+
+    def launch(stage: str, grid: tuple[int, ...], before: TransitionStats, after: TransitionStats, key: int) -> None:
+        # fmt: off
+        triton_kernels.transition[grid](
+            masks, masks.stride(0), residual, 0 if residual is None else residual.stride(0), grads, grads.stride(0),
+            weights, saliency, sizes, total, *before[:5], *after, mix, guess, moves, scratch, slot_sums, sums,
+            n, d, tiles_per_slot * tile.columns, max(1, tiles // 16) * tile.columns, *floats,
+            key & 0x7FFFFFFF, key >> 31,
+            STAGE=stage, SIZE=size, N=tile.n, B=tile.columns, PART=tile.part, FLUSH=flush, WEIGHTED=weighted,
+            SQUARED=density == "l2_squared", RETRACT=retract, REPEL=repulsion > 0 and n > 1 and stage != "rescale",
+            PULL=pulls, GRAMS=grams, HAS_EPS=eps > 0, SKIP=skip, PRECISION=tile.precision,
+            num_warps=tile.warps, num_stages=1, enable_fp_fusion=True,
+        )
+        # fmt: on
+
+    def pass_over(stage: str, after: TransitionStats = new) -> None:
+        """One pass over the particles and its sums, slot by slot and together."""
+        launch(stage, (slots,), old, after, key ^ (stage == "rescale"))
+        if stage != "reduce" and tile.n > tile.part:
+            launch("distances", (slots, (tile.n // tile.part) ** 2), old, after, key)
+        if slots > 1:
+            block = 128
+            triton_kernels.combine[(math.ceil(size / block),)](
+                slot_sums, sums, slots, SIZE=size, BLOCK=block, num_warps=4, enable_fp_fusion=True
+            )
+
+    with torch.cuda.device_of(masks):
+        if state is None:
+            pass_over("measure", old)
+            launch("finish", (1,), old, old, key)
+        if whole:
+            launch("whole", (1,), old, new, key)
+            return new
+        launch("prepare", (1,), old, new, key)
+        pass_over("reduce")
+        launch("plan", (1,), old, new, key)
+        pass_over("update")
+        if rescales:
+            launch("plan rescale", (1,), old, new, key)
+            pass_over("rescale")
+        launch("finish", (1,), old, new, key)
+    return new
