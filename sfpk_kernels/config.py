@@ -53,6 +53,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "bn": ("batch", "running"),
     "energy_mode": ("auto", "vmap", "sequential"),
     "backend": (*BACKENDS, None),
+    "particle_dtype": ("float32", "float16", "bfloat16"),
 }
 
 
@@ -91,6 +92,8 @@ class SFPKConfig:
             ``"auto"``.
         chunk_size: particles per vmap call, ``None`` for all.
         backend: kernel backend of the ops that have it, ``None`` for the fastest available.
+        particle_dtype: how particles are kept. ``"float16"``: half the memory, rounded stochastically, masks a little
+            different (on long runs too). ``"bfloat16"``: with its rounding error beside it, the memory of fp32.
         seed: of every random number the run draws, data order included.
 
     Raises:
@@ -122,6 +125,7 @@ class SFPKConfig:
     energy_mode: str = "auto"
     chunk_size: int | None = None
     backend: str | None = None
+    particle_dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:

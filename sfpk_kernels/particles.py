@@ -22,13 +22,16 @@ class ParticleSystem:
         saliency: a_e (d,), read by the weighted kernel.
 
     Attributes:
-        masks: (n, d), the particles. May be written between steps; the statistics are then measured anew.
+        masks: (n, d) in ``config.particle_dtype``, the particles. May be written between steps; the statistics are then measured anew.
         step: steps done, 0 … K.
         schedule: K + 1 soft densities, ρ_0 = 1 … ρ_K = 1 - sparsity.
     """
 
     def __init__(self, d: int, config: SFPKConfig, theta: Tensor, saliency: Tensor):
-        self.masks = theta.new_ones(config.n_particles, d)
+        dtype = theta.dtype if config.particle_dtype == "float32" else getattr(torch, config.particle_dtype)
+        self.masks = theta.new_ones(config.n_particles, d, dtype=dtype)
+        # What rounding took from bf16 particles.
+        self._residual = torch.zeros_like(self.masks) if dtype == torch.bfloat16 else None
         self.step = 0
         self.schedule = density_schedule(config.schedule, config.target_density, config.n_steps)
         self._config = config
@@ -53,7 +56,8 @@ class ParticleSystem:
         stats = self.stats
         if stats is not None:
             return stats.densities
-        share = self.masks.square().mean(dim=1, dtype=torch.float64)
+        norms = torch.linalg.vector_norm(self.masks, dim=1, dtype=torch.float64)
+        share = norms.square() / self.masks.shape[1]
         return share.sqrt() if self._config.density == "l2" else share
 
     def move_(
@@ -78,6 +82,9 @@ class ParticleSystem:
             weights=self._theta,
             state=self.stats,
             eps=config.eps,
+            residual=self._residual,
+            seed=config.seed,
+            step_index=self.step,
             backend=None if config.backend is None else f"{config.backend}?",
         )
         self._stats, self._version = stats, self.masks._version
@@ -86,18 +93,23 @@ class ParticleSystem:
 
     def state_dict(self) -> dict[str, Any]:
         """Particles and step, to go on from later."""
-        return {"masks": self.masks.clone(), "step": self.step}
+        residual = None if self._residual is None else self._residual.clone()
+        return {"masks": self.masks.clone(), "residual": residual, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: particles of another shape, or a step outside the schedule.
+            ValueError: particles of another shape or dtype, or a step outside the schedule.
         """
         masks, step = state["masks"], state["step"]
         if tuple(masks.shape) != tuple(self.masks.shape):
             raise ValueError(f"masks: wanted shape {tuple(self.masks.shape)}, got {tuple(masks.shape)}")
+        if masks.dtype != self.masks.dtype:
+            raise ValueError(f"masks: wanted {self.masks.dtype}, got {masks.dtype}")
         if not 0 <= step <= self._config.n_steps:
             raise ValueError(f"step: wanted 0 … {self._config.n_steps}, got {step}")
         self.masks.copy_(masks)
+        if self._residual is not None:
+            self._residual.copy_(state["residual"])
         self.step = step

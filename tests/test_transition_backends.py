@@ -14,13 +14,24 @@ from hypothesis import strategies as st
 from sfpk_kernels import _extension
 from sfpk_kernels.ops import TransitionStats, transition_
 
-BACKENDS = ["cpp"]
+BACKENDS = ["cpp", "triton"]
+GPU = torch.cuda.is_available()
 
 # Relative error of Δm: rounding of the moved mask itself (2⁻²⁴ of values near 1) against moves of a few percent.
 TOLERANCE = 1e-5
 
 
-def problem(n, d, *, seed=0, sized=False, theta=False, grad_dtype=torch.float32, spread=1.0):
+def place(backend):
+    """Triton runs on the GPU where there is one, else in its interpreter."""
+    return "cuda" if backend == "triton" and GPU else "cpu"
+
+
+def fit(backend, d, most=300):
+    """d, or few enough columns for the interpreter."""
+    return d if backend == "cpp" or GPU else min(d, most)
+
+
+def problem(n, d, *, device="cpu", seed=0, sized=False, theta=False, grad_dtype=torch.float32, spread=1.0):
     generator = torch.Generator().manual_seed(seed)
     vectors = {
         "saliency": torch.rand(d, generator=generator) + 0.1,
@@ -28,7 +39,9 @@ def problem(n, d, *, seed=0, sized=False, theta=False, grad_dtype=torch.float32,
         "weights": torch.randn(d, generator=generator) if theta else None,
     }
     masks = 0.5 + spread * torch.rand(n, d, generator=generator)
-    return masks, torch.randn(n, d, generator=generator).to(grad_dtype), vectors
+    grads = torch.randn(n, d, generator=generator).to(grad_dtype)
+    vectors = {name: None if value is None else value.to(device) for name, value in vectors.items()}
+    return masks.to(device), grads.to(device), vectors
 
 
 def in_fp64(vectors):
@@ -51,11 +64,23 @@ def compare(backend, masks, grads, vectors, state=None, tolerance=TOLERANCE, **o
     return fast
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("d", [2, 7, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 4096, 70_001])
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 33])
+SIZES = list(
+    itertools.product([1, 2, 3, 7, 10, 33], [2, 7, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 4096, 70_001])
+)
+# The tilings of the Triton kernels, one launch and several, ragged tails; interpreted, each takes its time.
+FEW_SIZES = [(1, 2), (2, 7), (3, 127), (7, 128), (8, 129), (10, 400), (3, 5001), (12, 130), (13, 65), (33, 130)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "n", "d"),
+    [("cpp", *size) for size in SIZES] + [("triton", *size) for size in (SIZES if GPU else FEW_SIZES)],
+)
 def test_sizes(backend, n, d):
-    compare(backend, *problem(n, d))
+    compare(backend, *problem(n, d, device=place(backend)))
+
+
+ALL_OPTIONS = list(itertools.product([False, True], [None, 0.5], [0.0, 0.3, 1.0], [0.0, 0.2, 30.0]))
+FEW_OPTIONS = [(False, None, 0.0, 0.2), (True, 0.5, 0.0, 0.0), (True, 0.5, 0.3, 30.0), (True, None, 1.0, 0.2)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -63,18 +88,19 @@ def test_sizes(backend, n, d):
 @pytest.mark.parametrize(("kernel", "density", "sized"), list(itertools.product(
     ["rbf", "weighted_rbf"], ["l2", "l2_squared"], [False, True])))  # fmt: skip
 def test_options(backend, kernel, density, sized, d):
-    for theta, target, consensus, repulsion in itertools.product(
-        [False, True], [None, 0.5], [0.0, 0.3, 1.0], [0.0, 0.2, 30.0]
-    ):
-        masks, grads, vectors = problem(5, d, sized=sized, theta=theta)
+    for theta, target, consensus, repulsion in ALL_OPTIONS if backend == "cpp" or GPU else FEW_OPTIONS:
+        masks, grads, vectors = problem(5, fit(backend, d, 130), device=place(backend), sized=sized, theta=theta)
         options = {"kernel": kernel, "density": density, "target_density": target, "consensus": consensus}
         # One coordinate has no tangential part: the result is 1 + rounding, whatever the gradient.
         compare(backend, masks, grads, vectors, repulsion=repulsion, **options, tolerance=1e-4 if d == 1 else TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_many_particles(backend):
-    compare(backend, *problem(150, 2001, sized=True, theta=True), consensus=0.3, target_density=0.6)
+@pytest.mark.parametrize(("n", "d", "sized"), [(150, 2001, True), (16, 1001, False), (30, 501, True), (70, 401, False)])
+def test_many_particles(backend, n, d, sized):
+    """With the Gram matrices of a pull in one pass, or a scaling pass behind it."""
+    masks, grads, vectors = problem(n, fit(backend, d, 100), device=place(backend), sized=sized, theta=True)
+    compare(backend, masks, grads, vectors, consensus=0.3, target_density=0.6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,7 +110,7 @@ def test_many_particles(backend):
     consensus=st.sampled_from([0.0, 0.1]), target=st.none() | st.floats(0.1, 1),
 )  # fmt: skip
 def test_any_problem(backend, n, d, seed, step, radius, repulsion, consensus, target):
-    masks, grads, vectors = problem(n, d, seed=seed, theta=bool(seed % 2))
+    masks, grads, vectors = problem(n, fit(backend, d, 40), device=place(backend), seed=seed, theta=bool(seed % 2))
     compare(
         backend, masks, grads, vectors, step=step, radius=radius, repulsion=repulsion, consensus=consensus,
         target_density=target,
@@ -94,17 +120,18 @@ def test_any_problem(backend, n, d, seed, step, radius, repulsion, consensus, ta
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_gradient_dtypes(backend, dtype):
-    masks, grads, vectors = problem(4, 1500, grad_dtype=dtype, theta=True)
+    masks, grads, vectors = problem(4, fit(backend, 1500), device=place(backend), grad_dtype=dtype, theta=True)
     grads[0, :4] = torch.tensor([0.0, -0.0, 6e-8, -3e-5]).to(dtype)  # half-precision subnormals among them
     compare(backend, masks, grads, vectors)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_rows_and_poisoned_surroundings(backend):
-    masks, grads, vectors = problem(5, 1000)
-    wide = torch.full((5, 1013), float("nan"))
+    device = place(backend)
+    masks, grads, vectors = problem(5, 1000, device=device)
+    wide = torch.full((5, 1013), float("nan"), device=device)
     wide[:, 3:1003] = masks
-    slow_grads = torch.full((5, 2000), float("nan"))
+    slow_grads = torch.full((5, 2000), float("nan"), device=device)
     slow_grads[:, ::2] = grads
     compare(backend, wide[:, 3:1003], slow_grads[:, ::2], vectors)
     assert wide[:, :3].isnan().all()
@@ -113,7 +140,7 @@ def test_strided_rows_and_poisoned_surroundings(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_state_spares_the_measuring_pass_and_changes_nothing(backend):
-    masks, grads, vectors = problem(6, 5000)
+    masks, grads, vectors = problem(6, fit(backend, 5000), device=place(backend))
     state = compare(backend, masks, grads, vectors)
     other = masks.clone()
     compare(backend, masks, -grads, vectors, state=state)
@@ -126,7 +153,7 @@ def test_state_spares_the_measuring_pass_and_changes_nothing(backend):
 @pytest.mark.parametrize("kernel", ["rbf", "weighted_rbf"])
 def test_distances_of_close_particles(backend, kernel):
     """Spread 1e-2 around 1: the textbook |a|² + |b|² - 2ab in fp32 is wrong by a quarter here."""
-    masks, grads, vectors = problem(8, 100_000, spread=1e-2)
+    masks, grads, vectors = problem(8, fit(backend, 100_000, 5000), device=place(backend), spread=1e-2)
     stats = transition_(
         masks, 1e-9 * grads, **vectors, step=1e-6, radius=1.0001, repulsion=0.2, kernel=kernel, backend=backend
     )
@@ -139,7 +166,7 @@ def test_distances_of_close_particles(backend, kernel):
 @pytest.mark.parametrize("sine", [1e-1, 1e-2, 1e-3])
 def test_gradients_nearly_parallel_to_the_slope(backend, sine):
     """‖u‖ must keep its digits: the length of the move and the density on schedule depend on it."""
-    masks, noise, _ = problem(3, 50_000)
+    masks, noise, _ = problem(3, fit(backend, 50_000, 5000), device=place(backend))
     grads = masks + sine * masks.norm() / noise.norm() * noise
     before = masks.double()
     stats = transition_(masks, grads, step=0.05, radius=2.0, repulsion=0.0, target_density=0.7, backend=backend)
@@ -152,10 +179,11 @@ def test_gradients_nearly_parallel_to_the_slope(backend, sine):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fifty_steps_stay_together(backend):
-    masks, _, vectors = problem(6, 4000, theta=True, spread=1e-3)
+    n, d = (6, 4000) if backend == "cpp" or GPU else (3, 130)
+    masks, _, vectors = problem(n, d, device=place(backend), theta=True, spread=1e-3)
     exact, state, exact_state = masks.double(), None, None
     for k in range(50):
-        grads = torch.randn(6, 4000)
+        grads = torch.randn(n, d, device=place(backend))
         options = {"step": 0.01, "radius": 1.5, "repulsion": 5.0, "target_density": 0.98 - 0.015 * k}
         options["consensus"] = 0.3 if k > 25 else 0.0
         state = transition_(masks, grads, **vectors, **options, state=state, backend=backend)
@@ -202,12 +230,31 @@ def test_cpp_from_two_threads_at_once():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_moves_nothing(backend, value):
-    masks, grads, vectors = problem(4, 3000)
-    grads[2, 2999] = value
+    masks, grads, vectors = problem(4, fit(backend, 3000), device=place(backend))
+    grads[2, -1] = value
     before = masks.clone()
     with pytest.raises(ValueError, match=r"grads: wanted finite gradients, got non-finite ones in particles \[2\]"):
         transition_(masks, grads, **vectors, step=0.05, radius=2.0, repulsion=0.2, backend=backend)
     assert torch.equal(masks, before)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize(("n", "options"), [(5, {}), (5, {"consensus": 0.3, "target_density": 0.6}), (13, {"consensus": 0.3})])
+def test_skipping_particles_whose_gradient_is_not_finite(backend, n, options):
+    """The others move as they would if the skipped ones had only been there to repel, and to be averaged over."""
+    options = {"step": 0.05, "radius": 2.0, "repulsion": 0.2, **options}
+    masks, grads, vectors = problem(n, 200, device=place(backend), theta=True)
+    grads[1, 7], grads[3, 0] = float("nan"), float("inf")
+    before, exact = masks.clone(), masks.double()
+    stats = transition_(masks, grads, **vectors, **options, nonfinite="skip", backend=backend)
+    slow = transition_(
+        exact, grads.double(), **in_fp64(vectors), **options, nonfinite="skip", backend="reference"
+    )  # fmt: skip
+    assert torch.equal(masks[[1, 3]], before[[1, 3]])
+    assert stats.cosines.isnan().nonzero().flatten().tolist() == [1, 3]
+    assert (masks - exact).abs().max() < 1e-5
+    for name, a, b in zip(TransitionStats._fields, stats, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

@@ -13,7 +13,9 @@ from .reference import TransitionStats
 
 MOST_PARTICLES = 256
 WHOLE_COLUMNS = 4096  # up to here one program does the step: launches would cost more than the arithmetic
-_FLUSH_COLUMNS = 4096  # summed in fp32 before fp64 takes over
+MOST_BY_COLUMNS = 12
+MOST_GRAMS_BY_COLUMNS = 8
+_SLOT_COLUMNS = 4096  # at least
 _SLOTS = 1024
 _SLOT_SUMS = 1 << 24  # fp64 sums in all slots together
 
@@ -25,29 +27,33 @@ class Tiling(NamedTuple):
     columns: int
     part: int  # particles at a time in products with the (n, n) mix
     warps: int
-    precision: str
+    flush: int = 4096  # columns summed in fp32 before fp64 takes over
+    by_columns: bool = False  # whether threads own whole columns (triton_columns.py)
+    distances: bool = True  # whether the update pass has registers for the squared distances, too
 
 
-def tiling(n: int) -> Tiling:
-    """Tiles whose (n, columns) temporaries and (n, n) sums fit the registers; see tests/test_triton_compiles.py."""
+def tiling(n: int, sized: bool) -> Tiling:
+    """Tiles whose temporaries and sums fit the registers; see tests/test_triton_compiles.py."""
+    if n <= MOST_BY_COLUMNS and not sized:
+        # A thread adds one column in 128: 512 of them before its fp32 sums are handed on.
+        return Tiling(16, 128, 16, 4, flush=65536, by_columns=True)
     if n <= 16:
-        return Tiling(16, 128, 16, 4, "ieee")
+        return Tiling(16, 64, 16, 4)
     if n <= 32:
-        return Tiling(32, 128, 32, 4, "ieee")
-    # More arithmetic per byte than fp32 units keep up with: tensor cores, three tf32 products per fp32 one.
+        return Tiling(32, 32, 16, 8)
     if n <= 64:
-        return Tiling(64, 64, 64, 8, "tf32x3")
-    if n <= 128:
-        return Tiling(128, 64, 128, 8, "tf32x3")
-    return Tiling(256, 32, 64, 8, "tf32x3")
+        return Tiling(64, 32, 16, 8)
+    return Tiling(128 if n <= 128 else 256, 16, 16, 8, distances=False)
 
 
-def sums_gram_matrices(n: int, sized: bool) -> bool:
+def sums_gram_matrices(n: int, sized: bool, weighted: bool) -> bool:
     """Whether the reduce pass has registers for the Gram matrices that retraction after a pull takes from it.
 
     Where it has not, a scaling pass behind the update does the same.
     """
-    return n <= (32 if sized else 64)
+    if tiling(n, sized).by_columns:
+        return n <= MOST_GRAMS_BY_COLUMNS and not weighted
+    return n <= 32
 
 
 def why_not(masks: Tensor) -> str | None:
@@ -101,19 +107,19 @@ def transition_(
         raise ValueError("transition_: residual: wanted rows without gaps for backend 'triton', got a column stride")
     weights, saliency, sizes = (t if t is None else t.contiguous() for t in (weights, saliency, sizes))
     n, d = masks.shape
-    tile = tiling(n)
+    sized = sizes is not None
+    tile = tiling(n, sized)
     weighted, retract, pulls = kernel == "weighted_rbf", target_density is not None, consensus > 0 and n > 1
-    grams = pulls and retract and sums_gram_matrices(tile.n, sizes is not None)
+    grams = pulls and retract and sums_gram_matrices(n, sized, weighted)
     rescales = pulls and retract and not grams
     square = tile.n**2
-    size = max(8 * tile.n + grams * (6 if sizes is not None else 3) * square, 4 * tile.n + square)
+    size = max(8 * tile.n + grams * (6 if sized else 3) * square, 4 * tile.n + square)
 
-    flush = _FLUSH_COLUMNS // tile.columns
     tiles = math.ceil(d / tile.columns)
-    slots = min(math.ceil(tiles / flush), max(128, min(_SLOTS, _SLOT_SUMS // size)))
+    slots = min(math.ceil(d / _SLOT_COLUMNS), max(128, min(_SLOTS, _SLOT_SUMS // size)))
     tiles_per_slot = math.ceil(tiles / slots)
     slots = math.ceil(tiles / tiles_per_slot)
-    whole = slots == 1 and d <= WHOLE_COLUMNS and not rescales and tile.n == tile.part
+    whole = slots == 1 and d <= WHOLE_COLUMNS and not rescales and tile.distances
 
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=masks.device)
@@ -138,9 +144,10 @@ def transition_(
             weights, saliency, sizes, total, *before[:5], *after, mix, guess, moves, scratch, slot_sums, sums,
             n, d, tiles_per_slot * tile.columns, max(1, tiles // 16) * tile.columns, *floats,
             key & 0x7FFFFFFF, key >> 31,
-            STAGE=stage, SIZE=size, N=tile.n, B=tile.columns, PART=tile.part, FLUSH=flush, WEIGHTED=weighted,
+            STAGE=stage, SIZE=size, N=tile.n, B=tile.columns, PART=tile.part, FLUSH=tile.flush // tile.columns, WEIGHTED=weighted,
             SQUARED=density == "l2_squared", RETRACT=retract, REPEL=repulsion > 0 and n > 1 and stage != "rescale",
-            PULL=pulls, GRAMS=grams, HAS_EPS=eps > 0, SKIP=skip, PRECISION=tile.precision,
+            PULL=pulls, GRAMS=grams, HAS_EPS=eps > 0, SKIP=skip,
+            DISTANCES=tile.distances, ROWS=n if tile.by_columns else 0,
             num_warps=tile.warps, num_stages=1, enable_fp_fusion=True,
         )
         # fmt: on
@@ -148,8 +155,8 @@ def transition_(
     def pass_over(stage: str, after: TransitionStats = new) -> None:
         """One pass over the particles and its sums, slot by slot and together."""
         launch(stage, (slots,), old, after, key ^ (stage == "rescale"))
-        if stage != "reduce" and tile.n > tile.part:
-            launch("distances", (slots, (tile.n // tile.part) ** 2), old, after, key)
+        if stage != "reduce" and not tile.distances:
+            launch("distances", (slots, (tile.n // triton_kernels.DISTANCE_ROWS.value) ** 2), old, after, key)
         if slots > 1:
             block = 128
             triton_kernels.combine[(math.ceil(size / block),)](

@@ -13,6 +13,7 @@ with ``combine`` behind each pass that has more than one slot. Few coordinates r
 Sums run in fp32 over at most 4,096 columns, in fp64 beyond. Columns are cut into slots by n and d alone, slots are
 added in order: the same bits on every device of a kind, and no atomics.
 
+For few particles the two passes run by columns (triton_columns.py), else by tiles with matrix products (here).
 The algebra is that of csrc/cpu/transition_algebra.cpp: m' = f (m + alpha s + b u), u = g - slope s, s = c m.
 """
 
@@ -21,8 +22,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_columns import clear, reduce_columns, update_columns
+from .triton_rounding import random_bits, round_to_bfloat16, round_to_half
+
 SAMPLED_TILES = tl.constexpr(16)
 TANGENT_TOLERANCE = tl.constexpr(1e-6)  # as in reference.py
+DISTANCE_ROWS = tl.constexpr(64)  # particles of a block of the stage "distances"
 ROW_BLOCK = tl.constexpr(16)  # rows of an n x n matrix worked on at a time
 
 # Offsets of the coefficients, in units of N.
@@ -38,39 +43,6 @@ SKIPPED = tl.constexpr(6)
 @triton.jit
 def _double(high, low):
     return tl.full([], high, tl.float64) + tl.full([], low, tl.float64)
-
-
-@triton.jit
-def _mix_bits(x):
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _random_bits(key_low, key_high, rows, columns):
-    """Uniform 32-bit words, as rounding.random_bits."""
-    first = _mix_bits(tl.full([], key_low, tl.uint32) + rows.to(tl.uint32) * 0x9E3779B9)
-    second = _mix_bits(first ^ tl.full([], key_high, tl.uint32))
-    low = columns.to(tl.uint32)
-    high = (columns >> 32).to(tl.uint32)
-    return _mix_bits(_mix_bits(low[None, :] ^ first[:, None]) + second[:, None] + (high * 0x85EBCA6B)[None, :])
-
-
-@triton.jit
-def _round_to_half(values, random):
-    """As rounding.stochastic_half; fp32, exactly representable in fp16."""
-    bits = values.to(tl.uint32, bitcast=True)
-    sign = bits & 0x80000000
-    bits = tl.minimum(bits & 0x7FFFFFFF, 0x477FE000)
-    size = bits.to(tl.float32, bitcast=True)
-    normal = tl.minimum((bits + (random >> 19)) & 0xFFFFE000, 0x477FE000)
-    share = size * 16777216.0 + (random >> 8).to(tl.float32) * 5.9604644775390625e-08
-    tiny = tl.floor(share) * 5.9604644775390625e-08
-    chosen = tl.where(size < 6.103515625e-05, tiny.to(tl.uint32, bitcast=True), normal)
-    return (sign | chosen).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -96,8 +68,9 @@ def _vector(pointer, columns, end):
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    return tl.dot(a, b, input_precision=PRECISION)
+def _dot(a, b):
+    """In plain fp32: tensor cores would round the operands, or take three products and the registers of them."""
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -110,12 +83,12 @@ def _centred(m, rows, n):
 @triton.jit
 def _force(
     m, mix, masks, mask_stride, residual, residual_stride, rows, columns, n, end,
-    N: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """mix @ (tile minus its mean), over PART particles at a time: those of a large n are read again, from the cache."""
     if N == PART:
         mixes = tl.load(mix + rows[:, None] * N + rows[None, :])
-        force = _dot(mixes, _centred(m, rows, n), PRECISION)
+        force = _dot(mixes, _centred(m, rows, n))
     else:
         mean = tl.sum(m, axis=0) / n
         force = tl.zeros_like(m)
@@ -123,14 +96,14 @@ def _force(
             part = first + tl.arange(0, PART)
             others = _particles(masks, mask_stride, residual, residual_stride, part, columns, n, end)
             mixes = tl.load(mix + rows[:, None] * N + part[None, :])
-            force += _dot(mixes, others - mean[None, :], PRECISION)
+            force += _dot(mixes, others - mean[None, :])
     return force
 
 
 @triton.jit
 def _descent(
     m, grads, grad_stride, weights, saliency, mix, masks, mask_stride, residual, residual_stride, rows, columns, n, end,
-    N: tl.constexpr, PART: tl.constexpr, WEIGHTED: tl.constexpr, REPEL: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, PART: tl.constexpr, WEIGHTED: tl.constexpr, REPEL: tl.constexpr,
 ):  # fmt: skip
     """e = -dL/dm and g = e + w * repulsion of one tile."""
     e = -_tile(grads, grad_stride, rows, columns, n, end)
@@ -139,7 +112,7 @@ def _descent(
     g = e
     if REPEL:
         force = _force(
-            m, mix, masks, mask_stride, residual, residual_stride, rows, columns, n, end, N, PART, PRECISION
+            m, mix, masks, mask_stride, residual, residual_stride, rows, columns, n, end, N, PART
         )  # fmt: skip
         if WEIGHTED:
             a = _vector(saliency, columns, end)
@@ -156,19 +129,11 @@ def _add_matrix(pointer, values, N: tl.constexpr):
 
 
 @triton.jit
-def _clear(pointer, SIZE: tl.constexpr):
-    for first in range(0, SIZE, 1024):
-        at = first + tl.arange(0, 1024)
-        tl.store(pointer + at, tl.zeros([1024], tl.float64), mask=at < SIZE)
-    tl.debug_barrier()
-
-
-@triton.jit
 def _reduce(
     masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, sizes, mix, guess,
     sums, begin, stop, hop, end, n,
     N: tl.constexpr, B: tl.constexpr, PART: tl.constexpr, FLUSH: tl.constexpr, WEIGHTED: tl.constexpr,
-    REPEL: tl.constexpr, GRAMS: tl.constexpr, PRECISION: tl.constexpr,
+    REPEL: tl.constexpr, GRAMS: tl.constexpr,
 ):  # fmt: skip
     """sums (8 + grams) of tiles at begin, begin + hop, … < stop; columns from ``end`` on do not count."""
     rows = tl.arange(0, N)
@@ -180,7 +145,7 @@ def _reduce(
     es, eu, uu, us = ee, ee, ee, ee
     cuu, csu, css = ee, ee, ee
     if GRAMS:
-        _clear(sums + 8 * N, (6 if sizes is not None else 3) * square)
+        clear(sums + 8 * N, (6 if sizes is not None else 3) * square)
     for block in range(begin, stop, FLUSH * hop):
         if GRAMS:
             g_mm = tl.zeros([N, N], tl.float32)
@@ -192,7 +157,7 @@ def _reduce(
             m = _particles(masks, mask_stride, residual, residual_stride, rows, columns, n, end)
             e, g = _descent(
                 m, grads, grad_stride, weights, saliency, mix, masks, mask_stride, residual, residual_stride,
-                rows, columns, n, end, N, PART, WEIGHTED, REPEL, PRECISION,
+                rows, columns, n, end, N, PART, WEIGHTED, REPEL,
             )  # fmt: skip
             s = m
             if sizes is not None:
@@ -213,17 +178,17 @@ def _reduce(
             if GRAMS:
                 if sizes is not None:
                     c = _vector(sizes, columns, end)
-                    g_mm += _dot(m, tl.trans(s), PRECISION)
-                    g_mu += _dot(s, tl.trans(u), PRECISION)
-                    g_uu += _dot(u, tl.trans(c * u), PRECISION)
-                    g_sm += _dot(s, tl.trans(s), PRECISION)
-                    g_su += _dot(c * s, tl.trans(u), PRECISION)
-                    g_ss += _dot(c * s, tl.trans(s), PRECISION)
+                    g_mm += _dot(m, tl.trans(s))
+                    g_mu += _dot(s, tl.trans(u))
+                    g_uu += _dot(u, tl.trans(c * u))
+                    g_sm += _dot(s, tl.trans(s))
+                    g_su += _dot(c * s, tl.trans(u))
+                    g_ss += _dot(c * s, tl.trans(s))
                 else:
                     if WEIGHTED:
-                        g_mm += _dot(m, tl.trans(m), PRECISION)
-                    g_mu += _dot(m, tl.trans(u), PRECISION)
-                    g_uu += _dot(u, tl.trans(u), PRECISION)
+                        g_mm += _dot(m, tl.trans(m))
+                    g_mu += _dot(m, tl.trans(u))
+                    g_uu += _dot(u, tl.trans(u))
         if GRAMS:
             grams = sums + 8 * N
             _add_matrix(grams, g_mm, N)
@@ -251,7 +216,6 @@ def _update(
     sums, begin, stop, end, n, pull, key_low, key_high,
     N: tl.constexpr, B: tl.constexpr, PART: tl.constexpr, FLUSH: tl.constexpr, WEIGHTED: tl.constexpr,
     REPEL: tl.constexpr, PULL: tl.constexpr, MOVES: tl.constexpr, RESCALES: tl.constexpr, DISTANCES: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Move the particles (MOVES), or only scale them (RESCALES), write them; sums (4 + gram) of what lies there then."""
     rows = tl.arange(0, N)
@@ -261,7 +225,7 @@ def _update(
         keep = tl.load(moves + KEEP * N + rows)[:, None]
         skipped = (tl.load(moves + SKIPPED * N + rows) > 0)[:, None]
     if DISTANCES:
-        _clear(sums + 4 * N, N * N)
+        clear(sums + 4 * N, N * N)
     for block in range(begin, stop, FLUSH * B):
         if DISTANCES:
             gram = tl.zeros([N, N], tl.float32)
@@ -273,7 +237,7 @@ def _update(
                 if MOVES:
                     _, g = _descent(
                         m, grads, grad_stride, weights, saliency, mix, masks, mask_stride, residual, residual_stride,
-                        rows, columns, n, end, N, PART, WEIGHTED, REPEL, PRECISION,
+                        rows, columns, n, end, N, PART, WEIGHTED, REPEL,
                     )  # fmt: skip
                     s = m
                     if sizes is not None:
@@ -296,14 +260,14 @@ def _update(
                 inside = (rows < n)[:, None] & (columns < end)[None, :] & ~skipped
                 to = masks + rows.to(tl.int64)[:, None] * mask_stride + columns[None, :]
                 if residual is not None:
-                    rounded = new.to(tl.bfloat16)
-                    rest = (new - rounded.to(tl.float32)).to(tl.bfloat16)
-                    tl.store(to, rounded, mask=inside)
+                    rounded = round_to_bfloat16(new)
+                    rest = round_to_bfloat16(new - rounded)
+                    tl.store(to, rounded.to(tl.bfloat16), mask=inside)
                     also = residual + rows.to(tl.int64)[:, None] * residual_stride + columns[None, :]
-                    tl.store(also, rest, mask=inside)
-                    new = rounded.to(tl.float32) + rest.to(tl.float32)
+                    tl.store(also, rest.to(tl.bfloat16), mask=inside)
+                    new = rounded + rest
                 elif masks.dtype.element_ty == tl.float16:
-                    new = _round_to_half(new, _random_bits(key_low, key_high, rows, columns))
+                    new = round_to_half(new, random_bits(key_low, key_high, rows, columns))
                     tl.store(to, new.to(tl.float16), mask=inside)
                 else:
                     tl.store(to, new, mask=inside)
@@ -320,7 +284,7 @@ def _update(
                 apart = _centred(m, rows, n)
                 if WEIGHTED:
                     apart *= _vector(saliency, columns, end)
-                gram += _dot(apart, tl.trans(apart), PRECISION)
+                gram += _dot(apart, tl.trans(apart))
         if DISTANCES:
             _add_matrix(sums + 4 * N, gram, N)
     if sizes is None:
@@ -334,17 +298,16 @@ def _update(
 
 @triton.jit
 def _distances(
-    masks, mask_stride, residual, residual_stride, saliency, gram, part_row, part_column, begin, stop, end, n,
-    N: tl.constexpr, B: tl.constexpr, PART: tl.constexpr, FLUSH: tl.constexpr, WEIGHTED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    masks, mask_stride, residual, residual_stride, saliency, gram, block_row, block_column, begin, stop, end, n,
+    N: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr, FLUSH: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """A (PART, PART) block of the Gram matrix of differences to particle 0, for n too large for one tile."""
-    rows = part_row * PART + tl.arange(0, PART)
-    others = part_column * PART + tl.arange(0, PART)
+    """A (BLOCK, BLOCK) block of the Gram matrix of differences to particle 0, for n too large for one tile."""
+    rows = block_row * BLOCK + tl.arange(0, BLOCK)
+    others = block_column * BLOCK + tl.arange(0, BLOCK)
     at_gram = gram + rows[:, None] * N + others[None, :]
-    total = tl.zeros([PART, PART], tl.float64)
+    total = tl.zeros([BLOCK, BLOCK], tl.float64)
     for block in range(begin, stop, FLUSH * B):
-        part = tl.zeros([PART, PART], tl.float32)
+        part = tl.zeros([BLOCK, BLOCK], tl.float32)
         for at in range(block, tl.minimum(block + FLUSH * B, stop), B):
             columns = at + tl.arange(0, B).to(tl.int64)
             first = tl.load(masks + columns, mask=columns < end, other=0.0).to(tl.float32)
@@ -356,7 +319,7 @@ def _distances(
                 a = _vector(saliency, columns, end)
                 x *= a
                 y *= a
-            part += _dot(x, tl.trans(y), PRECISION)
+            part += _dot(x, tl.trans(y))
         total += part.to(tl.float64)
     tl.store(at_gram, total)
 
@@ -642,7 +605,8 @@ def transition(
     GRAMS: tl.constexpr,
     HAS_EPS: tl.constexpr,
     SKIP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DISTANCES: tl.constexpr,  # whether the update sums distances, else the stage "distances" does
+    ROWS: tl.constexpr,  # n where the passes run by columns (triton_columns.py), else 0
 ):
     """One stage of a step, or with STAGE "whole" a step in one program; see the head of this file."""
     whole: tl.constexpr = STAGE == "whole"
@@ -666,11 +630,18 @@ def transition(
             tl.debug_barrier()
         # A sample tells how far g leans on the slope; summing u = g - guess * s instead of g keeps the digits of
         # the norm of u when g is nearly parallel to s.
-        _reduce(
-            masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, sizes, mix, None,
-            sums, tl.zeros([], tl.int64), tl.minimum(SAMPLED_TILES * hop, d).to(tl.int64), hop, d, n,
-            N, B, PART, FLUSH, WEIGHTED, REPEL, False, PRECISION,
-        )  # fmt: skip
+        sampled = tl.minimum(SAMPLED_TILES * hop, d).to(tl.int64)
+        if ROWS > 0:
+            reduce_columns(
+                masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, None,
+                sums, tl.zeros([], tl.int64), sampled, hop, d, ROWS, N, B, FLUSH, WEIGHTED, REPEL, False,
+            )  # fmt: skip
+        else:
+            _reduce(
+                masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, sizes, mix, None,
+                sums, tl.zeros([], tl.int64), sampled, hop, d, n,
+                N, B, PART, FLUSH, WEIGHTED, REPEL, False,
+            )  # fmt: skip
         tl.debug_barrier()
         rows = tl.arange(0, N)
         below = tl.load(sums + 7 * N + rows)
@@ -678,11 +649,16 @@ def transition(
         tl.store(guess + rows, tl.where((below > 0) & (tl.abs(lean) < 1e30), lean, 0.0).to(tl.float32))
         tl.debug_barrier()
     if whole or STAGE == "reduce":
-        _reduce(
-            masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, sizes, mix, guess,
-            slot, begin, stop, B, d, n,
-            N, B, PART, FLUSH, WEIGHTED, REPEL, GRAMS, PRECISION,
-        )  # fmt: skip
+        if ROWS > 0:
+            reduce_columns(
+                masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, guess,
+                slot, begin, stop, B, d, ROWS, N, B, FLUSH, WEIGHTED, REPEL, GRAMS,
+            )  # fmt: skip
+        else:
+            _reduce(
+                masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, sizes, mix, guess,
+                slot, begin, stop, B, d, n, N, B, PART, FLUSH, WEIGHTED, REPEL, GRAMS,
+            )  # fmt: skip
         tl.debug_barrier()
     if whole or STAGE == "plan":
         _plan(
@@ -694,19 +670,26 @@ def transition(
         )  # fmt: skip
         tl.debug_barrier()
     if whole or STAGE == "update" or STAGE == "measure" or STAGE == "rescale":
-        _update(
-            masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, sizes, mix, moves,
-            slot, begin, stop, d, n, pull_high, key_low, key_high,
-            N, B, PART, FLUSH, WEIGHTED, REPEL, PULL, whole or STAGE == "update", STAGE == "rescale", N == PART,
-            PRECISION,
-        )  # fmt: skip
+        if ROWS > 0:
+            update_columns(
+                masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, moves,
+                slot, begin, stop, d, pull_high, key_low, key_high,
+                ROWS, N, B, FLUSH, WEIGHTED, REPEL, PULL, whole or STAGE == "update", STAGE == "rescale",
+                HIGH, LOW, KEEP, TANGENTIAL, AFTER, SKIPPED,
+            )  # fmt: skip
+        else:
+            _update(
+                masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, sizes, mix, moves,
+                slot, begin, stop, d, n, pull_high, key_low, key_high,
+                N, B, PART, FLUSH, WEIGHTED, REPEL, PULL, whole or STAGE == "update", STAGE == "rescale", DISTANCES,
+            )  # fmt: skip
         tl.debug_barrier()
     if STAGE == "distances":
-        parts: tl.constexpr = N // PART
+        blocks: tl.constexpr = N // DISTANCE_ROWS
         pair = tl.program_id(1)
         _distances(
-            masks, mask_stride, residual, residual_stride, saliency, slot + 4 * N, pair // parts, pair % parts,
-            begin, stop, d, n, N, B, PART, FLUSH, WEIGHTED, PRECISION,
+            masks, mask_stride, residual, residual_stride, saliency, slot + 4 * N, pair // blocks, pair % blocks,
+            begin, stop, d, n, N, B, DISTANCE_ROWS, FLUSH, WEIGHTED,
         )  # fmt: skip
     if STAGE == "plan rescale":
         _plan_rescale(sums, moves, n, total, target, N, SQUARED)

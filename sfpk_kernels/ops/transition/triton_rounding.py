@@ -1,0 +1,46 @@
+"""Rounding of two-byte particles in Triton, the same bits as rounding.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _mix_bits(x):
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def random_bits(key_low, key_high, rows, columns):
+    """Uniform 32-bit words (rows, columns), as rounding.random_bits."""
+    first = _mix_bits(tl.full([], key_low, tl.uint32) + rows.to(tl.uint32) * 0x9E3779B9)
+    second = _mix_bits(first ^ tl.full([], key_high, tl.uint32))
+    low = columns.to(tl.uint32)
+    high = (columns >> 32).to(tl.uint32)
+    return _mix_bits(_mix_bits(low[None, :] ^ first[:, None]) + second[:, None] + (high * 0x85EBCA6B)[None, :])
+
+
+@triton.jit
+def round_to_half(values, random):
+    """As rounding.stochastic_half; fp32, exactly representable in fp16."""
+    bits = values.to(tl.uint32, bitcast=True)
+    sign = bits & 0x80000000
+    bits = tl.minimum(bits & 0x7FFFFFFF, 0x477FE000)
+    size = bits.to(tl.float32, bitcast=True)
+    normal = tl.minimum((bits + (random >> 19)) & 0xFFFFE000, 0x477FE000)
+    share = size * 16777216.0 + (random >> 8).to(tl.float32) * 5.9604644775390625e-08
+    tiny = tl.floor(share) * 5.9604644775390625e-08
+    chosen = tl.where(size < 6.103515625e-05, tiny.to(tl.uint32, bitcast=True), normal)
+    return (sign | chosen).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_to_bfloat16(values):
+    """To nearest, ties to even; fp32, exactly representable in bf16."""
+    bits = values.to(tl.uint32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
