@@ -1,6 +1,6 @@
 """One step of mask arithmetic: naive / vectorised eager / torch.compile / ours, beside the copy bandwidth.
 
-    python benchmarks/bench_transition.py [--n 10] [--d 4000000] [--rounds 9] [--sweep]
+    python benchmarks/bench_transition.py [--n 10] [--d 4000000] [--rounds 9] [--sweep | --slope]
 
 One process; providers take turns, so that drift hits all alike. A provider that disagrees with the fp64 reference is
 reported as wrong and not timed. Prints medians with p20 and p80, the ratio of each to ours, and ours against
@@ -8,6 +8,7 @@ the floor: 5·n·d·4 bytes at the bandwidth of a copy (bytes read and written) 
 """
 
 import argparse
+import math
 import platform
 import statistics
 import time
@@ -104,16 +105,34 @@ def report(n, d, rounds):
         print(line, flush=True)
 
 
+def slope(n, rounds):
+    """Exponent of time over n·d, three decades, by least squares in the logarithms."""
+    points = []
+    for d in (10_000, 31_600, 100_000, 316_000, 1_000_000, 3_160_000, 10_000_000):
+        masks, grads = 1 - 0.05 * torch.rand(n, d), torch.randn(n, d)
+        run, times = ours("ours", d), []
+        for _ in range(rounds + 2):
+            started = time.perf_counter()
+            run(masks, grads)
+            times.append(time.perf_counter() - started)
+        points.append((math.log(n * d), math.log(statistics.median(times[2:]))))
+        print(f"  n = {n}, d = {d:>10,}: {1e3 * math.exp(points[-1][1]):8.3f} ms", flush=True)
+    print(f"  time ~ (n·d)^{statistics.linear_regression(*zip(*points, strict=True)).slope:.3f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=10)
     parser.add_argument("--d", type=int, default=4_000_000)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sweep", action="store_true", help="n in 1, 4, 10, 32 and d in 1e5, 1e6, 1e7")
+    parser.add_argument("--slope", action="store_true", help="how the time of ours grows with n·d")
     options = parser.parse_args()
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": ?")
     print(f"{cpu.split(':')[1].strip()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"Python {platform.python_version()}")  # fmt: skip
+    if options.slope:
+        return slope(options.n, options.rounds)
     shapes = [(n, d) for d in (10**5, 10**6, 10**7) for n in (1, 4, 10, 32)] if options.sweep else []
     for n, d in shapes or [(options.n, options.d)]:
         report(n, d, options.rounds)

@@ -20,6 +20,11 @@ _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "referenc
 _said: set[tuple[str, str]] = set()
 
 
+def preference(device_type: str) -> tuple[str, ...]:
+    """Backends in the order they are tried on tensors of a device."""
+    return _PREFERENCE.get(device_type, ("reference",))
+
+
 def _always(tensor: Tensor) -> str | None:
     return None
 
@@ -61,7 +66,7 @@ def choose(
         if reason:
             raise ValueError(f"{op}: {source}: {backend!r} cannot run here: {reason}")
         return available[backend].run
-    for name in _PREFERENCE.get(tensor.device.type, ("reference",)):
+    for name in preference(tensor.device.type):
         if name in available:
             reason = available[name].why_not(tensor)
             if reason is None:

@@ -6,11 +6,13 @@ import argparse
 import importlib
 import importlib.util
 import logging
+import os
 import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ._dispatch import preference
 from ._version import __version__
 
 
@@ -56,24 +58,42 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
+    """What is available, and of what is not, why not."""
     import torch
 
-    from . import _extension
+    from . import _build, _extension, _triton
 
-    print(f"sfpk_kernels {__version__}")
-    print(f"python       {platform.python_version()}")
-    print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads")
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    print(f"cuda device  {cuda}")
-    try:
-        config = _extension.load().build_config()
-        print("extension    " + ", ".join(f"{key} {value}" for key, value in config.items()))
-    except _extension.ExtensionUnavailableError as error:
-        print(f"extension    {error}")
+    def line(name: str, text: str) -> None:
+        print(f"{name:<13}" + text.replace("\n", "\n" + 13 * " "))
+
+    line("sfpk_kernels", __version__)
+    line("python", platform.python_version())
+    line(
+        "torch",
+        f"{torch.__version__}, {torch.get_num_threads()} threads, CPU up to {torch.backends.cpu.get_cpu_capability()}",
+    )
+    line("cuda device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
+    why_no_extension = _extension.unavailable()
+    if why_no_extension:
+        line("extension", f"no: {why_no_extension}")
+    else:
+        line("extension", ", ".join(f"{key} {value}" for key, value in _extension.load().build_config().items()))
+    line("triton", _triton.unavailable() or "available")
+    line("SFPK_BACKEND", os.environ.get("SFPK_BACKEND") or "not set: the fastest available")
+    line("SFPK_BUILD", _build.build_mode())
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for op in ("transition", "selection", "masking"):
         backends = importlib.import_module(f"sfpk_kernels.ops.{op}")._BACKENDS
-        states = {name: backend.why_not(torch.ones(1, 1)) for name, backend in backends.items()}
-        print(f"{op:<12} " + ", ".join(name if why is None else f"{name} (no)" for name, why in states.items()))
+        for device in devices:
+            sample = torch.ones(1, 1, device=device)
+            chosen = next(
+                name for name in preference(device) if name in backends and not backends[name].why_not(sample)
+            )
+            line(op, f"on {device}: {chosen}")
+            for name, backend in backends.items():
+                why = backend.why_not(sample)
+                if why:
+                    line("", f"not {name}: {why.splitlines()[0]}")
     return 0
 
 

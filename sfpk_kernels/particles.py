@@ -22,7 +22,8 @@ class ParticleSystem:
         saliency: a_e (d,), read by the weighted kernel.
 
     Attributes:
-        masks: (n, d) in ``config.particle_dtype``, the particles. May be written between steps; the statistics are then measured anew.
+        masks: (n, d) in ``config.particle_dtype``, the particles. May be written between steps; the
+            statistics are then measured anew.
         step: steps done, 0 … K.
         schedule: K + 1 soft densities, ρ_0 = 1 … ρ_K = 1 - sparsity.
     """

@@ -137,6 +137,19 @@ def test_cli_info(capsys):
     printed = capsys.readouterr().out
     assert f"sfpk_kernels {sfpk_kernels.__version__}" in printed
     assert "extension    compiler" in printed
+    assert "transition   on cpu: cpp" in printed
+    assert "triton       " in printed
+
+
+def test_cli_info_says_why_not(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("sfpk_kernels._extension.unavailable", lambda: "not built: no compiler")
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "extension    no: not built: no compiler" in printed
+    assert "transition   on cpu: reference" in printed
+    assert "not cpp: not built: no compiler" in printed
+    assert "not triton: it runs on GPUs" in printed
 
 
 def test_cli_wrong_usage(capsys, tmp_path):

@@ -16,7 +16,7 @@ OPTIONS = {"step": 0.05, "radius": 2.0, "repulsion": 0.2, "target_density": 0.8}
 def test_rounding_takes_a_neighbour_and_is_unbiased():
     generator = torch.Generator().manual_seed(0)
     # Around 1, subnormal in fp16, and across a power of two.
-    for value in (1.0 + 2.0**-10 * 0.3, 0.7123456, -0.3141592, 3.3e-6, -2.0**-24 * 0.25, 0.99999):
+    for value in (1.0 + 2.0**-10 * 0.3, 0.7123456, -0.3141592, 3.3e-6, -(2.0**-24) * 0.25, 0.99999):
         values = torch.full((64, 4096), value)
         rounded = rounding.stochastic_half(values, rounding.rounding_key(3, 5)).double()
         neighbours = rounded.unique()
@@ -41,7 +41,8 @@ def test_rounding_at_the_ends_of_the_range():
 
 def test_random_bits_differ_by_row_column_and_key():
     bits = rounding.random_bits(50, 2000, rounding.rounding_key(0, 1), torch.device("cpu"))
-    assert 0 <= int(bits.min()) and int(bits.max()) < 2**32
+    assert int(bits.min()) >= 0
+    assert int(bits.max()) < 2**32
     assert bits.unique().numel() > 0.9999 * bits.numel()
     ones = torch.stack([(bits >> b) & 1 for b in range(32)]).double().mean(dim=(1, 2))
     assert (ones - 0.5).abs().max() < 6 * 0.5 / bits.numel() ** 0.5

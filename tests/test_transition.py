@@ -229,7 +229,11 @@ def sample(n=3, d=7, **changes):
     [
         ({"masks": [1.0]}, TypeError, "masks: wanted a tensor, got list"),
         ({"masks": torch.ones(3, 7).int()}, TypeError, "masks: wanted float32 or .*, got int32"),
-        ({"masks": torch.ones(3, 7).bfloat16()}, ValueError, "residual: wanted a bf16 tensor with bf16 masks, got None"),
+        (
+            {"masks": torch.ones(3, 7).bfloat16()},
+            ValueError,
+            "residual: wanted a bf16 tensor with bf16 masks, got None",
+        ),
         ({"residual": torch.ones(3, 7).bfloat16()}, ValueError, "residual: wanted None with torch.float32 masks"),
         ({"seed": 0.5}, TypeError, "seed: wanted an integer, got 0.5"),
         ({"nonfinite": "ignore"}, ValueError, "nonfinite: wanted one of 'raise', 'skip'"),
@@ -259,7 +263,11 @@ def sample(n=3, d=7, **changes):
         ({"state": "x"}, TypeError, "state"),
         ({"backend": "fortran"}, ValueError, "backend: wanted one of"),
         ({"backend": "triton"}, ValueError, "'triton' is not available"),
-        ({"masks": torch.ones(3, 7).double(), "backend": "cpp"}, ValueError, "cpp.*takes fp32, fp16 and bf16 particles"),
+        (
+            {"masks": torch.ones(3, 7).double(), "backend": "cpp"},
+            ValueError,
+            "cpp.*takes fp32, fp16 and bf16 particles",
+        ),
         ({"masks": torch.ones(7, 3).t(), "backend": "cpp"}, ValueError, "cpp.*rows without gaps"),
     ],
 )

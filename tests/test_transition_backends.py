@@ -64,9 +64,7 @@ def compare(backend, masks, grads, vectors, state=None, tolerance=TOLERANCE, **o
     return fast
 
 
-SIZES = list(
-    itertools.product([1, 2, 3, 7, 10, 33], [2, 7, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 4096, 70_001])
-)
+SIZES = list(itertools.product([1, 2, 3, 7, 10, 33], [2, 7, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 4096, 70_001]))
 # The tilings of the Triton kernels, one launch and several, ragged tails; interpreted, each takes its time.
 FEW_SIZES = [(1, 2), (2, 7), (3, 127), (7, 128), (8, 129), (10, 400), (3, 5001), (12, 130), (13, 65), (33, 130)]
 
@@ -239,7 +237,9 @@ def test_a_gradient_that_is_not_finite_moves_nothing(backend, value):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-@pytest.mark.parametrize(("n", "options"), [(5, {}), (5, {"consensus": 0.3, "target_density": 0.6}), (13, {"consensus": 0.3})])
+@pytest.mark.parametrize(
+    ("n", "options"), [(5, {}), (5, {"consensus": 0.3, "target_density": 0.6}), (13, {"consensus": 0.3})]
+)
 def test_skipping_particles_whose_gradient_is_not_finite(backend, n, options):
     """The others move as they would if the skipped ones had only been there to repel, and to be averaged over."""
     options = {"step": 0.05, "radius": 2.0, "repulsion": 0.2, **options}

@@ -184,24 +184,24 @@ def _transition_(
     if kernel == "weighted_rbf" and saliency is not None:
         check.at_least(_OP, "saliency", saliency, 0.0)
     stats: TransitionStats = choose(_OP, backend, _BACKENDS, masks)(
-            masks,
-            grads,
-            weights,
-            saliency,
-            sizes,
-            residual,
-            TransitionStats(*state) if state else None,
-            step=step,
-            radius=radius,
-            repulsion=repulsion,
-            kernel=kernel,
-            density=density,
-            target_density=target_density,
-            consensus=consensus,
-            eps=eps,
-            key=key,
-            skip=skip,
-        )
+        masks,
+        grads,
+        weights,
+        saliency,
+        sizes,
+        residual,
+        TransitionStats(*state) if state else None,
+        step=step,
+        radius=radius,
+        repulsion=repulsion,
+        kernel=kernel,
+        density=density,
+        target_density=target_density,
+        consensus=consensus,
+        eps=eps,
+        key=key,
+        skip=skip,
+    )
     if not skip:
         check_finite(stats.cosines)
     return tuple(stats)

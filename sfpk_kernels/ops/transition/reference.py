@@ -175,11 +175,10 @@ def transition_(
             _retract_(moved, sizes, density, target_density)
 
     if masks.dtype in rounding.TWO_BYTES:
-        before = masks[skipped], residual[skipped] if residual is not None else None
+        kept = [(t, t[skipped]) for t in (masks, residual) if t is not None]
         rounding.write_(moved, masks, residual, key)
-        masks[skipped] = before[0]
-        if residual is not None:
-            residual[skipped] = before[1]
+        for stored, rows in kept:
+            stored[skipped] = rows
     else:
         moved[skipped] = particles[skipped]
         masks.copy_(moved)

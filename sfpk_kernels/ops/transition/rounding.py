@@ -56,7 +56,7 @@ def stochastic_half(values: Tensor, key: int) -> Tensor:
 
     Beyond ±65504 the result is ±65504, not infinity.
     """
-    bits = random_bits(*values.shape, key, values.device)
+    bits = random_bits(values.shape[0], values.shape[1], key, values.device)
     size = values.abs().clamp(max=_LARGEST)
     # 13 bits of an fp32 mantissa are cut off: add as many random ones first.
     normal = ((size.view(torch.int32) + (bits >> 19).to(torch.int32)) & ~0x1FFF).view(torch.float32)

@@ -144,9 +144,9 @@ def transition_(
             weights, saliency, sizes, total, *before[:5], *after, mix, guess, moves, scratch, slot_sums, sums,
             n, d, tiles_per_slot * tile.columns, max(1, tiles // 16) * tile.columns, *floats,
             key & 0x7FFFFFFF, key >> 31,
-            STAGE=stage, SIZE=size, N=tile.n, B=tile.columns, PART=tile.part, FLUSH=tile.flush // tile.columns, WEIGHTED=weighted,
-            SQUARED=density == "l2_squared", RETRACT=retract, REPEL=repulsion > 0 and n > 1 and stage != "rescale",
-            PULL=pulls, GRAMS=grams, HAS_EPS=eps > 0, SKIP=skip,
+            STAGE=stage, SIZE=size, N=tile.n, B=tile.columns, PART=tile.part, FLUSH=tile.flush // tile.columns,
+            WEIGHTED=weighted, SQUARED=density == "l2_squared", RETRACT=retract,
+            REPEL=repulsion > 0 and n > 1 and stage != "rescale", PULL=pulls, GRAMS=grams, HAS_EPS=eps > 0, SKIP=skip,
             DISTANCES=tile.distances, ROWS=n if tile.by_columns else 0,
             num_warps=tile.warps, num_stages=1, enable_fp_fusion=True,
         )

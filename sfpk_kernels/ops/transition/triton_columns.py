@@ -72,8 +72,11 @@ def _repelled(
         for i in tl.static_range(ROWS):
             force = tl.zeros_like(m[i])
             for j in tl.static_range(ROWS):
-                if i != j:
+                # From one place for both of a pair: half the registers.
+                if i < j:
                     force -= tl.load(mix + i * N + j) * (m[i] - m[j])
+                elif i > j:
+                    force -= tl.load(mix + j * N + i) * (m[i] - m[j])
             g = g + (e[i] + w * force,)
         return g
     else:
@@ -111,7 +114,8 @@ def reduce_columns(
         ee = _zeros(ROWS, B)
         es = _zeros(ROWS, B)
         eu = _zeros(ROWS, B)
-        ss = _zeros(ROWS, B)
+        # Known from the state, but to the sample, which measures a part of the columns.
+        ss = _zeros(ROWS if guess is None else 0, B)
         uu = _zeros(ROWS * (ROWS + 1) // 2 if GRAMS else ROWS, B)
         us = _zeros(ROWS * ROWS if GRAMS else ROWS, B)
         for at in range(block, tl.minimum(block + FLUSH * hop, stop), hop):
@@ -128,11 +132,8 @@ def reduce_columns(
                 new_ee = new_ee + (ee[i] + e[i] * e[i],)
                 new_es = new_es + (es[i] + e[i] * m[i],)
                 new_eu = new_eu + (eu[i] + e[i] * u_i,)
-                # Known from the state, but to the sample, which measures a part of the columns.
                 if guess is None:
                     new_ss = new_ss + (ss[i] + m[i] * m[i],)
-                else:
-                    new_ss = new_ss + (ss[i],)
             ee, es, eu, ss = new_ee, new_es, new_eu, new_ss
             new_uu, new_us = (), ()
             if GRAMS:

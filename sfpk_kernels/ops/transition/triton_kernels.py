@@ -217,7 +217,7 @@ def _update(
     N: tl.constexpr, B: tl.constexpr, PART: tl.constexpr, FLUSH: tl.constexpr, WEIGHTED: tl.constexpr,
     REPEL: tl.constexpr, PULL: tl.constexpr, MOVES: tl.constexpr, RESCALES: tl.constexpr, DISTANCES: tl.constexpr,
 ):  # fmt: skip
-    """Move the particles (MOVES), or only scale them (RESCALES), write them; sums (4 + gram) of what lies there then."""
+    """Move the particles (MOVES) or scale them (RESCALES), write them; sums (4 + gram) of what then lies there."""
     rows = tl.arange(0, N)
     mm = tl.zeros([N], tl.float64)
     cmm, ccmm, amm = mm, mm, mm
@@ -442,7 +442,8 @@ def _plan(
 
 @triton.jit
 def _plan_pull(
-    norms, q, grams, moves, scratch, n, pull, wanted, stays, N: tl.constexpr, SIZED: tl.constexpr, WEIGHTED: tl.constexpr
+    norms, q, grams, moves, scratch, n, pull, wanted, stays,
+    N: tl.constexpr, SIZED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """What the pull to the mean takes from each norm, minus one: see scales_after_pull in transition_algebra.cpp."""
     square: tl.constexpr = N * N
@@ -450,7 +451,7 @@ def _plan_pull(
     gj = tl.load(scratch + columns)[None, :]
     bj = tl.load(scratch + N + columns)[None, :]
     fj = tl.load(scratch + 2 * N + columns)[None, :]
-    mean_square = 0.0
+    mean_square = tl.full([], 0.0, tl.float64)
     for first in range(0, N, ROW_BLOCK):
         rows = first + tl.arange(0, ROW_BLOCK)
         inside = (rows < n)[:, None] & (columns < n)[None, :]

@@ -1,0 +1,54 @@
+"""The Triton kernels compile for sm_80 and sm_90 without a GPU: no register spills, shared memory within the limit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Largest dynamic shared memory of a block, in bytes (CUDA programming guide, table of technical specifications).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+# (n, options, stages): every tiling, with what each adds in registers; no options is the plain case.
+ALL = []
+CASES = {
+    "default": [
+        (10, "theta", ["reduce", "plan", "update"]),
+        (16, "sized gram", ["reduce", "plan", "update", "finish"]),
+    ],
+    "few": [(n, what, ALL) for n in (1, 4, 8, 10, 12) for what in ("", "weighted", "theta grads16")]
+    + [(8, "gram", ALL), (10, "masks16", ALL), (10, "masksbf16", ALL), (10, "eps squared", ALL)],
+    "tiles": [
+        (n, what, ALL) for n in (10, 16, 32) for what in ("sized", "sized weighted theta gram", "sized masksbf16")
+    ]
+    + [(16, "weighted gram", ALL), (32, "weighted gram", ALL), (32, "masks16", ALL)]
+    + [(64, "weighted theta", ALL), (64, "sized masks16", ALL)],
+    "many": [(n, what, ALL) for n in (128, 150) for what in ("weighted theta", "sized masksbf16")],
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "group", [name if name == "default" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_no_spills_and_shared_memory_within_the_limit(group, capability, tmp_path):
+    pytest.importorskip("triton")
+    cases = CASES[group]
+    # A process of its own: in this one the kernels are interpreted.
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compile_triton", str(capability), json.dumps(cases)],
+        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert {(row["n"], row["options"]) for row in rows} == {(n, options) for n, options, _ in cases}
+    for row in rows:
+        assert row["local"] == 0, row  # bytes of local memory: registers spilled
+        assert row["shared"] <= SHARED_LIMIT[capability], row
+        assert 0 < row["registers"] <= 255, row
