@@ -16,13 +16,26 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 # (n, options, stages): every tiling, with what each adds in registers; no options is the plain case.
 ALL: list[str] = []
 PASSES = ["reduce", "update"]
+SIZED = ("sized weighted theta gram", "sized masksbf16")
 CASES = {
     "default": [(10, "theta", [*PASSES, "plan"]), (16, "sized gram", [*PASSES, "plan", "finish"])],
-    "few": [(1, "", PASSES), (8, "gram", [*PASSES, "whole"]), (10, "", ALL), (10, "masks16", PASSES)]
-    + [(10, "masksbf16", PASSES), (10, "eps squared", ["plan"]), (12, "weighted theta grads16", PASSES)],
-    "tiles": [(n, what, PASSES) for n in (10, 16, 32) for what in ("sized weighted theta gram", "sized masksbf16")]
-    + [(16, "weighted gram", ALL), (32, "weighted gram", PASSES), (32, "masks16", PASSES)]
-    + [(64, "weighted theta", PASSES), (64, "sized masks16", PASSES)],
+    "few": [
+        (1, "", PASSES),
+        (8, "gram", [*PASSES, "whole"]),
+        (10, "", ALL),
+        (10, "masks16", PASSES),
+        (10, "masksbf16", PASSES),
+        (10, "eps squared", ["plan"]),
+        (12, "weighted theta grads16", PASSES),
+    ],
+    "tiles": [
+        *((n, what, PASSES) for n in (10, 16, 32) for what in SIZED),
+        (16, "weighted gram", ALL),
+        (32, "weighted gram", PASSES),
+        (32, "masks16", PASSES),
+        (64, "weighted theta", PASSES),
+        (64, "sized masks16", PASSES),
+    ],
     "many": [(128, "weighted theta", ALL), (150, "weighted theta", PASSES), (150, "sized masksbf16", PASSES)],
 }
 
