@@ -28,7 +28,7 @@ ALIGNED = ("mask_stride", "residual_stride", "grad_stride", "d", "hop")  # divis
 
 
 def constants_of(stage, n, options):
-    tile = triton_backend.tiling(n, "sized" in options)
+    tile = triton_backend.tiling(n, "sized" in options, "masksbf16" in options)
     grams = "gram" in options
     if grams:
         assert triton_backend.sums_gram_matrices(n, "sized" in options, "weighted" in options)
@@ -85,7 +85,7 @@ def resources(compiled):
 
 
 def stages_of(n, options):
-    tile = triton_backend.tiling(n, "sized" in options)
+    tile = triton_backend.tiling(n, "sized" in options, "masksbf16" in options)
     for stage in STAGES:
         if stage == "distances" and tile.distances:
             continue

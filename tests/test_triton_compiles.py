@@ -36,7 +36,7 @@ CASES = {
         (64, "weighted theta", PASSES),
         (64, "sized masks16", PASSES),
     ],
-    "many": [(128, "weighted theta", ALL), (150, "weighted theta", PASSES), (150, "sized masksbf16", PASSES)],
+    "many": [(128, "weighted theta", ALL), (150, "weighted theta", PASSES), (128, "sized masksbf16", PASSES)],
 }
 
 

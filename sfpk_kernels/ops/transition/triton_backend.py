@@ -32,15 +32,18 @@ class Tiling(NamedTuple):
     distances: bool = True  # whether the update pass has registers for the squared distances, too
 
 
-def tiling(n: int, sized: bool) -> Tiling:
-    """Tiles whose temporaries and sums fit the registers; see tests/test_triton_compiles.py."""
+def tiling(n: int, sized: bool, residual: bool) -> Tiling:
+    """Tiles whose temporaries and sums fit the registers; see tests/test_triton_compiles.py.
+
+    (All but 16 bytes a thread of more than 128 bf16 particles with sizes.)
+    """
     if n <= MOST_BY_COLUMNS and not sized:
         # A thread adds one column in 128: 512 of them before its fp32 sums are handed on.
         return Tiling(16, 128, 16, 4, flush=65536, by_columns=True)
     if n <= 16:
-        return Tiling(16, 64, 16, 4)
+        return Tiling(16, 32 if residual else 64, 16, 4)
     if n <= 32:
-        return Tiling(32, 32, 16, 8)
+        return Tiling(32, 32, 16, 4 if residual else 8)
     if n <= 64:
         return Tiling(64, 32, 16, 8)
     return Tiling(128 if n <= 128 else 256, 16, 16, 8, distances=False)
@@ -51,7 +54,7 @@ def sums_gram_matrices(n: int, sized: bool, weighted: bool) -> bool:
 
     Where it has not, a scaling pass behind the update does the same.
     """
-    if tiling(n, sized).by_columns:
+    if tiling(n, sized, False).by_columns:
         return n <= MOST_GRAMS_BY_COLUMNS and not weighted
     return n <= 32
 
@@ -108,7 +111,7 @@ def transition_(
     weights, saliency, sizes = (t if t is None else t.contiguous() for t in (weights, saliency, sizes))
     n, d = masks.shape
     sized = sizes is not None
-    tile = tiling(n, sized)
+    tile = tiling(n, sized, residual is not None)
     weighted, retract, pulls = kernel == "weighted_rbf", target_density is not None, consensus > 0 and n > 1
     grams = pulls and retract and sums_gram_matrices(n, sized, weighted)
     rescales = pulls and retract and not grams
