@@ -80,7 +80,7 @@ def test_empty_rows():
 @pytest.mark.parametrize(
     ("scores", "k", "error", "words"),
     [
-        (torch.tensor([1.0, float("nan")]), 1, ValueError, "scores: wanted no NaN, got NaN in row 0"),
+        (torch.tensor([1.0, float("nan")]), 1, ValueError, "values: wanted no NaN score, got NaN in row 0"),
         (torch.tensor([[1.0, 2.0], [0.0, float("nan")]]), 0, ValueError, "NaN in row 1"),
         (torch.tensor([1.0, 2.0]), 3, ValueError, "k: wanted 0 ≤ k ≤ 2, got 3"),
         (torch.tensor([1.0, 2.0]), -1, ValueError, "k: wanted 0 ≤ k ≤ 2, got -1"),
@@ -89,11 +89,11 @@ def test_empty_rows():
         (torch.tensor([1.0, 2.0]), True, TypeError, "k: wanted an integer"),
         (torch.rand(2, 3), [1], ValueError, "k: wanted 2 values"),
         (torch.rand(2, 3), torch.tensor([1.0, 1.0]), TypeError, "k: wanted an int64 tensor"),
-        (torch.rand(2, 2, 2), 1, ValueError, "scores: wanted shape"),
-        (torch.tensor([1, 2]), 1, TypeError, "scores: wanted"),
-        ([], 1, TypeError, "scores: wanted a tensor or a non-empty list"),
-        ([torch.rand(2), torch.rand(2).double()], 1, TypeError, r"scores\[1\]: wanted"),
-        ([torch.rand(2), "x"], 1, TypeError, r"scores\[1\]"),
+        (torch.rand(2, 2, 2), 1, ValueError, "values: wanted shape"),
+        (torch.tensor([1, 2]), 1, TypeError, "values: wanted"),
+        ([], 1, TypeError, "values: wanted a tensor or a non-empty list"),
+        ([torch.rand(2), torch.rand(2).double()], 1, TypeError, r"values\[1\]: wanted"),
+        ([torch.rand(2), "x"], 1, TypeError, r"values\[1\]"),
     ],
 )
 def test_bad_input_is_named(scores, k, error, words):
