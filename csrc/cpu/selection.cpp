@@ -200,7 +200,9 @@ int64_t topk_(const std::vector<Tensor>& values, bool rows, int64_t score, const
     int64_t nan_at = -1;
     if (!sizes.empty()) {
       sfpk::Ranking ranking(all[row]);
+      const int64_t candidates = limit[2 * n * parts + row * parts];
       cuts = {ranking.budget_cut(k[row])};
+      if (candidates == 0) cuts = {sfpk::kKeepNone};
       if (ranking.nan_piece() >= 0) nan_at = ranking.pieces()[ranking.nan_piece()].first;
     } else {
       std::vector<Segment> parts_of_row;

@@ -147,4 +147,4 @@ def pack(
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, bits - mask.shape[-1]))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
     octets = (padded.reshape(*shape[:-1], bits // 8, 8) * weights).sum(dim=-1).to(torch.uint8)
-    return octets.contiguous().view(dtype)
+    return octets.flatten().view(dtype).reshape(shape)
