@@ -13,14 +13,14 @@
 
 namespace sfpk {
 
-constexpr int32_t kNotCandidate = INT32_MIN;    // below the key of every score
-constexpr int32_t kInfinityKey = 0x7f800000;    // of +inf; a larger key is a NaN
+constexpr int32_t kNotCandidate = INT32_MIN;     // below the key of every score
+constexpr int32_t kInfinityKey = 0x7f800000;     // of +inf; a larger key is a NaN
 constexpr int32_t kLowestKey = -0x7f800000 - 1;  // of -inf; a smaller key is a NaN
 constexpr int kBinBits = 11;
 constexpr int kBins = 1 << kBinBits;
 
-// The monotone image of a float's bits as a signed integer: a negative float's magnitude is flipped. That puts
-// -0 on -1, just below +0 on 0; the two are equal scores, so -1 moves up to 0.
+// The monotone image of a float's bits as a signed integer: a negative float's magnitude is flipped. That
+// puts -0 on -1, just below +0 on 0; the two are equal scores, so -1 moves up to 0.
 SFPK_HD inline int32_t key_from_bits(uint32_t bits) {
   const int32_t word = static_cast<int32_t>(bits);
   const int32_t key = word ^ ((word >> 31) & 0x7fffffff);

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfpk_kernels.ops import topk_mask
+from sfpk_kernels.ops import topk_mask, topk_threshold
 
 INF = float("inf")
 
@@ -35,8 +35,9 @@ def by_stable_sort(scores, k):
         ([7.0], 1, [1]),
     ],
 )
-def test_golden_table(scores, k, kept):
-    mask = topk_mask(torch.tensor(scores), k)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_golden_table(scores, k, kept, backend):
+    mask = topk_mask(torch.tensor(scores), k, backend=backend)
     assert mask.dtype == torch.bool
     assert mask.tolist() == [bool(x) for x in kept]
 
@@ -70,6 +71,40 @@ def test_a_list_is_ranked_as_one_vector():
         masks = topk_mask(tensors, k)
         assert [m.shape for m in masks] == [t.shape for t in tensors]
         assert torch.equal(torch.cat([m.flatten() for m in masks]), by_stable_sort(flat, k))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize(
+    ("scores", "k", "threshold", "tie_end"),
+    [
+        ([5.0, 1.0, 4.0, 2.0], 2, 4.0, 4),
+        ([1.0, 1.0, 1.0, 1.0], 3, 1.0, 3),
+        ([1.0, 2.0, 1.0, 2.0, 1.0], 3, 1.0, 1),
+        ([1.0, 2.0, 1.0, 2.0, 1.0], 4, 1.0, 3),
+        ([-0.0, 0.0, -0.0], 2, 0.0, 2),
+        ([3.0, 2.0, 1.0], 0, INF, 0),
+        ([3.0, 2.0, 1.0], 3, -INF, 3),
+        ([INF, INF, 1.0], 1, INF, 1),
+        ([1.0, -INF, -INF], 2, -INF, 2),
+        ([], 0, INF, 0),
+    ],
+)
+def test_golden_cuts(scores, k, threshold, tie_end, backend):
+    cut = topk_threshold(torch.tensor(scores), k, backend=backend)
+    assert cut.threshold.dtype == torch.float32
+    assert cut.threshold.tolist() == [[threshold]]
+    assert not torch.signbit(cut.threshold).any() or threshold < 0
+    assert cut.tie_end.tolist() == [[tie_end]]
+
+
+def test_golden_scores():
+    values, saliency = torch.tensor([[1.0, -3.0, 2.0], [4.0, 1.0, -1.0]]), torch.tensor([1.0, 1.0, 4.0])
+    assert topk_mask(values, 1).int().tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert topk_mask(values, 1, score="abs").int().tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert topk_mask(values, 1, score="abs_saliency", saliency=saliency).int().tolist() == [[0, 0, 1], [1, 0, 0]]
+    cut = topk_threshold(values, 2, score="mean_abs_saliency", saliency=saliency)  # 2.5, 2, 6
+    assert cut.threshold.tolist() == [[2.5]]
+    assert topk_mask(values, 2, score="mean_abs_saliency", saliency=saliency).tolist() == [True, False, True]
 
 
 def test_empty_rows():

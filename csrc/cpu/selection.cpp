@@ -132,9 +132,10 @@ Inputs checked(const std::vector<Tensor>& values, const std::vector<Tensor>& sal
                const std::vector<Tensor>& sizes, bool rows, int64_t score, const char* op) {
   SFPK_CHECK(score >= 0 && score <= 3, op, "score", "0 to 3", score);
   const auto kind = static_cast<Score>(score);
-  SFPK_CHECK(saliency.size() == (score >= 2 ? values.size() : 0), op, "saliency", "one where the score needs it",
-             saliency.size());
-  SFPK_CHECK(rows || kind != Score::kMeanAbsSaliency, op, "score", "a score of single entries in a list", score);
+  SFPK_CHECK(saliency.size() == (score >= 2 ? values.size() : 0), op, "saliency",
+             "one where the score needs it", saliency.size());
+  SFPK_CHECK(rows || kind != Score::kMeanAbsSaliency, op, "score", "a score of single entries in a list",
+             score);
   return {values, saliency, excluded, always, sizes, rows, kind};
 }
 
@@ -153,14 +154,15 @@ const int64_t* table(const Tensor& t, int64_t count, const char* name) {
 }
 
 // Returns -1, or the row (the tensor of a list) with a NaN score; nothing else is to be used then.
-int64_t topk_(const std::vector<Tensor>& values, bool rows, int64_t score, const std::vector<Tensor>& saliency,
-              const std::vector<Tensor>& excluded, const std::vector<Tensor>& always,
-              const std::vector<Tensor>& sizes, const Tensor& counts,  // (rows)
-              const Tensor& segments,                                  // (S + 1)
-              const Tensor& limits,                                    // (3, rows, S): floor, cap, candidates
-              const std::optional<Tensor>& guess,                      // (rows, S) fp32
-              int64_t packing, std::vector<Tensor> masks,              // one per tensor of values
-              Tensor threshold, Tensor tie_end) {                      // (rows, S)
+int64_t topk_(const std::vector<Tensor>& values, bool rows, int64_t score,
+              const std::vector<Tensor>& saliency, const std::vector<Tensor>& excluded,
+              const std::vector<Tensor>& always, const std::vector<Tensor>& sizes,
+              const Tensor& counts,                        // (rows)
+              const Tensor& segments,                      // (S + 1)
+              const Tensor& limits,                        // (3, rows, S): floor, cap, candidates
+              const std::optional<Tensor>& guess,          // (rows, S) fp32
+              int64_t packing, std::vector<Tensor> masks,  // one per tensor of values
+              Tensor threshold, Tensor tie_end) {          // (rows, S)
   const Inputs in = checked(values, saliency, excluded, always, sizes, rows, score, "topk_");
   const auto all = problems(in, "topk_");
   const int64_t n = static_cast<int64_t>(all.size()), parts = segments.numel() - 1;
@@ -210,8 +212,8 @@ int64_t topk_(const std::vector<Tensor>& values, bool rows, int64_t score, const
         const int64_t at = row * parts + s;
         std::optional<float> guessed;
         if (guesses) guessed = guesses[at];
-        parts_of_row.push_back({border[s], border[s + 1], limit[at], limit[n * parts + at],
-                                limit[2 * n * parts + at], guessed});
+        parts_of_row.push_back(
+            {border[s], border[s + 1], limit[at], limit[n * parts + at], limit[2 * n * parts + at], guessed});
       }
       cuts = sfpk::cut_segments(all[row], parts_of_row, k[row], nan_at);
     }

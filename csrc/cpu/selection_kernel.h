@@ -1,4 +1,5 @@
-// The selection's block kernels, written once and compiled once per instruction set (see selection_<isa>.cpp).
+// The selection's block kernels, written once and compiled once per instruction set (see
+// selection_<isa>.cpp).
 //
 // Scores round exactly as in ops/selection/reference.py: one product, or a sum followed by two products. None
 // of these can be fused into a multiply-add that rounds differently.
@@ -6,7 +7,8 @@
 // No include guard and no includes: the including file chooses namespace, target and SFPK_LANES.
 
 // Values of one row as fp32, in place or through `buffer`.
-static inline const float* open_values(const Piece& p, int64_t row, int64_t begin, int64_t count, float* buffer) {
+static inline const float* open_values(const Piece& p, int64_t row, int64_t begin, int64_t count,
+                                       float* buffer) {
   const int64_t first = row * p.row_stride + begin;
   if (p.kind == ValueKind::kFloat) return static_cast<const float*>(p.values) + first;
   const auto* bits = static_cast<const uint16_t*>(p.values) + first;

@@ -65,13 +65,13 @@ void write_ragged(const Piece& piece, const std::vector<SegmentCut>& segments, c
       fill(piece, segments, b, std::min(kBlock, piece.count - b), bools.data() + b);
   });
   const int64_t bytes = ceil_div(output.line, unit) * (unit / 8);
-  torch::stable::parallel_for(
-      0, piece.count / output.line, std::max<int64_t>(1, kGrain * kBlock / output.line),
-      [&](int64_t begin, int64_t end) {
-        for (int64_t line = begin; line < end; ++line)
-          pack(bools.data() + line * output.line, output.line, static_cast<uint8_t*>(output.data) + line * bytes,
-               bytes);
-      });
+  torch::stable::parallel_for(0, piece.count / output.line,
+                              std::max<int64_t>(1, kGrain * kBlock / output.line),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t line = begin; line < end; ++line)
+                                  pack(bools.data() + line * output.line, output.line,
+                                       static_cast<uint8_t*>(output.data) + line * bytes, bytes);
+                              });
 }
 
 }  // namespace
@@ -93,7 +93,8 @@ void write_masks(const std::vector<Piece>& pieces, const std::vector<SegmentCut>
     }
   }
   torch::stable::parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) {
-    size_t at = static_cast<size_t>(std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin()) - 1;
+    size_t at =
+        static_cast<size_t>(std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin()) - 1;
     for (int64_t block = begin; block < end; ++block) {
       while (at + 1 < starts.size() && block >= starts[at + 1]) ++at;
       const Piece& piece = pieces[whole[at]];

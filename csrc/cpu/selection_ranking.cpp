@@ -40,10 +40,12 @@ std::pair<int32_t, int32_t> around(float guess) {
   return {key_from_float(guess - margin), key_from_float(guess + margin)};
 }
 
-int64_t sum(const std::vector<int64_t>& counts) { return std::accumulate(counts.begin(), counts.end(), int64_t{0}); }
+int64_t sum(const std::vector<int64_t>& counts) {
+  return std::accumulate(counts.begin(), counts.end(), int64_t{0});
+}
 
-// Narrows [low, high] to the bin that holds the wanted-th entry from above, and `wanted` to its place in there.
-// Returns how many are in the bin.
+// Narrows [low, high] to the bin that holds the wanted-th entry from above, and `wanted` to its place in
+// there. Returns how many are in the bin.
 int64_t narrow(const std::vector<int64_t>& bins, int64_t& wanted, int32_t& low, int32_t& high) {
   const int shift = bin_shift(low, high);
   int64_t bin = kBins - 1;
@@ -216,8 +218,8 @@ KeyCut Ranking::settle(const Scan& scanned, int64_t k, int32_t low, int32_t high
   return cut_ties(key, wanted, equals);
 }
 
-// Narrows `known` to where a sample puts the k-th key. Returns whether only few keys should lie there; where a
-// sampled key is too frequent for that, it is what `known` is narrowed to.
+// Narrows `known` to where a sample puts the k-th key. Returns whether only few keys should lie there; where
+// a sampled key is too frequent for that, it is what `known` is narrowed to.
 bool Ranking::choose_bracket(std::vector<int32_t>& sample, int64_t k, Bracket& known) const {
   const auto size = static_cast<double>(sample.size());
   const double share = static_cast<double>(k) / static_cast<double>(total_);

@@ -9,7 +9,8 @@
 
 namespace sfpk {
 
-// Kept are the candidates with key > `key`, and of those with key == `key` the ones with flat index < `tie_end`.
+// Kept are the candidates with key > `key`, and of those with key == `key` the ones with flat index <
+// `tie_end`.
 struct KeyCut {
   int32_t key;
   int64_t tie_end;

@@ -37,11 +37,11 @@ KeyCut cut_ranking(Ranking& ranking, int64_t k, int64_t free, std::optional<floa
   return cut;
 }
 
-// How many each segment keeps: clamp(above one common cut, floor, cap). Where the clamped counts of the common
-// cut sum to too many, the cut can only rise, so segments at their floors stay there; they are settled and the
-// others share the rest. Likewise for too few and the caps. Every round settles a segment.
-std::vector<int64_t> share_out(const std::vector<Piece>& pieces, const std::vector<Segment>& segments, int64_t k,
-                               int64_t& nan_at) {
+// How many each segment keeps: clamp(above one common cut, floor, cap). Where the clamped counts of the
+// common cut sum to too many, the cut can only rise, so segments at their floors stay there; they are settled
+// and the others share the rest. Likewise for too few and the caps. Every round settles a segment.
+std::vector<int64_t> share_out(const std::vector<Piece>& pieces, const std::vector<Segment>& segments,
+                               int64_t k, int64_t& nan_at) {
   std::vector<int64_t> shares(segments.size());
   std::vector<size_t> open(segments.size());
   for (size_t s = 0; s < open.size(); ++s) open[s] = s;

@@ -18,8 +18,8 @@ struct Segment {
 // The parts of `pieces` with flat index in [begin, end).
 std::vector<Piece> slice(const std::vector<Piece>& pieces, int64_t begin, int64_t end);
 
-// One cut per segment, the k best of the whole ranking under floor ≤ kept ≤ cap. The caller has checked that k
-// lies between the sums of both. `nan_at` becomes the flat index of a piece with a NaN score.
+// One cut per segment, the k best of the whole ranking under floor ≤ kept ≤ cap. The caller has checked that
+// k lies between the sums of both. `nan_at` becomes the flat index of a piece with a NaN score.
 std::vector<KeyCut> cut_segments(const std::vector<Piece>& pieces, const std::vector<Segment>& segments,
                                  int64_t k, int64_t& nan_at);
 

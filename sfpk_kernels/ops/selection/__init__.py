@@ -206,8 +206,7 @@ def _mask_rows(values: Tensor, k: Tensor, *arguments: Any) -> Tensor:
 
 
 def _mask_list(values: list[Tensor], k: Tensor, *arguments: Any) -> list[Tensor]:
-    masks = _solve("topk_mask", values, k, *arguments)[1]
-    return [mask.clone() for mask in masks] if any(mask._base is not None for mask in masks) else masks
+    return _solve("topk_mask", values, k, *arguments)[1]
 
 
 def _cut(values: Tensor | list[Tensor], k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

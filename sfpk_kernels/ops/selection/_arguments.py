@@ -79,7 +79,9 @@ def normalize(
         if value is None:
             return None
         if is_list != (not isinstance(value, Tensor)) or (is_list and not isinstance(value, Sequence)):
-            raise TypeError(f"{op}: {name}: wanted {'a list of tensors' if is_list else 'a tensor'}, got {_kind(value)}")
+            raise TypeError(
+                f"{op}: {name}: wanted {'a list of tensors' if is_list else 'a tensor'}, got {_kind(value)}"
+            )
         parts = list(value) if is_list else [value]
         if len(parts) != len(tensors):
             raise ValueError(f"{op}: {name}: wanted {len(tensors)} tensors, got {len(parts)}")

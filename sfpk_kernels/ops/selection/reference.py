@@ -22,7 +22,9 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
     out_of_ranking = _joined(problem, excluded, scores)
     sizes = _joined(problem, problem.sizes, scores) if problem.sizes else None
     masks = _joined(problem, problem.protected, scores)
-    cut = Cut(scores.new_empty(limits.shape[1:]), torch.empty(limits.shape[1:], dtype=torch.int64, device=scores.device))
+    cut = Cut(
+        scores.new_empty(limits.shape[1:]), torch.empty(limits.shape[1:], dtype=torch.int64, device=scores.device)
+    )
     for row, k in enumerate(counts):
         order = scores[row].sort(descending=True, stable=True).indices
         order = order[~out_of_ranking[row][order]]
@@ -37,7 +39,9 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
             cut.threshold[row, s], cut.tie_end[row, s] = _describe(
                 scores[row], chosen, ~out_of_ranking[row], begin, end
             )
-    return cut, [pack(mask, problem.output) for mask in _split(problem, masks)] if problem.output != "cut" else []
+    if problem.output == "cut":
+        return cut, []
+    return cut, [pack(mask.clone(), problem.output) for mask in _split(problem, masks)]
 
 
 def score_rows(problem: Problem) -> Tensor:  # (rows, d) fp32, fp64 for fp64 values
