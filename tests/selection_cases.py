@@ -1,5 +1,6 @@
 """Random selections for the selection tests, and their check by counting, without any code of the package."""
 
+import itertools
 import random
 
 import torch
@@ -54,13 +55,13 @@ def constrained(seed):
     if draw.random() < 0.7:
         inner = sorted(draw.randint(0, d) for _ in range(draw.randint(1, 4)))
         borders, low, high = [0, *inner, d], [], []
-        for a, b in zip(borders, borders[1:], strict=False):
+        for a, b in itertools.pairwise(borders):
             least, most = sum(s == "p" for s in status[a:b]), sum(usable[a:b])
             low.append(draw.randint(0, most) if draw.random() < 0.5 else 0)
             high.append(draw.randint(max(low[-1], least), most) if draw.random() < 0.5 else d)
         options |= {"segments": borders, "min_keep": low, "max_keep": high}
     least = most = 0
-    for s, (a, b) in enumerate(zip(borders, borders[1:], strict=False)):
+    for s, (a, b) in enumerate(itertools.pairwise(borders)):
         least += max(low[s], sum(x == "p" for x in status[a:b]))
         most += min(high[s], sum(usable[a:b]))
     return values, draw.randint(least, most), options

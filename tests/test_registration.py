@@ -23,7 +23,8 @@ SAMPLES = {
         for score, saliency, sizes, segments, low, high, pattern, protected, removed, guess, packed in [
             ("value", None, None, [], [], [], [], None, None, None, "bool"),
             ("abs_saliency", torch.rand(8), torch.ones(8), [], [], [], [], None, None, None, "uint8"),
-            ("abs", None, None, [0, 4, 8], [0, 0], [3, 3], [3, 4], None, torch.arange(8) == 0, torch.ones(3, 2), "int32"),
+            ("abs", None, None, [0, 4, 8], [0, 0], [3, 3], [3, 4], None, torch.arange(8) == 0, torch.ones(3, 2),
+             "int32"),
         ]
     ],
     "topk_mask_list": lambda: [
@@ -38,8 +39,8 @@ SAMPLES = {
          torch.arange(8) == 2, None, torch.ones(1, 2), "reference"),
     ],
     "topk_cut_list": lambda: [
-        ([torch.randn(3, 2), torch.randn(4)], torch.tensor([5]), "value", None, [torch.ones(3, 2), torch.ones(4)], [], [],
-         [], None, None, None, "reference"),
+        ([torch.randn(3, 2), torch.randn(4)], torch.tensor([5]), "value", None, [torch.ones(3, 2), torch.ones(4)],
+         [], [], [], None, None, None, "reference"),
     ],
     "masked_weights": lambda: [
         (torch.randn(7, requires_grad=True), torch.rand(3, 7) > 0.5, torch.float32, "reference"),

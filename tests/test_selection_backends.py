@@ -1,5 +1,6 @@
 """The C++ selection: bit for bit the reference, whatever the kind of values, guess, threads or instruction set."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_equals_the_reference(data):
     if constraint == "segments":
         inner = sorted(data.draw(st.lists(st.integers(0, d), max_size=5)))
         borders = [0, *inner, d]
-        lengths = [b - a for a, b in zip(borders, borders[1:], strict=False)]
+        lengths = [b - a for a, b in itertools.pairwise(borders)]
         floors, caps = [length // 3 for length in lengths], [length - length // 4 for length in lengths]
         options |= {"segments": borders, "min_keep": floors, "max_keep": caps}
         least, most = sum(floors), sum(caps)

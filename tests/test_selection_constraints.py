@@ -70,7 +70,7 @@ def test_the_check_itself_against_all_subsets():
         low, high = options.get("min_keep", [0]), options.get("max_keep", [d])
         feasible = []
         for chosen in itertools.combinations(range(d), k):
-            inside = [sum(a <= e < b for e in chosen) for a, b in zip(borders, borders[1:], strict=False)]
+            inside = [sum(a <= e < b for e in chosen) for a, b in itertools.pairwise(borders)]
             limits = zip(low, inside, high, strict=True)
             if protected <= set(chosen) <= usable | protected and all(a <= c <= b for a, c, b in limits):
                 feasible.append(chosen)

@@ -20,11 +20,41 @@ _BACKENDS = {"cpp": Backend(cpp.select, cpp.why_not), "reference": Backend(refer
 
 
 @overload
-def topk_mask(values: Tensor, k: int | Sequence[int] | Tensor, **options: Any) -> Tensor: ...
+def topk_mask(
+    values: Tensor,
+    k: int | Sequence[int] | Tensor,
+    *,
+    score: str = ...,
+    saliency: Tensor | None = ...,
+    sizes: Tensor | None = ...,
+    segments: Sequence[int] | None = ...,
+    min_keep: int | Sequence[int] | None = ...,
+    max_keep: int | Sequence[int] | None = ...,
+    pattern: tuple[int, int] | None = ...,
+    protected: Tensor | None = ...,
+    removed: Tensor | None = ...,
+    packed: str | None = ...,
+    guess: Cut | Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
 @overload
-def topk_mask(values: Sequence[Tensor], k: int | Sequence[int] | Tensor, **options: Any) -> list[Tensor]: ...
-
-
+def topk_mask(
+    values: Sequence[Tensor],
+    k: int | Sequence[int] | Tensor,
+    *,
+    score: str = ...,
+    saliency: Sequence[Tensor] | None = ...,
+    sizes: Sequence[Tensor] | None = ...,
+    segments: str | None = ...,
+    min_keep: int | Sequence[int] | None = ...,
+    max_keep: int | Sequence[int] | None = ...,
+    pattern: tuple[int, int] | None = ...,
+    protected: Sequence[Tensor] | None = ...,
+    removed: Sequence[Tensor] | None = ...,
+    packed: str | None = ...,
+    guess: Cut | Tensor | None = ...,
+    backend: str | None = ...,
+) -> list[Tensor]: ...
 def topk_mask(
     values: Tensor | Sequence[Tensor],  # (d,), (n, d) with any row stride, or a list of tensors of any shape
     k: int | Sequence[int] | Tensor,  # 0 ≤ k ≤ d; for (n, d) also one per row
@@ -210,8 +240,8 @@ def _mask_list(values: list[Tensor], k: Tensor, *arguments: Any) -> list[Tensor]
 
 
 def _cut(values: Tensor | list[Tensor], k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *others, protected, removed, guess, backend = arguments
-    cut = _solve("topk_threshold", values, k, *others, [], protected, removed, guess, "cut", backend)[0]
+    ranking, (protected, removed, guess, backend) = arguments[:6], arguments[6:]
+    cut, _ = _solve("topk_threshold", values, k, *[*ranking, [], protected, removed, guess, "cut", backend])
     return cut.threshold, cut.tie_end
 
 

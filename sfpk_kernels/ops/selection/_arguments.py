@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def _segments(op: str, segments: Any, tensors: list[Tensor] | None, d: int) -> l
     if isinstance(segments, str) or not isinstance(segments, Sequence) or not all(_is_integer(b) for b in segments):
         raise TypeError(f"{op}: segments: wanted a sequence of integers, got {segments!r:.80}")
     borders = [int(b) for b in segments]
-    rising = all(a <= b for a, b in zip(borders, borders[1:], strict=False))
+    rising = all(a <= b for a, b in itertools.pairwise(borders))
     if len(borders) < 2 or borders[0] != 0 or borders[-1] != d or not rising:
         raise ValueError(f"{op}: segments: wanted rising offsets from 0 to {d}, got {segments!r:.80}")
     return borders
