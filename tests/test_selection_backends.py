@@ -185,6 +185,31 @@ def test_misleading_samples():
         agree(half_spread, k)
 
 
+@pytest.mark.slow
+def test_more_than_two_to_the_31_coordinates():
+    """4.3 GB of fp16: flat indices and counts need 64 bits."""
+    d = 2**31 + 5000
+    values = torch.zeros(d, dtype=torch.float16)
+    places = torch.tensor([3, 2**31 - 1, 2**31, 2**31 + 7, d - 1])
+    values[places] = torch.tensor([1.0, 2.0, 2.0, 2.0, 3.0], dtype=torch.float16)
+    golden = [
+        (1, 3.0, d),
+        (3, 2.0, 2**31 + 1),  # a tie is cut behind 2³¹
+        (4, 2.0, d),
+        (5, 1.0, d),
+        (6, 0.0, 1),
+        (2**31 + 100, 0.0, 2**31 + 99),  # zeros kept: 2³¹ + 95, four others among the first 2³¹ + 99
+        (d - 1, 0.0, d - 2),
+        (d, -INF, d),
+    ]
+    for k, threshold, tie_end in golden:
+        cut = topk_threshold(values, k, backend="cpp")
+        assert (cut.threshold.item(), cut.tie_end.item()) == (threshold, tie_end), k
+    (mask,) = topk_mask([values], 3, backend="cpp", packed="uint8")
+    assert mask.nonzero().flatten().tolist() == [(2**31 - 1) // 8, 2**31 // 8, (d - 1) // 8]
+    assert mask[[(2**31 - 1) // 8, 2**31 // 8, (d - 1) // 8]].tolist() == [128, 1, 1 << (d - 1) % 8]
+
+
 def fingerprint():
     """One number for many selections on the C++ backend."""
     generator = torch.Generator().manual_seed(6)

@@ -253,7 +253,7 @@ KeyCut Ranking::cut(int64_t k, std::optional<float> guess) {
   Bracket known{kLowestKey, kInfinityKey, 0};
   if (total_ > kSmall) {
     const bool guessed = guess && std::isfinite(*guess);
-    auto keys = sample(guessed ? kSmallSample : std::clamp(total_ / 64, kSmallSample, kLargeSample));
+    auto keys = sample(std::clamp(total_ / (guessed ? 1024 : 64), kSmallSample, kLargeSample));
     for (int tries = 0; tries < kTries; ++tries) {
       Bracket next = known;
       const bool compact = choose_bracket(keys, k, next);

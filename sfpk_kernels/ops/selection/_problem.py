@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,7 +78,7 @@ def check_values(problem: Problem) -> None:
         if sizes.numel() and not bool(sizes.min() >= 1):
             raise ValueError(f"{problem.op}: sizes: wanted integers ≥ 1, got {int(sizes.min())}")
     for protected, removed in zip(problem.protected, problem.removed, strict=False):
-        both = int((protected & removed).sum())
+        both = _true(protected & removed)
         if both:
             raise ValueError(f"{problem.op}: removed: wanted no protected entries, got {both}")
     check_pattern(problem)
@@ -84,16 +86,20 @@ def check_values(problem: Problem) -> None:
 
 def _count(problem: Problem, masks: list[Tensor]) -> list[list[int]]:
     """True entries per row and segment."""
-    parts = len(problem.segments) - 1
+    borders = list(itertools.pairwise(problem.segments))
     if not masks:
-        return [[0] * parts for _ in problem.counts]
+        return [[0] * len(borders) for _ in problem.counts]
     if problem.by_rows:
-        borders = zip(problem.segments, problem.segments[1:], strict=False)
-        columns = [masks[0][:, begin:end].sum(dim=1) for begin, end in borders]
-        counted: list[list[int]] = torch.stack(columns, dim=1).tolist()
-        return counted
-    counts = [int(mask.sum()) for mask in masks]
-    return [counts if parts == len(counts) else [sum(counts)]]
+        alike = masks[0].stride(0) == 0  # one mask expanded to all rows
+        rows = [[_true(row[begin:end]) for begin, end in borders] for row in (masks[0][:1] if alike else masks[0])]
+        return rows * len(problem.counts) if alike else rows
+    counts = [_true(mask) for mask in masks]
+    return [counts if len(borders) == len(counts) else [sum(counts)]]
+
+
+def _true(mask: Tensor) -> int:
+    # On the CPU, NumPy counts bools more than ten times as fast.
+    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(torch.count_nonzero(mask))
 
 
 def plan(
