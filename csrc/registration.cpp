@@ -7,6 +7,8 @@
 
 #include <string>
 
+#include "selection_keys.h"
+
 STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
   m.def("copy_(Tensor(a!) out, Tensor src) -> ()");
   m.def(
@@ -14,6 +16,13 @@ STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
       "Tensor(b!)? residual, Tensor[] state, float step, float radius, float repulsion, bool weighted, "
       "bool squared, float? target_density, float consensus, float eps, int key, bool skip) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "topk_(Tensor[] values, bool rows, int score, Tensor[] saliency, Tensor[] excluded, Tensor[] always, "
+      "Tensor[] sizes, Tensor counts, Tensor segments, Tensor limits, Tensor? guess, int packing, "
+      "Tensor(a!)[] masks, Tensor(b!) threshold, Tensor(c!) tie_end) -> int");
+  m.def(
+      "pattern_excluded_(Tensor[] values, bool rows, int score, Tensor[] saliency, Tensor[] excluded, "
+      "Tensor[] always, int keep, int group, Tensor(a!)[] out) -> int");
 }
 
 namespace {
@@ -37,9 +46,21 @@ pybind11::dict build_config() {
   return config;
 }
 
+// The helpers host and device kernels share, for the tests.
+void define_selection_keys(pybind11::module_& module) {
+  module.def("selection_key", &sfpk::key_from_float);
+  module.def("selection_magnitude_key", &sfpk::key_from_magnitude);
+  module.def("selection_score", &sfpk::float_from_key);
+  module.def("selection_is_nan_key", &sfpk::is_nan_key);
+  module.def("selection_bin_shift", &sfpk::bin_shift);
+  module.def("selection_key_bin", &sfpk::key_bin);
+  module.def("selection_is_kept", &sfpk::is_kept);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "C++ kernels of sfpk_kernels; importing it registers torch.ops.sfpk_cpp.";
   module.def("build_config", &build_config, "How this extension was compiled, as a dict.");
+  define_selection_keys(module);
 }

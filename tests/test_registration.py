@@ -17,8 +17,31 @@ SAMPLES = {
             (torch.randn(7), torch.rand(7), torch.ones(7), "weighted_rbf", 0.5),
         ]
     ],
-    "topk_mask": lambda: [(torch.randn(3, 7), torch.tensor([0, 3, 7]), "reference")],
-    "topk_mask_list": lambda: [([torch.randn(3, 2), torch.randn(4)], torch.tensor([5]), "reference")],
+    "topk_mask": lambda: [
+        (torch.randn(3, 8), torch.tensor([0, 3, 6]), score, saliency, sizes, segments, low, high, pattern,
+         protected, removed, guess, packed, "reference")
+        for score, saliency, sizes, segments, low, high, pattern, protected, removed, guess, packed in [
+            ("value", None, None, [], [], [], [], None, None, None, "bool"),
+            ("abs_saliency", torch.rand(8), torch.ones(8), [], [], [], [], None, None, None, "uint8"),
+            ("abs", None, None, [0, 4, 8], [0, 0], [3, 3], [3, 4], None, torch.arange(8) == 0, torch.ones(3, 2),
+             "int32"),
+        ]
+    ],
+    "topk_mask_list": lambda: [
+        ([torch.randn(3, 2), torch.randn(4)], torch.tensor([5]), "value", None, None, [], [], [], [], None, None, None,
+         "bool", "reference"),
+        ([torch.randn(3, 2), torch.randn(4)], torch.tensor([5]), "abs_saliency", [torch.rand(3, 2), torch.rand(4)],
+         None, [0, 6, 10], [1, 1], [5, 3], [1, 2], None, None, None, "uint8", "reference"),
+    ],
+    "topk_cut": lambda: [
+        (torch.randn(3, 8), torch.tensor([0, 3, 6]), "value", None, None, [], [], [], None, None, None, "reference"),
+        (torch.randn(3, 8), torch.tensor([3]), "mean_abs_saliency", torch.rand(8), None, [0, 4, 8], [1, 1], [],
+         torch.arange(8) == 2, None, torch.ones(1, 2), "reference"),
+    ],
+    "topk_cut_list": lambda: [
+        ([torch.randn(3, 2), torch.randn(4)], torch.tensor([5]), "value", None, [torch.ones(3, 2), torch.ones(4)],
+         [], [], [], None, None, None, "reference"),
+    ],
     "masked_weights": lambda: [
         (torch.randn(7, requires_grad=True), torch.rand(3, 7) > 0.5, torch.float32, "reference"),
         (torch.randn(7), torch.rand(7), torch.bfloat16, "reference"),
@@ -47,6 +70,25 @@ def step_of_arithmetic(masks, grads, theta):
     weights = ops.masked_weights(theta, keep)
     stats = ops.transition_(masks, grads, step=0.1, radius=2.0, repulsion=0.2, weights=theta)
     return weights, stats.densities
+
+
+def selections(values, saliency, protected):
+    kept = ops.topk_mask(values, [2, 3, 4], protected=protected, packed="uint8")
+    consensus = ops.topk_mask(values, 4, score="mean_abs_saliency", saliency=saliency, segments=[0, 5, 12], min_keep=1)
+    cut = ops.topk_threshold(values, 3, score="abs_saliency", saliency=saliency, sizes=torch.ones(12))
+    warm = ops.topk_mask(values, 3, score="abs_saliency", saliency=saliency, guess=cut)
+    patterned = ops.topk_mask(values, 3, pattern=(2, 4), removed=protected)
+    listed = ops.topk_mask([values, saliency], 9, segments="tensors", max_keep=6)
+    both = ops.topk_threshold([values, saliency], 9)
+    return (kept, consensus, *cut, warm, patterned, *listed, *both)
+
+
+def test_selections_compile_into_one_graph():
+    arguments = torch.randn(3, 12), torch.rand(12), torch.arange(12) == 7
+    expected = selections(*arguments)
+    results = torch.compile(selections, fullgraph=True, backend="aot_eager")(*arguments)
+    for a, b in zip(expected, results, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_compiles_into_one_graph():

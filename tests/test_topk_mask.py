@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfpk_kernels.ops import topk_mask
+from sfpk_kernels.ops import topk_mask, topk_threshold
 
 INF = float("inf")
 
@@ -35,8 +35,9 @@ def by_stable_sort(scores, k):
         ([7.0], 1, [1]),
     ],
 )
-def test_golden_table(scores, k, kept):
-    mask = topk_mask(torch.tensor(scores), k)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_golden_table(scores, k, kept, backend):
+    mask = topk_mask(torch.tensor(scores), k, backend=backend)
     assert mask.dtype == torch.bool
     assert mask.tolist() == [bool(x) for x in kept]
 
@@ -72,6 +73,40 @@ def test_a_list_is_ranked_as_one_vector():
         assert torch.equal(torch.cat([m.flatten() for m in masks]), by_stable_sort(flat, k))
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize(
+    ("scores", "k", "threshold", "tie_end"),
+    [
+        ([5.0, 1.0, 4.0, 2.0], 2, 4.0, 4),
+        ([1.0, 1.0, 1.0, 1.0], 3, 1.0, 3),
+        ([1.0, 2.0, 1.0, 2.0, 1.0], 3, 1.0, 1),
+        ([1.0, 2.0, 1.0, 2.0, 1.0], 4, 1.0, 3),
+        ([-0.0, 0.0, -0.0], 2, 0.0, 2),
+        ([3.0, 2.0, 1.0], 0, INF, 0),
+        ([3.0, 2.0, 1.0], 3, -INF, 3),
+        ([INF, INF, 1.0], 1, INF, 1),
+        ([1.0, -INF, -INF], 2, -INF, 2),
+        ([], 0, INF, 0),
+    ],
+)
+def test_golden_cuts(scores, k, threshold, tie_end, backend):
+    cut = topk_threshold(torch.tensor(scores), k, backend=backend)
+    assert cut.threshold.dtype == torch.float32
+    assert cut.threshold.tolist() == [[threshold]]
+    assert not torch.signbit(cut.threshold).any() or threshold < 0
+    assert cut.tie_end.tolist() == [[tie_end]]
+
+
+def test_golden_scores():
+    values, saliency = torch.tensor([[1.0, -3.0, 2.0], [4.0, 1.0, -1.0]]), torch.tensor([1.0, 1.0, 4.0])
+    assert topk_mask(values, 1).int().tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert topk_mask(values, 1, score="abs").int().tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert topk_mask(values, 1, score="abs_saliency", saliency=saliency).int().tolist() == [[0, 0, 1], [1, 0, 0]]
+    cut = topk_threshold(values, 2, score="mean_abs_saliency", saliency=saliency)  # 2.5, 2, 6
+    assert cut.threshold.tolist() == [[2.5]]
+    assert topk_mask(values, 2, score="mean_abs_saliency", saliency=saliency).tolist() == [True, False, True]
+
+
 def test_empty_rows():
     assert topk_mask(torch.empty(0), 0).shape == (0,)
     assert topk_mask(torch.empty(3, 0), 0).shape == (3, 0)
@@ -80,7 +115,7 @@ def test_empty_rows():
 @pytest.mark.parametrize(
     ("scores", "k", "error", "words"),
     [
-        (torch.tensor([1.0, float("nan")]), 1, ValueError, "scores: wanted no NaN, got NaN in row 0"),
+        (torch.tensor([1.0, float("nan")]), 1, ValueError, "values: wanted no NaN score, got NaN in row 0"),
         (torch.tensor([[1.0, 2.0], [0.0, float("nan")]]), 0, ValueError, "NaN in row 1"),
         (torch.tensor([1.0, 2.0]), 3, ValueError, "k: wanted 0 ≤ k ≤ 2, got 3"),
         (torch.tensor([1.0, 2.0]), -1, ValueError, "k: wanted 0 ≤ k ≤ 2, got -1"),
@@ -89,11 +124,11 @@ def test_empty_rows():
         (torch.tensor([1.0, 2.0]), True, TypeError, "k: wanted an integer"),
         (torch.rand(2, 3), [1], ValueError, "k: wanted 2 values"),
         (torch.rand(2, 3), torch.tensor([1.0, 1.0]), TypeError, "k: wanted an int64 tensor"),
-        (torch.rand(2, 2, 2), 1, ValueError, "scores: wanted shape"),
-        (torch.tensor([1, 2]), 1, TypeError, "scores: wanted"),
-        ([], 1, TypeError, "scores: wanted a tensor or a non-empty list"),
-        ([torch.rand(2), torch.rand(2).double()], 1, TypeError, r"scores\[1\]: wanted"),
-        ([torch.rand(2), "x"], 1, TypeError, r"scores\[1\]"),
+        (torch.rand(2, 2, 2), 1, ValueError, "values: wanted shape"),
+        (torch.tensor([1, 2]), 1, TypeError, "values: wanted"),
+        ([], 1, TypeError, "values: wanted a tensor or a non-empty list"),
+        ([torch.rand(2), torch.rand(2).double()], 1, TypeError, r"values\[1\]: wanted"),
+        ([torch.rand(2), "x"], 1, TypeError, r"values\[1\]"),
     ],
 )
 def test_bad_input_is_named(scores, k, error, words):

@@ -1,124 +1,277 @@
-"""``topk_mask``: exactly the k best coordinates, per row or over a whole list of tensors."""
+"""``topk_mask`` and ``topk_threshold``: exactly the k best coordinates, per row or over a list of tensors."""
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from ..._dispatch import Backend, choose
 from .. import _checks as check
-from . import reference
+from . import _arguments, cpp, reference
+from ._arguments import Cut
+from ._problem import Problem, check_values, mask_shape
 
-_OP = "topk_mask"
-_BACKENDS = {"reference": Backend(reference.topk_mask)}
+__all__ = ["Cut", "topk_mask", "topk_threshold"]
+
+_BACKENDS = {"cpp": Backend(cpp.select, cpp.why_not), "reference": Backend(reference.select)}
 
 
 @overload
-def topk_mask(scores: Tensor, k: int | Sequence[int] | Tensor, *, backend: str | None = None) -> Tensor: ...
-@overload
-def topk_mask(scores: Sequence[Tensor], k: int, *, backend: str | None = None) -> list[Tensor]: ...
-
-
 def topk_mask(
-    scores: Tensor | Sequence[Tensor],  # (d,), (n, d), or a list of tensors of any shape
+    values: Tensor,
+    k: int | Sequence[int] | Tensor,
+    *,
+    score: str = ...,
+    saliency: Tensor | None = ...,
+    sizes: Tensor | None = ...,
+    segments: Sequence[int] | None = ...,
+    min_keep: int | Sequence[int] | None = ...,
+    max_keep: int | Sequence[int] | None = ...,
+    pattern: tuple[int, int] | None = ...,
+    protected: Tensor | None = ...,
+    removed: Tensor | None = ...,
+    packed: str | None = ...,
+    guess: Cut | Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def topk_mask(
+    values: Sequence[Tensor],
+    k: int | Sequence[int] | Tensor,
+    *,
+    score: str = ...,
+    saliency: Sequence[Tensor] | None = ...,
+    sizes: Sequence[Tensor] | None = ...,
+    segments: str | None = ...,
+    min_keep: int | Sequence[int] | None = ...,
+    max_keep: int | Sequence[int] | None = ...,
+    pattern: tuple[int, int] | None = ...,
+    protected: Sequence[Tensor] | None = ...,
+    removed: Sequence[Tensor] | None = ...,
+    packed: str | None = ...,
+    guess: Cut | Tensor | None = ...,
+    backend: str | None = ...,
+) -> list[Tensor]: ...
+def topk_mask(
+    values: Tensor | Sequence[Tensor],  # (d,), (n, d) with any row stride, or a list of tensors of any shape
     k: int | Sequence[int] | Tensor,  # 0 ≤ k ≤ d; for (n, d) also one per row
     *,
+    score: str = "value",
+    saliency: Tensor | Sequence[Tensor] | None = None,  # (d,) or a list like values
+    sizes: Tensor | Sequence[Tensor] | None = None,  # (d,) or a list like values: integers ≥ 1
+    segments: Sequence[int] | str | None = None,  # (S + 1) offsets, or "tensors" for a list
+    min_keep: int | Sequence[int] | None = None,  # (S,)
+    max_keep: int | Sequence[int] | None = None,  # (S,)
+    pattern: tuple[int, int] | None = None,  # (N, M)
+    protected: Tensor | Sequence[Tensor] | None = None,  # bool, like values or (d,)
+    removed: Tensor | Sequence[Tensor] | None = None,  # bool, like values or (d,)
+    packed: str | None = None,
+    guess: Cut | Tensor | None = None,  # thresholds (rows,) or (rows, S)
     backend: str | None = None,
 ) -> Tensor | list[Tensor]:
-    """Masks (bool, the shape of ``scores``) that are True at exactly the k highest scores.
+    """Masks that are True at exactly the k highest scores.
 
     Ties go to the lower flat index; in a list, to the earlier tensor. +0 and -0 are equal, ±inf is ordered as
-    usual. The result depends on nothing else: not on the backend, the thread count or the device.
+    usual. The result depends on nothing else: not on the guess, the backend, the thread count or the device.
 
     Args:
-        scores: one vector, one row per particle, or a list of tensors (fp16, bf16, fp32 or fp64, all alike on
+        values: one vector, one row per particle, or a list of tensors (fp16, bf16, fp32 or fp64, all alike on
             one device) ranked together as if flattened and concatenated.
-        k: how many to keep: an int, or for (n, d) scores also n ints or an int64 tensor (n,).
+        k: how many to keep: an int, or for (n, d) values also n ints or an int64 tensor (n,).
+        score: ``"value"``: m. ``"abs"``: \\|m|. ``"abs_saliency"``: \\|m|·a. ``"mean_abs_saliency"``: one score for
+            all rows, (Σ_i \\|m_i|)·a·(1/n), added in order of the rows; the mask is (d,). All in fp32, each
+            operation rounded once (in fp64 for fp64 values).
+        saliency: a, for the scores that name it.
+        sizes: how many weights each coordinate governs. k is then a budget: kept is the longest prefix of the
+            ranking whose sizes sum to at most k, protected entries counted first.
+        segments: offsets 0 … d of S segments; ``"tensors"``: each tensor of a list is one.
+        min_keep, max_keep: how many each segment keeps at least, at most: one number for all, or S. Among the
+            selections of k within these limits, the one whose kept coordinates rank highest.
+        pattern: at most N are kept of each M consecutive entries along the last dimension, which M divides; the
+            k best of the N best of every group.
+        protected: kept always, and counted.
+        removed: never kept.
+        packed: ``None``: bool masks, shaped like the values. ``"uint8"`` or ``"int32"``: one bit per coordinate,
+            little-endian along the last dimension, zeros behind the last one.
+        guess: the expected thresholds (those of an earlier call). One read of the values suffices where they
+            are within a few percent; nothing but time depends on them.
         backend: ``None`` for the fastest available.
 
     Raises:
-        TypeError: scores that are no float tensors, or k that is no integer.
-        ValueError: k outside [0, d], a wrong number of ks, unlike tensors in a list, or a NaN score.
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or range, a NaN score (the message names the row or tensor), or constraints that
+            no selection satisfies (the message says which).
     """
-    if isinstance(scores, Tensor):
-        return _topk_rows(scores, k, backend)
-    if not isinstance(scores, Sequence) or not scores:
-        raise TypeError(f"{_OP}: scores: wanted a tensor or a non-empty list of tensors, got {scores!r:.80}")
-    for i, tensor in enumerate(scores):
-        check.is_tensor(_OP, f"scores[{i}]", tensor)
-        check.same_device(_OP, f"scores[{i}]", tensor, scores[0].device)
-        if tensor.dtype != scores[0].dtype:
-            raise TypeError(f"{_OP}: scores[{i}]: wanted {scores[0].dtype} as in scores[0], got {tensor.dtype}")
-    counts = _counts(k, 1, sum(tensor.numel() for tensor in scores), scores[0].device)
-    return torch.ops.sfpk.topk_mask_list(list(scores), counts, backend or "")
+    # fmt: off
+    call = _arguments.normalize(
+        "topk_mask", values, k, score=score, saliency=saliency, sizes=sizes, segments=segments, min_keep=min_keep,
+        max_keep=max_keep, pattern=pattern, protected=protected, removed=removed, guess=guess,
+    )
+    if packed is not None:
+        check.is_one_of("topk_mask", "packed", packed, _arguments.PACKED)
+    op = torch.ops.sfpk.topk_mask if isinstance(values, Tensor) else torch.ops.sfpk.topk_mask_list
+    masks = op(
+        call.values, call.k, call.score, call.saliency, call.sizes, call.segments, call.min_keep, call.max_keep,
+        call.pattern, call.protected, call.removed, call.guess, packed or "bool", backend or "",
+    )
+    # fmt: on
+    one = isinstance(values, Tensor) and (values.dim() == 1 or score == "mean_abs_saliency")
+    return masks.squeeze(0) if one else masks
 
 
-def _topk_rows(scores: Tensor, k: int | Sequence[int] | Tensor, backend: str | None) -> Tensor:
-    check.is_tensor(_OP, "scores", scores)
-    if scores.dim() not in (1, 2):
-        raise ValueError(f"{_OP}: scores: wanted shape (d,) or (n, d), got {tuple(scores.shape)}")
-    rows = scores.unsqueeze(0) if scores.dim() == 1 else scores
-    counts = _counts(k, rows.shape[0], rows.shape[1], rows.device)
-    return torch.ops.sfpk.topk_mask(rows, counts, backend or "").view(scores.shape)
+def topk_threshold(
+    values: Tensor | Sequence[Tensor],  # (d,), (n, d) with any row stride, or a list of tensors of any shape
+    k: int | Sequence[int] | Tensor,  # 0 ≤ k ≤ d; for (n, d) also one per row
+    *,
+    score: str = "value",
+    saliency: Tensor | Sequence[Tensor] | None = None,
+    sizes: Tensor | Sequence[Tensor] | None = None,
+    segments: Sequence[int] | str | None = None,
+    min_keep: int | Sequence[int] | None = None,
+    max_keep: int | Sequence[int] | None = None,
+    pattern: None = None,
+    protected: Tensor | Sequence[Tensor] | None = None,
+    removed: Tensor | Sequence[Tensor] | None = None,
+    guess: Cut | Tensor | None = None,
+    backend: str | None = None,
+) -> Cut:
+    """What :func:`topk_mask` keeps as a threshold and a tie cut, one per row and segment, without a mask.
+
+    Arguments and errors are those of :func:`topk_mask`; a pattern is no threshold, so it is refused. Protected
+    and removed entries are not described by the cut: kept are the protected ones, and of the others but
+    the removed those the cut keeps.
+
+    Returns:
+        Cut: (rows, S) each; threshold +inf with tie_end 0 where none is kept, -inf with tie_end d where all are.
+    """
+    if pattern is not None:
+        raise ValueError(f"topk_threshold: pattern: wanted None, as an N:M mask is no threshold, got {pattern!r}")
+    # fmt: off
+    call = _arguments.normalize(
+        "topk_threshold", values, k, score=score, saliency=saliency, sizes=sizes, segments=segments,
+        min_keep=min_keep, max_keep=max_keep, pattern=None, protected=protected, removed=removed, guess=guess,
+    )
+    op = torch.ops.sfpk.topk_cut if isinstance(values, Tensor) else torch.ops.sfpk.topk_cut_list
+    return Cut(*op(
+        call.values, call.k, call.score, call.saliency, call.sizes, call.segments, call.min_keep, call.max_keep,
+        call.protected, call.removed, call.guess, backend or "",
+    ))
+    # fmt: on
 
 
-def _counts(k: int | Sequence[int] | Tensor, rows: int, d: int, device: torch.device) -> Tensor:
-    """k as an int64 tensor (rows,); the values of a tensor k are checked by the op itself."""
-    if isinstance(k, Tensor):
-        if k.dtype != torch.int64:
-            raise TypeError(f"{_OP}: k: wanted an int64 tensor, got {k.dtype}")
-        check.has_shape(_OP, "k", k, (rows,))
-        return k
-    values = [k] * rows if isinstance(k, numbers.Integral) else list(k) if isinstance(k, Sequence) else None
-    if values is None or any(isinstance(v, bool) or not isinstance(v, numbers.Integral) for v in values):
-        raise TypeError(f"{_OP}: k: wanted an integer or one per row, got {k!r}")
-    if len(values) != rows:
-        raise ValueError(f"{_OP}: k: wanted {rows} values, one per row, got {len(values)}")
-    _check_counts([int(v) for v in values], d)
-    return torch.tensor([int(v) for v in values], dtype=torch.int64, device=device)
+_LIMITS = "int[] segments, int[] min_keep, int[] max_keep"
+_ROWS = f"Tensor values, Tensor k, str score, Tensor? saliency, Tensor? sizes, {_LIMITS}"
+_LIST = f"Tensor[] values, Tensor k, str score, Tensor[]? saliency, Tensor[]? sizes, {_LIMITS}"
+_ASIDE, _ASIDE_LIST = "Tensor? protected, Tensor? removed", "Tensor[]? protected, Tensor[]? removed"
+_MASK = "Tensor? guess, str packed, str backend"
+_CUT = "Tensor? guess, str backend) -> (Tensor, Tensor)"
+torch.library.define("sfpk::topk_mask", f"({_ROWS}, int[] pattern, {_ASIDE}, {_MASK}) -> Tensor")
+torch.library.define("sfpk::topk_mask_list", f"({_LIST}, int[] pattern, {_ASIDE_LIST}, {_MASK}) -> Tensor[]")
+torch.library.define("sfpk::topk_cut", f"({_ROWS}, {_ASIDE}, {_CUT}")
+torch.library.define("sfpk::topk_cut_list", f"({_LIST}, {_ASIDE_LIST}, {_CUT}")
 
 
-def _check_counts(counts: list[int], d: int) -> None:
-    for row, count in enumerate(counts):
-        if not 0 <= count <= d:
-            raise ValueError(f"{_OP}: k: wanted 0 ≤ k ≤ {d}, got {count} in row {row}")
+def _solve(
+    op: str,
+    values: Tensor | list[Tensor],
+    k: Tensor,
+    score: str,
+    saliency: Tensor | list[Tensor] | None,
+    sizes: Tensor | list[Tensor] | None,
+    segments: list[int],
+    min_keep: list[int],
+    max_keep: list[int],
+    pattern: list[int],
+    protected: Tensor | list[Tensor] | None,
+    removed: Tensor | list[Tensor] | None,
+    guess: Tensor | None,
+    output: str,
+    backend: str,
+) -> tuple[Cut, list[Tensor]]:
+    def listed(tensors: Tensor | list[Tensor] | None) -> list[Tensor]:
+        return [] if tensors is None else [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
-
-torch.library.define("sfpk::topk_mask", "(Tensor scores, Tensor k, str backend) -> Tensor")
-torch.library.define("sfpk::topk_mask_list", "(Tensor[] scores, Tensor k, str backend) -> Tensor[]")
-
-
-def _select(scores: Tensor, k: Tensor, backend: str) -> Tensor:
     counts = k.tolist()
-    _check_counts(counts, scores.shape[1])
-    nan_rows = torch.isnan(scores).any(dim=1)
-    if nan_rows.any():
-        raise ValueError(f"{_OP}: scores: wanted no NaN, got NaN in row {int(nan_rows.int().argmax())}")
-    return choose(_OP, backend, _BACKENDS, scores)(scores, counts)
+    parts = listed(values)
+    by_rows = isinstance(values, Tensor)
+    d = parts[0].shape[1] if by_rows else sum(t.numel() for t in parts)
+
+    def aside(masks: Tensor | list[Tensor] | None) -> list[Tensor]:
+        return [m.expand(len(counts), d) for m in listed(masks)] if by_rows else listed(masks)
+
+    problem = Problem(
+        op=op,
+        values=parts,
+        by_rows=by_rows,
+        counts=counts,
+        score=score,
+        saliency=listed(saliency),
+        sizes=[_integers(op, t) for t in listed(sizes)],
+        segments=segments or [0, d],
+        min_keep=min_keep,
+        max_keep=max_keep,
+        pattern=(pattern[0], pattern[1]) if pattern else None,
+        protected=aside(protected),
+        removed=aside(removed),
+        guess=guess,
+        output=output,
+    )
+    check_values(problem)
+    return choose(op, backend, _BACKENDS, parts[0])(problem)
 
 
-@torch.library.impl("sfpk::topk_mask", ("cpu", "cuda"))
-def _topk_mask(scores: Tensor, k: Tensor, backend: str) -> Tensor:
-    return _select(scores, k, backend)
+def _integers(op: str, sizes: Tensor) -> Tensor:
+    if sizes.dtype == torch.int64:
+        return sizes
+    if not bool((sizes == sizes.round()).all()) or not bool(sizes.isfinite().all()):
+        raise ValueError(f"{op}: sizes: wanted integers ≥ 1, got fractions")
+    return sizes.to(torch.int64)
 
 
-@torch.library.impl("sfpk::topk_mask_list", ("cpu", "cuda"))
-def _topk_mask_list(scores: list[Tensor], k: Tensor, backend: str) -> list[Tensor]:
-    flat = torch.cat([tensor.flatten() for tensor in scores])
-    mask = _select(flat.unsqueeze(0), k, backend).squeeze(0)
-    parts = mask.split([tensor.numel() for tensor in scores])
-    return [part.view(tensor.shape).clone() for part, tensor in zip(parts, scores, strict=True)]
+def _mask_rows(values: Tensor, k: Tensor, *arguments: Any) -> Tensor:
+    return _solve("topk_mask", values, k, *arguments)[1][0]
+
+
+def _mask_list(values: list[Tensor], k: Tensor, *arguments: Any) -> list[Tensor]:
+    return _solve("topk_mask", values, k, *arguments)[1]
+
+
+def _cut(values: Tensor | list[Tensor], k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    ranking, (protected, removed, guess, backend) = arguments[:6], arguments[6:]
+    cut, _ = _solve("topk_threshold", values, k, *[*ranking, [], protected, removed, guess, "cut", backend])
+    return cut.threshold, cut.tie_end
+
+
+for _name, _implementation in (
+    ("topk_mask", _mask_rows),
+    ("topk_mask_list", _mask_list),
+    ("topk_cut", _cut),
+    ("topk_cut_list", _cut),
+):
+    torch.library.impl(f"sfpk::{_name}", ("cpu", "cuda"))(_implementation)
 
 
 @torch.library.register_fake("sfpk::topk_mask")
-def _topk_mask_fake(scores: Tensor, k: Tensor, backend: str) -> Tensor:
-    return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+def _topk_mask_fake(values: Tensor, k: Tensor, *arguments: Any) -> Tensor:
+    shape, dtype = mask_shape((k.shape[0], values.shape[1]), arguments[-2])
+    return values.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("sfpk::topk_mask_list")
-def _topk_mask_list_fake(scores: list[Tensor], k: Tensor, backend: str) -> list[Tensor]:
-    return [torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device) for tensor in scores]
+def _topk_mask_list_fake(values: list[Tensor], k: Tensor, *arguments: Any) -> list[Tensor]:
+    kinds = [mask_shape(tuple(tensor.shape), arguments[-2]) for tensor in values]
+    return [tensor.new_empty(shape, dtype=dtype) for tensor, (shape, dtype) in zip(values, kinds, strict=True)]
+
+
+def _cut_fake(values: Tensor | list[Tensor], k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    like = values if isinstance(values, Tensor) else values[0]
+    shape = (k.shape[0], max(len(arguments[3]) - 1, 1))
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=torch.int64)
+
+
+torch.library.register_fake("sfpk::topk_cut")(_cut_fake)
+torch.library.register_fake("sfpk::topk_cut_list")(_cut_fake)

@@ -1,24 +1,154 @@
-"""Exact top-k masks in plain PyTorch: the ground truth every other backend is compared with."""
+"""Exact selection in plain PyTorch, by a stable sort: the ground truth every other backend is compared with."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ._arguments import Cut
+from ._problem import Problem, mask_shape, nan_error, plan
 
-def topk_mask(
-    scores: Tensor,  # (rows, d) float, no NaN
-    counts: list[int],  # (rows,) 0 ≤ k ≤ d
-) -> Tensor:  # (rows, d) bool
-    """Row by row: everything above the k-th largest score, and of its equals the first ones by index."""
-    masks = torch.zeros_like(scores, dtype=torch.bool)
-    for mask, row, k in zip(masks, scores, counts, strict=True):
-        if k == 0:
-            continue
-        values = row if row.dtype == torch.float64 else row.float()
-        threshold = values.kthvalue(values.numel() - k + 1).values
-        above = values > threshold
-        equal = values == threshold
-        open_places = k - above.sum()
-        mask.copy_(above | (equal & (equal.cumsum(0) <= open_places)))
-    return masks
+_INF = float("inf")
+
+
+def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
+    """The cuts, and one mask per tensor of ``values`` unless only the cut is asked for."""
+    scores = score_rows(problem)
+    _check_nan(problem, scores)
+    excluded = problem.set_aside()
+    if problem.pattern is not None:
+        excluded = _split(problem, _leave_out_by_pattern(problem, scores))
+    counts, limits = plan(problem, excluded)
+    out_of_ranking = _joined(problem, excluded, scores)
+    sizes = _joined(problem, problem.sizes, scores) if problem.sizes else None
+    masks = _joined(problem, problem.protected, scores)
+    cut = Cut(
+        scores.new_empty(limits.shape[1:]), torch.empty(limits.shape[1:], dtype=torch.int64, device=scores.device)
+    )
+    for row, k in enumerate(counts):
+        order = scores[row].sort(descending=True, stable=True).indices
+        order = order[~out_of_ranking[row][order]]
+        if sizes is not None:
+            kept = order[sizes[row][order].cumsum(0) <= k]
+        else:
+            kept = order[_within_limits(problem, order, k, limits[:, row].to(order.device))]
+        chosen = torch.zeros_like(out_of_ranking[row])
+        chosen[kept] = True
+        masks[row] |= chosen
+        for s, (begin, end) in enumerate(zip(problem.segments, problem.segments[1:], strict=False)):
+            cut.threshold[row, s], cut.tie_end[row, s] = _describe(
+                scores[row], chosen, ~out_of_ranking[row], begin, end
+            )
+    if problem.output == "cut":
+        return cut, []
+    return cut, [pack(mask.clone(), problem.output) for mask in _split(problem, masks)]
+
+
+def score_rows(problem: Problem) -> Tensor:  # (rows, d) fp32, fp64 for fp64 values
+    """The scores, rounded as every backend rounds them; +0 for both zeros."""
+    dtype = torch.float64 if problem.values[0].dtype == torch.float64 else torch.float32
+    if problem.by_rows:
+        values = problem.values[0].to(dtype)
+        saliency = problem.saliency[0].to(dtype) if problem.saliency else None
+    else:
+        values = torch.cat([t.flatten() for t in problem.values]).to(dtype)[None]
+        saliency = torch.cat([t.flatten() for t in problem.saliency]).to(dtype) if problem.saliency else None
+    if problem.score == "value":
+        return values + 0.0
+    if saliency is None:
+        return values.abs()
+    if problem.score == "abs_saliency":
+        return values.abs() * saliency + 0.0
+    total = values[0].abs()
+    for row in values[1:]:
+        total = total + row.abs()
+    scale = torch.ones((), dtype=dtype, device=values.device) / values.shape[0]
+    return (total * saliency * scale + 0.0)[None]
+
+
+def _check_nan(problem: Problem, scores: Tensor) -> None:
+    nan = torch.isnan(scores)
+    if not nan.any():
+        return
+    if problem.by_rows:
+        raise nan_error(problem, int(nan.any(dim=1).int().argmax()))
+    lengths = [t.numel() for t in problem.values]
+    raise nan_error(problem, next(i for i, part in enumerate(nan[0].split(lengths)) if part.any()))
+
+
+def _joined(problem: Problem, tensors: list[Tensor], scores: Tensor) -> Tensor:
+    """Companions as one (rows, d) tensor; False where there are none."""
+    if not tensors:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    flat = tensors[0] if problem.by_rows else torch.cat([t.flatten() for t in tensors])
+    return flat.expand(scores.shape).clone()
+
+
+def _split(problem: Problem, rows: Tensor) -> list[Tensor]:
+    """(rows, d) in the shapes of the values."""
+    if problem.by_rows:
+        return [rows]
+    parts = rows[0].split([t.numel() for t in problem.values])
+    return [part.reshape(t.shape) for part, t in zip(parts, problem.values, strict=True)]
+
+
+def _leave_out_by_pattern(problem: Problem, scores: Tensor) -> Tensor:  # (rows, d) bool
+    """All but the best N of each group of M; protected entries take their places first, removed ones never."""
+    assert problem.pattern is not None
+    keep, group = problem.pattern
+    protected = _joined(problem, problem.protected, scores).reshape(-1, group)
+    aside = _joined(problem, problem.set_aside(), scores).reshape(-1, group)
+    order = scores.reshape(-1, group).sort(dim=1, descending=True, stable=True).indices
+    places = keep - protected.sum(dim=1, keepdim=True)
+    candidate = ~aside.gather(1, order)
+    best = candidate & (candidate.cumsum(dim=1) <= places)
+    return torch.ones_like(aside).scatter(1, order, ~best).reshape(scores.shape)
+
+
+def _within_limits(
+    problem: Problem,
+    order: Tensor,  # candidates, best first
+    k: int,
+    limits: Tensor,  # (3, S)
+) -> Tensor:  # bool, which of them are kept
+    """Every segment's floor first, then the best of the others below their segment's ceiling."""
+    if limits.shape[1] == 1:
+        return torch.arange(order.numel(), device=order.device) < k
+    borders = torch.tensor(problem.segments[1:-1], device=order.device)
+    segment = torch.bucketize(order, borders, right=True)
+    rank = torch.empty_like(order)
+    for s in range(limits.shape[1]):
+        members = segment == s
+        rank[members] = torch.arange(int(members.sum()), device=order.device)
+    demanded = rank < limits[0][segment]
+    allowed = ~demanded & (rank < limits[1][segment])
+    return demanded | (allowed & (allowed.cumsum(0) <= k - demanded.sum()))
+
+
+def _describe(scores: Tensor, kept: Tensor, free: Tensor, begin: int, end: int) -> tuple[float, int]:
+    """Threshold and tie end of one segment of one row."""
+    kept, free, scores, d = kept[begin:end], free[begin:end], scores[begin:end], scores.shape[0]
+    if not kept.any():
+        return _INF, 0
+    if torch.equal(kept, free):
+        return -_INF, d
+    threshold = scores[kept].min()
+    ties = free & (scores == threshold)
+    kept_ties = (ties & kept).nonzero()
+    return float(threshold), d if kept_ties.numel() == ties.sum() else begin + int(kept_ties[-1]) + 1
+
+
+def pack(
+    mask: Tensor,  # bool
+    output: str,
+) -> Tensor:
+    """Bit e of the last dimension to bit e % 8 of byte e // 8, the same in words of 32 bits; zeros behind."""
+    if output == "bool":
+        return mask
+    shape, dtype = mask_shape(tuple(mask.shape), output)
+    mask = mask.reshape(mask.shape or (1,))
+    bits = shape[-1] * (32 if output == "int32" else 8)
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, bits - mask.shape[-1]))
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    octets = (padded.reshape(*shape[:-1], bits // 8, 8) * weights).sum(dim=-1).to(torch.uint8)
+    return octets.flatten().view(dtype).reshape(shape)

@@ -1,0 +1,11 @@
+// The selection's block kernels for avx2.
+#include "selection.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC target("avx2,fma,f16c,popcnt")
+#define SFPK_LANES 8
+namespace sfpk::avx2 {
+#include "selection_kernel.h"
+}  // namespace sfpk::avx2
+#endif

@@ -1,0 +1,221 @@
+"""What a selection may be asked for, checked by shape and type; what depends on values is checked in _problem."""
+
+from __future__ import annotations
+
+import itertools
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+
+SCORES = ("value", "abs", "abs_saliency", "mean_abs_saliency")  # the order of Score in csrc/cpu/selection.h
+PACKED = ("uint8", "int32")
+
+
+class Cut(NamedTuple):
+    """Which coordinates a selection keeps.
+
+    Those with score > threshold, and of those with score == threshold the ones with flat index < tie_end. Under
+    ``protected`` and ``removed`` a cut ranks the other coordinates only.
+    """
+
+    threshold: Tensor  # (rows, segments) fp32, fp64 for fp64 values: score of the last one kept
+    tie_end: Tensor  # (rows, segments) int64: one past the last tie kept; d where all ties are kept
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of the torch ops; ``values`` is (n, d) or a list."""
+
+    values: Tensor | list[Tensor]
+    k: Tensor  # (rows,) int64
+    score: str
+    saliency: Tensor | list[Tensor] | None
+    sizes: Tensor | list[Tensor] | None
+    segments: list[int]  # (S + 1), or empty for one segment
+    min_keep: list[int]  # (S), or empty
+    max_keep: list[int]  # (S), or empty
+    pattern: list[int]  # N, M, or empty
+    protected: Tensor | list[Tensor] | None
+    removed: Tensor | list[Tensor] | None
+    guess: Tensor | None  # (rows, S)
+
+
+def normalize(
+    op: str,
+    values: Any,
+    k: Any,
+    *,
+    score: Any,
+    saliency: Any,
+    sizes: Any,
+    segments: Any,
+    min_keep: Any,
+    max_keep: Any,
+    pattern: Any,
+    protected: Any,
+    removed: Any,
+    guess: Any,
+) -> Call:
+    """The op's arguments from the caller's, or the error that says what is wrong with them."""
+    check.is_one_of(op, "score", score, SCORES)
+    tensors = _tensors(op, values, score)
+    is_list = not isinstance(values, Tensor)
+    rows = 1 if is_list or values.dim() == 1 or score == "mean_abs_saliency" else values.shape[0]
+    d = sum(t.numel() for t in tensors) if is_list else values.shape[-1]
+    device = tensors[0].device
+    if (saliency is None) == score.endswith("saliency"):
+        wanted = "values to multiply with" if saliency is None else "None"
+        raise ValueError(f"{op}: saliency: wanted {wanted} with score={score!r}, got {_kind(saliency)}")
+
+    shapes = [tuple(t.shape) for t in tensors] if is_list else [(d,)]
+    whole = [tuple(values.shape)] if not is_list and score != "mean_abs_saliency" else []
+
+    def companion(name: str, value: Any, dtypes: tuple[torch.dtype, ...], rowwise: bool = False) -> Any:
+        if value is None:
+            return None
+        if is_list != (not isinstance(value, Tensor)) or (is_list and not isinstance(value, Sequence)):
+            raise TypeError(
+                f"{op}: {name}: wanted {'a list of tensors' if is_list else 'a tensor'}, got {_kind(value)}"
+            )
+        parts = list(value) if is_list else [value]
+        if len(parts) != len(tensors):
+            raise ValueError(f"{op}: {name}: wanted {len(tensors)} tensors, got {len(parts)}")
+        for i, part in enumerate(parts):
+            label = f"{name}[{i}]" if is_list else name
+            check.is_tensor(op, label, part, dtypes)
+            if not (rowwise and tuple(part.shape) in whole):
+                check.has_shape(op, label, part, shapes[i])
+            check.same_device(op, label, part, device)
+        return parts if is_list else value
+
+    if sizes is not None and any(x is not None for x in (segments, min_keep, max_keep, pattern)):
+        raise ValueError(f"{op}: sizes: wanted no segments, min_keep, max_keep or pattern beside them, got some")
+    borders = _segments(op, segments, tensors if is_list else None, d)
+    count = max(len(borders) - 1, 1)
+    floors, caps = (_limits(op, name, v, borders) for name, v in (("min_keep", min_keep), ("max_keep", max_keep)))
+    for s, (low, high) in enumerate(zip(floors, caps, strict=False)):
+        if low > high:
+            raise ValueError(f"{op}: min_keep: wanted at most max_keep = {high} in segment {s}, got {low}")
+    return Call(
+        values=tensors if is_list else values.unsqueeze(0) if values.dim() == 1 else values,
+        k=_counts(op, k, rows, device),
+        score=score,
+        saliency=companion("saliency", saliency, check.FLOATS),
+        sizes=companion("sizes", sizes, (*check.FLOATS, torch.int64)),
+        segments=borders,
+        min_keep=floors,
+        max_keep=caps,
+        pattern=_pattern(op, pattern, tensors),
+        protected=companion("protected", protected, (torch.bool,), rowwise=True),
+        removed=companion("removed", removed, (torch.bool,), rowwise=True),
+        guess=_guess(op, guess, rows, count),
+    )
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _tensors(op: str, values: Any, score: str) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        check.is_tensor(op, "values", values)
+        dims = (2,) if score == "mean_abs_saliency" else (1, 2)
+        if values.dim() not in dims or (dims == (2,) and values.shape[0] == 0):
+            wanted = "(n ≥ 1, d)" if dims == (2,) else "(d,) or (n, d)"
+            raise ValueError(f"{op}: values: wanted shape {wanted}, got {tuple(values.shape)}")
+        return [values]
+    if not isinstance(values, Sequence) or not values:
+        raise TypeError(f"{op}: values: wanted a tensor or a non-empty list of tensors, got {values!r:.80}")
+    if score == "mean_abs_saliency":
+        raise ValueError(f"{op}: score: wanted a score of single entries for a list of tensors, got {score!r}")
+    for i, tensor in enumerate(values):
+        check.is_tensor(op, f"values[{i}]", tensor)
+        check.same_device(op, f"values[{i}]", tensor, values[0].device)
+        if tensor.dtype != values[0].dtype:
+            raise TypeError(f"{op}: values[{i}]: wanted {values[0].dtype} as in values[0], got {tensor.dtype}")
+    return list(values)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
+
+
+def _counts(op: str, k: Any, rows: int, device: torch.device) -> Tensor:
+    if isinstance(k, Tensor):
+        if k.dtype != torch.int64:
+            raise TypeError(f"{op}: k: wanted an int64 tensor, got {k.dtype}")
+        check.has_shape(op, "k", k, (rows,))
+        return k
+    counts = [k] * rows if _is_integer(k) else list(k) if isinstance(k, Sequence) else None
+    if counts is None or not all(_is_integer(v) for v in counts):
+        raise TypeError(f"{op}: k: wanted an integer or one per row, got {k!r}")
+    if len(counts) != rows:
+        raise ValueError(f"{op}: k: wanted {rows} values, one per row, got {len(counts)}")
+    return torch.tensor([int(v) for v in counts], dtype=torch.int64, device=device)
+
+
+def _segments(op: str, segments: Any, tensors: list[Tensor] | None, d: int) -> list[int]:
+    if segments is None:
+        return []
+    if tensors is not None:
+        if not isinstance(segments, str) or segments != "tensors":
+            raise ValueError(f"{op}: segments: wanted None or 'tensors' for a list of tensors, got {segments!r:.80}")
+        borders = [0]
+        for tensor in tensors:
+            borders.append(borders[-1] + tensor.numel())
+        return borders
+    if isinstance(segments, str) or not isinstance(segments, Sequence) or not all(_is_integer(b) for b in segments):
+        raise TypeError(f"{op}: segments: wanted a sequence of integers, got {segments!r:.80}")
+    borders = [int(b) for b in segments]
+    rising = all(a <= b for a, b in itertools.pairwise(borders))
+    if len(borders) < 2 or borders[0] != 0 or borders[-1] != d or not rising:
+        raise ValueError(f"{op}: segments: wanted rising offsets from 0 to {d}, got {segments!r:.80}")
+    return borders
+
+
+def _limits(op: str, name: str, value: Any, borders: list[int]) -> list[int]:
+    if value is None:
+        return []
+    if not borders:
+        raise ValueError(f"{op}: {name}: wanted None without segments, got {value!r:.80}")
+    parts = len(borders) - 1
+    limits = [value] * parts if _is_integer(value) else list(value) if isinstance(value, Sequence) else None
+    if limits is None or not all(_is_integer(v) for v in limits):
+        raise TypeError(f"{op}: {name}: wanted an integer or one per segment, got {value!r:.80}")
+    if len(limits) != parts:
+        raise ValueError(f"{op}: {name}: wanted {parts} values, one per segment, got {len(limits)}")
+    for s, limit in enumerate(limits):
+        if limit < 0:
+            raise ValueError(f"{op}: {name}: wanted ≥ 0, got {limit} in segment {s}")
+    return [int(v) for v in limits]
+
+
+def _pattern(op: str, pattern: Any, tensors: list[Tensor]) -> list[int]:
+    if pattern is None:
+        return []
+    if not isinstance(pattern, Sequence) or len(pattern) != 2 or not all(_is_integer(v) for v in pattern):
+        raise TypeError(f"{op}: pattern: wanted two integers (N, M), got {pattern!r:.80}")
+    keep, group = (int(v) for v in pattern)
+    if not 0 <= keep <= group or group < 1:
+        raise ValueError(f"{op}: pattern: wanted 0 ≤ N ≤ M and M ≥ 1, got {pattern!r}")
+    for tensor in tensors:
+        last = tensor.shape[-1] if tensor.dim() else 1
+        if last % group:
+            raise ValueError(f"{op}: pattern: wanted an M that divides the last dimension {last}, got {group}")
+    return [keep, group]
+
+
+def _guess(op: str, guess: Any, rows: int, segments: int) -> Tensor | None:
+    if guess is None:
+        return None
+    thresholds = check.is_tensor(op, "guess", guess.threshold if isinstance(guess, Cut) else guess)
+    if thresholds.numel() == rows * segments:
+        return thresholds.reshape(rows, segments)
+    check.has_shape(op, "guess", thresholds, (rows,))
+    return thresholds[:, None].expand(rows, segments)
