@@ -68,6 +68,7 @@ setup(
         "sfpk_kernels.baselines",
         "sfpk_kernels.demo",
         "sfpk_kernels.ops",
+        "sfpk_kernels.ops.bits",
         "sfpk_kernels.ops.masking",
         "sfpk_kernels.ops.selection",
         "sfpk_kernels.ops.transition",

@@ -23,6 +23,15 @@ STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
   m.def(
       "pattern_excluded_(Tensor[] values, bool rows, int score, Tensor[] saliency, Tensor[] excluded, "
       "Tensor[] always, int keep, int group, Tensor(a!)[] out) -> int");
+  m.def(
+      "masked_weights_(Tensor[] weights, Tensor mask, int kind, int score, Tensor? saliency, Tensor? "
+      "threshold, "
+      "Tensor? tie_end, Tensor segments, Tensor layout, Tensor(a!)[] out) -> ()");
+  m.def("mask_gradient_(Tensor[] weights, Tensor[] grads, Tensor layout, Tensor(a!) out) -> ()");
+  m.def("pack_(Tensor mask, Tensor(a!) out) -> ()");
+  m.def("unpack_(Tensor packed, Tensor(a!) out) -> ()");
+  m.def("popcount_(Tensor packed, Tensor(a!) out) -> ()");
+  m.def("overlaps_(Tensor a, Tensor b, Tensor(a!) out) -> ()");
 }
 
 namespace {

@@ -37,12 +37,17 @@ class Backend:
     # Why it cannot run on this tensor here (not built, dtype, strides, device), or None if it can.
     why_not: Callable[[Tensor], str | None] = _always
 
+    def reason(self, *tensors: Tensor) -> str | None:
+        """Why it cannot run on one of these tensors, or None."""
+        return next((reason for tensor in tensors if (reason := self.why_not(tensor))), None)
+
 
 def choose(
     op: str,  # for messages
     backend: str,  # the caller's explicit choice, "" for none; "NAME?" for NAME where the op has it
     available: Mapping[str, Backend],  # the op's backends by name
     tensor: Tensor,  # the op's main argument
+    *others: Tensor,  # further ones that must suit the backend
 ) -> Callable[..., Any]:
     """The implementation to run.
 
@@ -62,13 +67,13 @@ def choose(
     if backend and not (lenient and backend not in available):
         if backend not in available:
             raise ValueError(f"{op}: {source}: {backend!r} is not available, only {', '.join(available)}")
-        reason = available[backend].why_not(tensor)
+        reason = available[backend].reason(tensor, *others)
         if reason:
             raise ValueError(f"{op}: {source}: {backend!r} cannot run here: {reason}")
         return available[backend].run
     for name in preference(tensor.device.type):
         if name in available:
-            reason = available[name].why_not(tensor)
+            reason = available[name].reason(tensor, *others)
             if reason is None:
                 return available[name].run
             if (op, reason) not in _said:

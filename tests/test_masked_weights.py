@@ -47,7 +47,7 @@ def test_gradient_by_the_weights(shape):
     [
         ((torch.rand(2, 2), torch.ones(2, 2)), ValueError, r"weights: wanted shape \(d,\)"),
         ((torch.rand(3), torch.ones(4, dtype=torch.bool)), ValueError, "mask: wanted shape"),
-        ((torch.rand(3), torch.ones(3, dtype=torch.int)), TypeError, "mask: wanted bool"),
+        ((torch.rand(3), torch.ones(3, dtype=torch.int16)), TypeError, "mask: wanted bool"),
         ((torch.rand(3), torch.ones(3, device="meta")), ValueError, "mask: wanted device cpu"),
         ((torch.ones(3, dtype=torch.int), torch.ones(3)), TypeError, "weights: wanted"),
     ],

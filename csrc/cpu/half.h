@@ -33,4 +33,30 @@ inline float float_from_half(uint16_t bits) {
   return value;
 }
 
+// fp32 to half, to nearest, ties to even; what is too large is an infinity, a NaN the quiet one.
+inline uint16_t half_from_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+  // Below 2^-14 the sum with 1/2 rounds to the unit of subnormals, 2^-24.
+  float tiny;
+  std::memcpy(&tiny, &size, sizeof tiny);
+  tiny += 0.5f;
+  uint32_t tiny_bits;
+  std::memcpy(&tiny_bits, &tiny, sizeof tiny_bits);
+  const uint32_t normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  uint32_t half = size < 0x38800000u ? tiny_bits - 0x3f000000u : normal;
+  half = size >= 0x47800000u ? 0x7c00u : half;
+  half = size > 0x7f800000u ? 0x7e00u : half;
+  return static_cast<uint16_t>(sign | half);
+}
+
+// fp32 to bfloat16 in the same way.
+inline uint16_t bfloat16_from_float_or_nan(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
 }  // namespace sfpk

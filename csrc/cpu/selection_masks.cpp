@@ -3,7 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
+
+#include "bits.h"
 
 namespace sfpk {
 
@@ -13,12 +14,14 @@ constexpr int64_t kGrain = 32;  // blocks
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Bools of entries [begin, begin + count), count ≤ kBlock.
-void fill(const Piece& piece, const std::vector<SegmentCut>& segments, int64_t begin, int64_t count,
-          uint8_t* out) {
+}  // namespace
+
+void keep_of(const Piece& piece, const std::vector<SegmentCut>& segments, int64_t begin, int64_t count,
+             uint8_t* out) {
   const auto& kernels = selection_kernels();
   int32_t keys[kBlock];
-  kernels.load_keys(piece, begin, count, keys);
+  if (kernels.load_keys(piece, begin, count, keys))
+    for (int64_t e = 0; e < count; ++e) keys[e] = is_nan_key(keys[e]) ? kNotCandidate : keys[e];
   const int64_t flat = piece.first + begin;
   auto segment =
       std::upper_bound(segments.begin(), segments.end(), flat,
@@ -36,25 +39,7 @@ void fill(const Piece& piece, const std::vector<SegmentCut>& segments, int64_t b
     for (int64_t e = 0; e < count; ++e) out[e] |= piece.always[begin + e] != 0;
 }
 
-// Bit e of `out` is bools[e]; `bytes` are written.
-void pack(const uint8_t* bools, int64_t count, uint8_t* out, int64_t bytes) {
-  for (int64_t byte = 0; byte < bytes; ++byte) {
-    uint8_t eight[8] = {};
-    const int64_t left = std::clamp<int64_t>(count - 8 * byte, 0, 8);
-    std::memcpy(eight, bools + 8 * byte, static_cast<size_t>(left));
-    uint8_t bits = 0;
-    for (int bit = 0; bit < 8; ++bit) bits |= static_cast<uint8_t>(eight[bit] << bit);
-    out[byte] = bits;
-  }
-}
-
-void pack_whole(const uint8_t* bools, int64_t bytes, uint8_t* out) {
-  for (int64_t byte = 0; byte < bytes; ++byte) {
-    uint64_t eight;
-    std::memcpy(&eight, bools + 8 * byte, 8);
-    out[byte] = static_cast<uint8_t>((eight * 0x0102040810204080u) >> 56);
-  }
-}
+namespace {
 
 // Lines that do not end on a unit: bools of all first, then line by line.
 void write_ragged(const Piece& piece, const std::vector<SegmentCut>& segments, const MaskOutput& output,
@@ -62,15 +47,15 @@ void write_ragged(const Piece& piece, const std::vector<SegmentCut>& segments, c
   std::vector<uint8_t> bools(static_cast<size_t>(piece.count));
   torch::stable::parallel_for(0, ceil_div(piece.count, kBlock), kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin * kBlock; b < std::min(piece.count, end * kBlock); b += kBlock)
-      fill(piece, segments, b, std::min(kBlock, piece.count - b), bools.data() + b);
+      keep_of(piece, segments, b, std::min(kBlock, piece.count - b), bools.data() + b);
   });
   const int64_t bytes = ceil_div(output.line, unit) * (unit / 8);
   torch::stable::parallel_for(0, piece.count / output.line,
                               std::max<int64_t>(1, kGrain * kBlock / output.line),
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t line = begin; line < end; ++line)
-                                  pack(bools.data() + line * output.line, output.line,
-                                       static_cast<uint8_t*>(output.data) + line * bytes, bytes);
+                                  pack_bits(bools.data() + line * output.line, output.line,
+                                            static_cast<uint8_t*>(output.data) + line * bytes, bytes);
                               });
 }
 
@@ -101,15 +86,12 @@ void write_masks(const std::vector<Piece>& pieces, const std::vector<SegmentCut>
       const int64_t first = (block - starts[at]) * kBlock, count = std::min(kBlock, piece.count - first);
       auto* out = static_cast<uint8_t*>(outputs[whole[at]].data);
       if (packing == Packing::kBool) {
-        fill(piece, segments, first, count, out + first);
+        keep_of(piece, segments, first, count, out + first);
         continue;
       }
       uint8_t bools[kBlock];
-      fill(piece, segments, first, count, bools);
-      if (count == kBlock)
-        pack_whole(bools, kBlock / 8, out + first / 8);
-      else
-        pack(bools, count, out + first / 8, ceil_div(count, unit) * (unit / 8));
+      keep_of(piece, segments, first, count, bools);
+      pack_bits(bools, count, out + first / 8, ceil_div(count, unit) * (unit / 8));
     }
   });
 }

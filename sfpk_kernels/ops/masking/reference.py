@@ -2,16 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
+
+from ..bits import reference as bits
+from ..selection.reference import score_of
+from ._layout import Mask, Piece
 
 
 def masked_weights_(
-    weights: Tensor,  # (d,)
-    mask: Tensor,  # (d,) or (n, d), bool or float
-    out: Tensor,  # the shape of mask, written
+    weights: Sequence[Tensor],  # per piece (numel,)
+    mask: Mask,  # n rows
+    pieces: Sequence[Piece],
+    outs: Sequence[Tensor],  # per piece (n, numel), written
 ) -> None:
     """``out ← weights ⊙ mask``. Removed entries are exactly 0, whatever the weight (inf and NaN too)."""
-    if mask.is_floating_point():
-        out.copy_(weights * mask)
-    else:
-        out.copy_(weights.expand_as(mask).masked_fill(~mask, 0))
+    keep = kept(mask)
+    for weight, piece, out in zip(weights, pieces, outs, strict=True):
+        factors = spread(keep[:, piece.coordinates], piece)
+        if mask.multiplies:
+            wide = torch.promote_types(torch.promote_types(weight.dtype, keep.dtype), torch.float32)
+            out.copy_(weight.to(wide) * factors.to(wide))
+        else:
+            out.copy_(weight.expand_as(factors).masked_fill(~factors, 0))
+
+
+def kept(mask: Mask) -> Tensor:  # (n, d) bool, or the factors
+    """The mask as bools; a NaN score is not kept."""
+    if mask.values.dtype in (torch.uint8, torch.int32):
+        return bits.unpack_mask(mask.values, mask.d)
+    if mask.threshold is None or mask.tie_end is None:
+        return mask.values
+    scores = score_of(mask.values, mask.score, mask.saliency)
+    lengths = torch.tensor(mask.segments, device=scores.device).diff()
+    threshold = mask.threshold.to(scores.dtype).repeat_interleave(lengths, dim=1, output_size=mask.d)
+    tie_end = mask.tie_end.repeat_interleave(lengths, dim=1, output_size=mask.d)
+    index = torch.arange(mask.d, device=scores.device)
+    return (scores > threshold) | ((scores == threshold) & (index < tie_end))
+
+
+def spread(
+    coordinates: Tensor,  # (n, groups)
+    piece: Piece,
+) -> Tensor:  # (n, numel)
+    """Each coordinate's value at every weight it governs."""
+    outer, groups, inner = piece.blocks
+    n = coordinates.shape[0]
+    return coordinates.view(n, 1, groups, 1).expand(n, outer, groups, inner).reshape(n, piece.blocks.numel)
+
+
+def mask_gradient_(
+    weights: Sequence[Tensor],  # per piece (numel,)
+    grads: Sequence[Tensor],  # per piece (n, numel)
+    pieces: Sequence[Piece],
+    out: Tensor,  # (n, d), written
+) -> None:
+    """``out_e ← Σ_{w in e} θ_w · g_w``: products rounded to ``out``'s dtype, summed in fp64."""
+    for weight, grad, piece in zip(weights, grads, pieces, strict=True):
+        outer, groups, inner = piece.blocks
+        products = weight.to(out.dtype) * grad.to(out.dtype)
+        if outer * inner > 1:
+            products = products.view(-1, outer, groups, inner).sum(dim=(1, 3), dtype=torch.float64)
+        out[:, piece.coordinates] = products

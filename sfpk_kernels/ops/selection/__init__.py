@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..._dispatch import Backend, choose
 from .. import _checks as check
+from ..bits._shape import PACKED, mask_shape
 from . import _arguments, cpp, reference
 from ._arguments import Cut
-from ._problem import Problem, check_values, mask_shape
+from ._problem import Problem, check_values
 
 __all__ = ["Cut", "topk_mask", "topk_threshold"]
 
@@ -111,7 +112,7 @@ def topk_mask(
         max_keep=max_keep, pattern=pattern, protected=protected, removed=removed, guess=guess,
     )
     if packed is not None:
-        check.is_one_of("topk_mask", "packed", packed, _arguments.PACKED)
+        check.is_one_of("topk_mask", "packed", packed, PACKED)
     op = torch.ops.sfpk.topk_mask if isinstance(values, Tensor) else torch.ops.sfpk.topk_mask_list
     masks = op(
         call.values, call.k, call.score, call.saliency, call.sizes, call.segments, call.min_keep, call.max_keep,

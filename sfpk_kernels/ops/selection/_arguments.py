@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import _checks as check
 
 SCORES = ("value", "abs", "abs_saliency", "mean_abs_saliency")  # the order of Score in csrc/cpu/selection.h
-PACKED = ("uint8", "int32")
 
 
 class Cut(NamedTuple):
@@ -96,7 +95,7 @@ def normalize(
 
     if sizes is not None and any(x is not None for x in (segments, min_keep, max_keep, pattern)):
         raise ValueError(f"{op}: sizes: wanted no segments, min_keep, max_keep or pattern beside them, got some")
-    borders = _segments(op, segments, tensors if is_list else None, d)
+    borders = segment_borders(op, segments, tensors if is_list else None, d)
     count = max(len(borders) - 1, 1)
     floors, caps = (_limits(op, name, v, borders) for name, v in (("min_keep", min_keep), ("max_keep", max_keep)))
     for s, (low, high) in enumerate(zip(floors, caps, strict=False)):
@@ -160,7 +159,7 @@ def _counts(op: str, k: Any, rows: int, device: torch.device) -> Tensor:
     return torch.tensor([int(v) for v in counts], dtype=torch.int64, device=device)
 
 
-def _segments(op: str, segments: Any, tensors: list[Tensor] | None, d: int) -> list[int]:
+def segment_borders(op: str, segments: Any, tensors: list[Tensor] | None, d: int) -> list[int]:
     if segments is None:
         return []
     if tensors is not None:

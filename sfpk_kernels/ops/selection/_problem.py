@@ -172,12 +172,3 @@ def _row_limits(problem: Problem, row: int, k: int, fixed: list[int], free: list
     if k > most:
         raise ValueError(f"{problem.op}: k: wanted ≤ {most}, what max_keep allows, got {k}{problem.who(row)}")
     return [low, high, free]
-
-
-def mask_shape(shape: tuple[int, ...], output: str) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of the mask of one tensor."""
-    if output == "bool":
-        return shape, torch.bool
-    unit = 32 if output == "int32" else 8
-    *outer, last = shape or (1,)
-    return (*outer, -(-last // unit)), torch.int32 if output == "int32" else torch.uint8

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ... import _extension
+from ..bits._shape import mask_shape
 from ._arguments import SCORES, Cut
-from ._problem import Problem, mask_shape, nan_error, plan
+from ._problem import Problem, nan_error, plan
 
 _PACKINGS = ("bool", "uint8", "int32")
 _VALUES = (torch.float32, torch.bfloat16, torch.float16)

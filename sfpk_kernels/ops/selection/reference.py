@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..bits.reference import pack_mask
 from ._arguments import Cut
-from ._problem import Problem, mask_shape, nan_error, plan
+from ._problem import Problem, nan_error, plan
 
 _INF = float("inf")
 
@@ -41,7 +42,7 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
             )
     if problem.output == "cut":
         return cut, []
-    return cut, [pack(mask.clone(), problem.output) for mask in _split(problem, masks)]
+    return cut, [pack_mask(mask.clone(), problem.output) for mask in _split(problem, masks)]
 
 
 def score_rows(problem: Problem) -> Tensor:  # (rows, d) fp32, fp64 for fp64 values
@@ -53,17 +54,28 @@ def score_rows(problem: Problem) -> Tensor:  # (rows, d) fp32, fp64 for fp64 val
     else:
         values = torch.cat([t.flatten() for t in problem.values]).to(dtype)[None]
         saliency = torch.cat([t.flatten() for t in problem.saliency]).to(dtype) if problem.saliency else None
-    if problem.score == "value":
-        return values + 0.0
-    if saliency is None:
-        return values.abs()
-    if problem.score == "abs_saliency":
-        return values.abs() * saliency + 0.0
+    if problem.score != "mean_abs_saliency":
+        return score_of(values, problem.score, saliency)
+    assert saliency is not None
     total = values[0].abs()
     for row in values[1:]:
         total = total + row.abs()
     scale = torch.ones((), dtype=dtype, device=values.device) / values.shape[0]
     return (total * saliency * scale + 0.0)[None]
+
+
+def score_of(
+    values: Tensor,  # (n, d)
+    score: str,
+    saliency: Tensor | None,  # (d,)
+) -> Tensor:  # (n, d) fp32, fp64 for fp64 values
+    """Scores of single entries: ``"value"``, ``"abs"`` or ``"abs_saliency"``."""
+    wide = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+    if score == "value":
+        return wide + 0.0
+    if saliency is None:
+        return wide.abs()
+    return wide.abs() * saliency.to(wide.dtype) + 0.0
 
 
 def _check_nan(problem: Problem, scores: Tensor) -> None:
@@ -136,19 +148,3 @@ def _describe(scores: Tensor, kept: Tensor, free: Tensor, begin: int, end: int) 
     ties = free & (scores == threshold)
     kept_ties = (ties & kept).nonzero()
     return float(threshold), d if kept_ties.numel() == ties.sum() else begin + int(kept_ties[-1]) + 1
-
-
-def pack(
-    mask: Tensor,  # bool
-    output: str,
-) -> Tensor:
-    """Bit e of the last dimension to bit e % 8 of byte e // 8, the same in words of 32 bits; zeros behind."""
-    if output == "bool":
-        return mask
-    shape, dtype = mask_shape(tuple(mask.shape), output)
-    mask = mask.reshape(mask.shape or (1,))
-    bits = shape[-1] * (32 if output == "int32" else 8)
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, bits - mask.shape[-1]))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    octets = (padded.reshape(*shape[:-1], bits // 8, 8) * weights).sum(dim=-1).to(torch.uint8)
-    return octets.flatten().view(dtype).reshape(shape)

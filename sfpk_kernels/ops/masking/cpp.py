@@ -1,0 +1,63 @@
+"""Masked weights in C++ (csrc/cpu/masked_weights.cpp): one read of mask and weights, one write, no temporary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import _extension
+from ..selection._arguments import SCORES
+from ._layout import Mask, Piece
+
+_BOOL, _PACKED, _FACTORS, _CUT = range(4)  # the order of MaskKind in C++
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """Why the kernels cannot run on weights, a mask or an output."""
+    if tensor.device.type != "cpu":
+        return f"it runs on the CPU, the tensor is on {tensor.device}"
+    if tensor.dtype == torch.float64:
+        return "it takes fp32, bf16 or fp16, this is float64"
+    return _extension.unavailable()
+
+
+def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piece], outs: Sequence[Tensor]) -> None:
+    """As :func:`.reference.masked_weights_`."""
+    values = _gapless(mask.values)
+    saliency = None if mask.saliency is None else mask.saliency.float().contiguous()
+    threshold = None if mask.threshold is None else mask.threshold.float().contiguous()
+    tie_end = None if mask.tie_end is None else mask.tie_end.contiguous()
+    targets = [_gapless(out) for out in outs]
+    torch.ops.sfpk_cpp.masked_weights_(
+        [w.contiguous() for w in weights], values, _kind(mask), SCORES.index(mask.score), saliency, threshold, tie_end,
+        torch.tensor(mask.segments), _table(pieces), targets,
+    )  # fmt: skip
+    for out, target in zip(outs, targets, strict=True):
+        if target is not out:
+            out.copy_(target)
+
+
+def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: Sequence[Piece], out: Tensor) -> None:
+    """As :func:`.reference.mask_gradient_`."""
+    torch.ops.sfpk_cpp.mask_gradient_(
+        [w.contiguous() for w in weights], [_gapless(g) for g in grads], _table(pieces), out
+    )
+
+
+def _kind(mask: Mask) -> int:
+    if mask.threshold is not None:
+        return _CUT
+    if mask.values.dtype == torch.bool:
+        return _BOOL
+    return _FACTORS if mask.values.is_floating_point() else _PACKED
+
+
+def _table(pieces: Sequence[Piece]) -> Tensor:
+    return torch.tensor([number for piece in pieces for number in piece.blocks], dtype=torch.int64)
+
+
+def _gapless(rows: Tensor) -> Tensor:
+    """Rows may lie apart, entries of a row may not."""
+    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
