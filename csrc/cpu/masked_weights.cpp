@@ -41,7 +41,9 @@ using sfpk::ValueKind;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 32;  // blocks
+constexpr int64_t kTile = 4 * kBlock;    // weights whose rows are done one after the other
+constexpr int64_t kGrain = 8;            // tiles
+constexpr int64_t kStreamed = 32 << 20;  // bytes of output that would drive everything else from the caches
 
 enum class MaskKind { kBool, kPacked, kFactors, kCut };  // the order of cpp.py
 
@@ -189,6 +191,32 @@ class Mask {
     return data_ + row * row_bytes_ + begin * bytes_of(kind_);
   }
 
+  bool cuts() const { return mask_kind_ == MaskKind::kCut; }
+
+  // f(block, entries) over the parts of coordinates [begin, begin + count) that one comparison decides.
+  template <class F>
+  void cut_blocks(int64_t row, int64_t begin, int64_t count, const F& f) const {
+    const sfpk::Piece& piece = rows_[row];
+    sfpk::CutBlock block{};
+    block.kind = kind_;
+    block.absolute = piece.score != sfpk::Score::kValue;
+    const auto& cuts = cuts_[row];
+    auto segment = std::upper_bound(
+        cuts.begin(), cuts.end(), begin,
+        [](int64_t index, const sfpk::SegmentCut& candidate) { return index < candidate.end; });
+    for (int64_t at = begin, end = begin + count; at < end;) {
+      while (at >= segment->end) ++segment;
+      const int64_t stop = std::min(end, segment->end);
+      block.ties = at < segment->cut.tie_end;
+      const int64_t next = block.ties ? std::min(stop, segment->cut.tie_end) : stop;
+      block.threshold = sfpk::float_from_key(segment->cut.key);
+      block.values = data_ + row * row_bytes_ + at * bytes_of(kind_);
+      block.saliency = piece.saliency ? piece.saliency + at : nullptr;
+      f(block, at - begin, next - at);
+      at = next;
+    }
+  }
+
   // Bools of coordinates [begin, begin + count), count ≤ kBlock; in place or through `buffer`.
   const uint8_t* keep(int64_t row, int64_t begin, int64_t count, uint8_t* buffer) const {
     const auto* bytes = reinterpret_cast<const uint8_t*>(data_ + row * row_bytes_);
@@ -210,21 +238,22 @@ class Mask {
   std::vector<std::vector<sfpk::SegmentCut>> cuts_;
 };
 
-// f(piece, first weight, weights) over blocks of all pieces, shared out among the threads.
-void for_blocks(const std::vector<Piece>& pieces, const std::function<void(size_t, int64_t, int64_t)>& f) {
-  std::vector<int64_t> starts;  // first block of each piece
-  int64_t blocks = 0;
+// f(piece, first weight, weights) over tiles of all pieces, shared out among the threads.
+void for_tiles(const std::vector<Piece>& pieces, const std::function<void(size_t, int64_t, int64_t)>& f) {
+  std::vector<int64_t> starts;  // first tile of each piece
+  int64_t tiles = 0;
   for (const Piece& piece : pieces) {
-    starts.push_back(blocks);
-    blocks += ceil_div(piece.count(), kBlock);
+    starts.push_back(tiles);
+    tiles += ceil_div(piece.count(), kTile);
   }
-  torch::stable::parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tiles, kGrain, [&](int64_t begin, int64_t end) {
     auto at = static_cast<size_t>(std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin()) - 1;
-    for (int64_t block = begin; block < end; ++block) {
-      while (at + 1 < starts.size() && block >= starts[at + 1]) ++at;
-      const int64_t first = (block - starts[at]) * kBlock;
-      f(at, first, std::min(kBlock, pieces[at].count() - first));
+    for (int64_t tile = begin; tile < end; ++tile) {
+      while (at + 1 < starts.size() && tile >= starts[at + 1]) ++at;
+      const int64_t first = (tile - starts[at]) * kTile;
+      f(at, first, std::min(kTile, pieces[at].count() - first));
     }
+    sfpk::masked_kernels().fence();
   });
 }
 
@@ -255,6 +284,39 @@ Groups groups_of(const Mask& mask, const Piece& piece) {
   return groups;
 }
 
+// Weights [begin, begin + count) of a piece under one row of the mask, count ≤ kBlock.
+void apply(const Mask& mask, const Piece& piece, const Groups& groups, int64_t row, int64_t begin,
+           int64_t count, char* out, ValueKind out_kind) {
+  const auto& kernels = sfpk::masked_kernels();
+  const char* from = piece.weights + begin * bytes_of(piece.kind);
+  const int64_t first = piece.first + begin;
+  if (mask.multiplies()) {
+    alignas(64) uint32_t wide[kBlock];
+    const void* factors = wide;
+    const char* own = groups.factors.data() + row * piece.groups * bytes_of(mask.kind());
+    if (piece.single())
+      factors = mask.factors(row, first);
+    else if (mask.kind() == ValueKind::kFloat)
+      spread(reinterpret_cast<const uint32_t*>(own), piece, begin, count, wide);
+    else
+      spread(reinterpret_cast<const uint16_t*>(own), piece, begin, count, reinterpret_cast<uint16_t*>(wide));
+    kernels.scale(from, piece.kind, factors, mask.kind(), count, out, out_kind);
+  } else if (piece.single() && mask.cuts()) {
+    mask.cut_blocks(row, first, count, [&](const sfpk::CutBlock& block, int64_t at, int64_t entries) {
+      kernels.select_cut(from + at * bytes_of(piece.kind), piece.kind, block, entries,
+                         out + at * bytes_of(out_kind), out_kind);
+    });
+  } else {
+    alignas(64) uint8_t bools[kBlock];
+    const uint8_t* keep = bools;
+    if (piece.single())
+      keep = mask.keep(row, first, count, bools);
+    else
+      spread(groups.keep.data() + row * piece.groups, piece, begin, count, bools);
+    kernels.select(from, piece.kind, keep, count, out, out_kind);
+  }
+}
+
 void masked_weights_(const std::vector<Tensor>& weights, const Tensor& values, int64_t mask_kind,
                      int64_t score, const std::optional<Tensor>& saliency,
                      const std::optional<Tensor>& threshold, const std::optional<Tensor>& tie_end,
@@ -274,35 +336,19 @@ void masked_weights_(const std::vector<Tensor>& weights, const Tensor& values, i
     to.push_back({static_cast<char*>(out[p].mutable_data_ptr()), kind, out[p].stride(0) * bytes_of(kind)});
     groups.push_back(pieces[p].single() ? Groups{} : groups_of(mask, pieces[p]));
   }
+  int64_t bytes = 0;
+  for (size_t p = 0; p < pieces.size(); ++p) bytes += mask.rows() * pieces[p].count() * bytes_of(to[p].kind);
+  const bool streams = bytes >= kStreamed;
   const auto& kernels = sfpk::masked_kernels();
-  for_blocks(pieces, [&](size_t p, int64_t begin, int64_t count) {
-    const Piece& piece = pieces[p];
-    const char* from = piece.weights + begin * bytes_of(piece.kind);
-    alignas(64) uint8_t bools[kBlock];
-    alignas(64) uint32_t wide[kBlock];
+  for_tiles(pieces, [&](size_t p, int64_t first, int64_t length) {
+    alignas(64) char passing[4 * kBlock];  // on its way past the caches
     for (int64_t row = 0; row < mask.rows(); ++row) {
-      char* target = to[p].at(row, begin);
-      if (!mask.multiplies()) {
-        const uint8_t* keep = bools;
-        if (piece.single())
-          keep = mask.keep(row, piece.first + begin, count, bools);
-        else
-          spread(groups[p].keep.data() + row * piece.groups, piece, begin, count, bools);
-        kernels.select(from, piece.kind, keep, count, target, to[p].kind);
-        continue;
+      for (int64_t begin = first; begin < first + length; begin += kBlock) {
+        const int64_t count = std::min(kBlock, first + length - begin);
+        char* target = to[p].at(row, begin);
+        apply(mask, pieces[p], groups[p], row, begin, count, streams ? passing : target, to[p].kind);
+        if (streams) kernels.stream(passing, count * bytes_of(to[p].kind), target);
       }
-      const void* factors = wide;
-      if (piece.single()) {
-        factors = mask.factors(row, piece.first + begin);
-      } else {
-        const char* own = groups[p].factors.data() + row * piece.groups * bytes_of(mask.kind());
-        if (mask.kind() == ValueKind::kFloat)
-          spread(reinterpret_cast<const uint32_t*>(own), piece, begin, count, wide);
-        else
-          spread(reinterpret_cast<const uint16_t*>(own), piece, begin, count,
-                 reinterpret_cast<uint16_t*>(wide));
-      }
-      kernels.scale(from, piece.kind, factors, mask.kind(), count, target, to[p].kind);
     }
   });
 }
@@ -357,12 +403,13 @@ void mask_gradient_(const std::vector<Tensor>& weights, const std::vector<Tensor
     (pieces[p].single() ? singles : shared).push_back(pieces[p]);
     (pieces[p].single() ? of_singles : of_shared).push_back(rows);
   }
-  for_blocks(singles, [&](size_t p, int64_t begin, int64_t count) {
+  for_tiles(singles, [&](size_t p, int64_t first, int64_t length) {
     const Piece& piece = singles[p];
     for (int64_t row = 0; row < n; ++row)
-      kernels.scale(piece.weights + begin * bytes_of(piece.kind), piece.kind, of_singles[p].at(row, begin),
-                    of_singles[p].kind, count, result + row * out.stride(0) + piece.first + begin,
-                    ValueKind::kFloat);
+      for (int64_t begin = first; begin < first + length; begin += kBlock)
+        kernels.scale(piece.weights + begin * bytes_of(piece.kind), piece.kind, of_singles[p].at(row, begin),
+                      of_singles[p].kind, std::min(kBlock, first + length - begin),
+                      result + row * out.stride(0) + piece.first + begin, ValueKind::kFloat);
   });
   for (size_t p = 0; p < shared.size(); ++p) {
     const Piece& piece = shared[p];

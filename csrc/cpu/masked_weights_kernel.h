@@ -64,4 +64,61 @@ static void scale(const void* weights, ValueKind kind, const void* factors, Valu
   if (out_kind != ValueKind::kFloat) close_floats(product, out_kind, count, out);
 }
 
-const MaskedKernels kMasked = {select, scale};
+// kScore: 0 the value, 1 its size, 2 its size times the saliency.
+template <int kScore, bool kTies>
+static inline void keep_scores(const float* __restrict__ x, const float* __restrict__ a, float threshold,
+                               const float* __restrict__ from, int64_t count, float* __restrict__ to) {
+  for (int64_t e = 0; e < count; ++e) {
+    float score = kScore == 0 ? x[e] : __builtin_fabsf(x[e]);
+    if (kScore == 2) score *= a[e];
+    const bool keep = kTies ? score >= threshold : score > threshold;
+    to[e] = keep ? from[e] : 0.0f;
+  }
+}
+
+static void select_cut(const void* weights, ValueKind kind, const CutBlock& b, int64_t count, void* out,
+                       ValueKind out_kind) {
+  alignas(64) float values[kBlock];
+  alignas(64) float buffer[kBlock];
+  alignas(64) float kept[kBlock];
+  const float* x = open_floats(b.values, b.kind, count, values);
+  const float* from = open_floats(weights, kind, count, buffer);
+  float* to = out_kind == ValueKind::kFloat ? static_cast<float*>(out) : kept;
+  const auto keep = b.saliency   ? (b.ties ? keep_scores<2, true> : keep_scores<2, false>)
+                    : b.absolute ? (b.ties ? keep_scores<1, true> : keep_scores<1, false>)
+                                 : (b.ties ? keep_scores<0, true> : keep_scores<0, false>);
+  keep(x, b.saliency, b.threshold, from, count, to);
+  if (out_kind != ValueKind::kFloat) close_floats(kept, out_kind, count, out);
+}
+
+static void stream(const void* from, int64_t bytes, void* to) {
+#if SFPK_LANES == 16
+  constexpr int64_t kWide = 64;
+#elif SFPK_LANES == 8
+  constexpr int64_t kWide = 32;
+#else
+  constexpr int64_t kWide = 1;
+#endif
+  const auto* source = static_cast<const char*>(from);
+  auto* target = static_cast<char*>(to);
+  const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(target) % kWide);
+  int64_t at = past ? (bytes < kWide - past ? bytes : kWide - past) : 0;
+  __builtin_memcpy(target, source, static_cast<size_t>(at));
+#if SFPK_LANES == 16
+  for (; at + kWide <= bytes; at += kWide)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + at), _mm512_loadu_si512(source + at));
+#elif SFPK_LANES == 8
+  for (; at + kWide <= bytes; at += kWide)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + at),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + at)));
+#endif
+  __builtin_memcpy(target + at, source + at, static_cast<size_t>(bytes - at));
+}
+
+static void fence() {
+#if SFPK_LANES >= 8
+  _mm_sfence();
+#endif
+}
+
+const MaskedKernels kMasked = {select, select_cut, scale, stream, fence};
