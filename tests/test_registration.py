@@ -43,10 +43,26 @@ SAMPLES = {
          [], [], [], None, None, None, "reference"),
     ],
     "masked_weights": lambda: [
-        (torch.randn(7, requires_grad=True), torch.rand(3, 7) > 0.5, torch.float32, "reference"),
-        (torch.randn(7), torch.rand(7), torch.bfloat16, "reference"),
+        ([torch.randn(7, requires_grad=True)], torch.rand(3, 7) > 0.5, None, None, "value", None, [], [],
+         torch.float32, "reference"),
+        ([torch.randn(4), torch.randn(2, 3)], torch.rand(3, 10, requires_grad=True), torch.rand(3, 2),
+         torch.ones(3, 2).long(), "abs_saliency", torch.rand(10), [0, 4, 10], [], torch.bfloat16, "reference"),
+        ([torch.randn(12)], torch.zeros(1, 1, dtype=torch.uint8), None, None, "value", None, [], [2, 2, 1, 1, 2, 4],
+         torch.float32, "reference"),
     ],
-    "masked_weights_out": lambda: [(torch.randn(7), torch.rand(3, 7) > 0.5, torch.empty(3, 7), "reference")],
+    "masked_weights_out": lambda: [
+        ([torch.randn(7)], torch.rand(3, 7) > 0.5, None, None, "value", None, [], [], [torch.empty(3, 7)], "reference"),
+    ],
+    "mask_gradient": lambda: [
+        ([torch.randn(6, requires_grad=True)], [torch.randn(3, 6, requires_grad=True)], [2, 3, 1], "reference"),
+        ([torch.randn(2, 3), torch.randn(4)], [torch.randn(1, 2, 3), torch.randn(1, 4)], [], "reference"),
+    ],
+    "pack_mask": lambda: [(torch.rand(3, 9) > 0.5, kind, "reference") for kind in ("uint8", "int32")],
+    "unpack_mask": lambda: [(torch.zeros(3, 2, dtype=torch.uint8), 9, "reference")],
+    "popcount": lambda: [(torch.zeros(3, 2, dtype=torch.int32), "reference")],
+    "mask_overlaps": lambda: [
+        (torch.zeros(3, 2, dtype=torch.int32), torch.ones(4, 2, dtype=torch.int32), "reference")
+    ],
 }  # fmt: skip
 
 

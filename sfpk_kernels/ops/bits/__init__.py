@@ -91,7 +91,7 @@ def mask_iou(
     """
     both, of_a, of_b = _pairs("mask_iou", a, b, backend)
     union = of_a[:, None] + of_b - both
-    return torch.where(union > 0, both / union.clamp_min(1), 1.0).to(torch.float64)
+    return torch.where(union > 0, both.double() / union.clamp_min(1), 1.0)
 
 
 def mask_hamming(

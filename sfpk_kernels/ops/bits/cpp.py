@@ -33,9 +33,9 @@ def unpack_mask(packed: Tensor, d: int) -> Tensor:
 
 def popcount(packed: Tensor) -> Tensor:
     """As :func:`.reference.popcount`."""
-    rows = packed.contiguous().view(-1, packed.shape[-1])
+    rows = packed.reshape(packed.shape[:-1].numel(), packed.shape[-1])
     out = torch.empty(rows.shape[0], dtype=torch.int64)
-    torch.ops.sfpk_cpp.popcount_(rows, out)
+    torch.ops.sfpk_cpp.popcount_(rows.contiguous(), out)
     return out.view(packed.shape[:-1])
 
 

@@ -119,7 +119,9 @@ def masked_weights(
         raise TypeError(f"{_OP}: dtype: wanted None together with out, got {dtype}")
     buffers = [out] if isinstance(out, Tensor) else list(out)
     if is_list == isinstance(out, Tensor) or len(buffers) != len(tensors):
-        raise TypeError(f"{_OP}: out: wanted {len(tensors) if is_list else 'one'} tensor(s) like weights, got {out!r:.80}")
+        raise TypeError(
+            f"{_OP}: out: wanted {len(tensors) if is_list else 'one'} tensor(s) like weights, got {out!r:.80}"
+        )
     for i, (buffer, shape) in enumerate(zip(buffers, shapes, strict=True)):
         name = f"out[{i}]" if is_list else "out"
         check.is_tensor(_OP, name, buffer)
@@ -152,7 +154,7 @@ def mask_gradient(
     if is_list == isinstance(weight_grads, Tensor):
         wanted = "a list of tensors" if is_list else "a tensor"
         raise TypeError(f"{_GRADIENT}: weight_grads: wanted {wanted}, got {type(weight_grads).__name__}")
-    grads = list(weight_grads) if is_list else [weight_grads]
+    grads: list[Any] = list(weight_grads) if is_list else [weight_grads]
     if len(grads) != len(tensors):
         raise ValueError(f"{_GRADIENT}: weight_grads: wanted {len(tensors)} tensors, got {len(grads)}")
     batched = isinstance(grads[0], Tensor) and grads[0].dim() == tensors[0].dim() + 1
@@ -237,15 +239,11 @@ torch.library.define(
 def _run(
     weights: list[Tensor],
     mask: Tensor,  # (n, d)
-    threshold: Tensor | None,
-    tie_end: Tensor | None,
-    score: str,
-    saliency: Tensor | None,
-    segments: list[int],
-    layout: list[int],
+    ranking: tuple[Any, ...],  # threshold, tie_end, score, saliency, segments, layout
     outs: list[Tensor],  # (n, numel) each
     backend: str,
 ) -> None:
+    threshold, tie_end, score, saliency, segments, layout = ranking
     sizes = [t.numel() for t in weights]
     pieces, d = _layout.pieces(layout, sizes), _layout.count(layout, sizes)
     assert pieces is not None
@@ -259,7 +257,7 @@ def _run(
 def _masked_weights(weights: list[Tensor], mask: Tensor, *arguments: Any) -> list[Tensor]:
     *ranking, dtype, backend = arguments
     outs = [torch.empty((mask.shape[0], t.numel()), dtype=dtype, device=t.device) for t in weights]
-    _run(weights, mask, *ranking, outs, backend)
+    _run(weights, mask, tuple(ranking), outs, backend)
     return outs
 
 
@@ -272,7 +270,7 @@ def _masked_weights_out(weights: list[Tensor], mask: Tensor, *arguments: Any) ->
             if check.share_memory(out, tensor):
                 raise ValueError(f"{_OP}: out: wanted memory of its own, got memory shared with {name}")
     rows = [_as_rows(out, mask.shape[0], weight.numel()) for out, weight in zip(outs, weights, strict=True)]
-    _run(weights, mask, *ranking, rows, backend)
+    _run(weights, mask, tuple(ranking), rows, backend)
     for out, row in zip(outs, rows, strict=True):
         if row.data_ptr() != out.data_ptr():
             out.copy_(row.view(out.shape))
@@ -317,14 +315,18 @@ def _masked_weights_out_fake(weights: list[Tensor], mask: Tensor, *arguments: An
 
 
 @torch.library.register_fake("sfpk::mask_gradient")
-def _mask_gradient_fake(
-    weights: list[Tensor], weight_grads: list[Tensor], layout: list[int], backend: str
-) -> Tensor:
+def _mask_gradient_fake(weights: list[Tensor], weight_grads: list[Tensor], layout: list[int], backend: str) -> Tensor:
     return _gradient_buffer(weights, weight_grads, layout)
 
 
+def _none_for(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """No gradients, as autograd expects them: torch takes an empty list of numbers for one of tensors."""
+    return tuple([] if isinstance(value, list) and not value else None for value in inputs)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    weights, mask, threshold, tie_end, ctx.score, saliency, ctx.segments, ctx.layout, _, ctx.backend = inputs
+    weights, mask, threshold, tie_end, ctx.score, saliency, ctx.segments, ctx.layout, _, _ = inputs
+    ctx.no_gradients = _none_for(inputs[2:])
     ctx.save_for_backward(mask, threshold, tie_end, saliency, *weights)
 
 
@@ -335,13 +337,12 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     by_mask = None
     if any(w.requires_grad for w in weights):
         # Kept gradients, a row at a time: the row's gradient takes the place of the weights.
-        rows = [
-            torch.ops.sfpk.masked_weights(
-                [g[i] for g in grads], mask[i : i + 1].detach(), *(t if t is None else t[i : i + 1] for t in (threshold, tie_end)),
-                ctx.score, saliency, ctx.segments, ctx.layout, grads[0].dtype, "",
-            )
-            for i in range(mask.shape[0])
-        ]  # fmt: skip
+        rows = []
+        for i in range(mask.shape[0]):
+            cut = (t if t is None else t[i : i + 1] for t in (threshold, tie_end))
+            ranking = (*cut, ctx.score, saliency, ctx.segments, ctx.layout)
+            row = [g[i] for g in grads]
+            rows.append(torch.ops.sfpk.masked_weights(row, mask[i : i + 1].detach(), *ranking, grads[0].dtype, ""))
         by_weights = [
             (torch.cat(parts).sum(dim=0) if parts else w.new_zeros(w.numel())).view(w.shape).to(w.dtype)
             for w, parts in zip(weights, zip(*rows, strict=True) if rows else [()] * len(weights), strict=True)
@@ -349,12 +350,12 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     if mask.requires_grad:
         shaped = [g.view(mask.shape[0], *w.shape) for g, w in zip(grads, weights, strict=True)]
         by_mask = torch.ops.sfpk.mask_gradient(weights, shaped, ctx.layout, "").to(mask.dtype)
-    return by_weights, by_mask, *[None] * 4, [None] * len(ctx.segments), [None] * len(ctx.layout), None, None
+    return by_weights, by_mask, *ctx.no_gradients
 
 
 def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weights, weight_grads, ctx.layout, _ = inputs
-    ctx.count = len(weights)
+    ctx.count, ctx.no_gradients = len(weights), _none_for(inputs[2:])
     ctx.save_for_backward(*weights, *weight_grads)
 
 
@@ -369,7 +370,7 @@ def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         spread = torch.cat(parts, dim=1).view(weight_grad.shape)
         by_weights.append((spread * weight_grad).sum(dim=0).to(weight.dtype))
         by_grads.append((spread * weight).to(weight_grad.dtype))
-    return by_weights, by_grads, [None] * len(ctx.layout), None
+    return by_weights, by_grads, *ctx.no_gradients
 
 
 torch.library.register_autograd("sfpk::masked_weights", _backward, setup_context=_setup_context)

@@ -66,7 +66,9 @@ def normalize(op: str, layout: Any, sizes: Sequence[int]) -> list[int]:
         raise ValueError(f"{op}: layout: wanted numbers ≥ 1, got {layout!r:.80}")
     covered = pieces(flat, sizes)
     if covered is None:
-        wanted = f"blocks of {' + '.join(map(str, sizes))} weights" if len(sizes) < 5 else f"blocks of {sum(sizes)} weights"
+        wanted = (
+            f"blocks of {' + '.join(map(str, sizes))} weights" if len(sizes) < 5 else f"blocks of {sum(sizes)} weights"
+        )
         got = " + ".join(str(math.prod(b)) for b in entries[:5]) + (" + …" if len(entries) > 5 else "")
         raise ValueError(f"{op}: layout: wanted {wanted}, each within one tensor, got {got}")
     return flat
