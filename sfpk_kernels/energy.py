@@ -12,7 +12,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
 from .coordinates import Coordinates
-from .ops import masked_weights
+from .polarizer import Polarized
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +98,12 @@ class ParticleEnergy:
         self._chunk_size = chunk_size
         self._backend = backend
         self._said_ragged = False
+        self._weights: Tensor | None = None  # (1, d) of the particle at work: fresh pages would cost more than the op
         self._depends = False  # whether a vmap pass has shown that the loss depends on the weights
 
     def __call__(
         self,
-        keep: Tensor,  # (n, d) bool, or float factors
+        keep: Polarized | Tensor,  # of n particles; (n, d) bool, or float factors
         batches: Sequence[Any],  # n of them
     ) -> tuple[Tensor, Tensor]:  # losses (n,) fp64, ∂L/∂W (n, d)
         """Losses and weight gradients.
@@ -113,27 +114,30 @@ class ParticleEnergy:
                 prunable weights. Other errors of the model or ``loss_fn`` pass through with a note that names the
                 particle (with ``mode="vmap"`` as the cause of the RuntimeError).
         """
-        n = keep.shape[0]
+        keep = Polarized(keep) if isinstance(keep, Tensor) else keep
+        n = len(keep)
         losses = torch.empty(n, dtype=torch.float64, device=self._theta.device)
         grads = self._theta.new_empty(n, self._coordinates.d)
         chunk = self._chunk_size or n
         for begin in range(0, n, chunk):
             rows = slice(begin, min(begin + chunk, n))
             with torch.enable_grad():
-                done = self.mode == "vmap" and self._batched(keep[rows], batches[rows], losses[rows], grads[rows])
+                done = self.mode == "vmap" and self._batched(keep.rows(rows), batches[rows], losses[rows], grads[rows])
             if not done:
                 for i in range(rows.start, rows.stop):
                     with torch.enable_grad():
-                        losses[i] = self._single(i, keep[i], batches[i], grads[i])
+                        losses[i] = self._single(i, keep.rows(slice(i, i + 1)), batches[i], grads[i])
         return losses, grads
 
     def _functional(self, tensors: Sequence[Tensor], *arguments: Any) -> Any:
         parameters = {**self._fixed, **dict(zip(self._names, tensors, strict=True))}
         return functional_call(self._loss, parameters, arguments)
 
-    def _single(self, index: int, keep: Tensor, batch: Any, grad: Tensor) -> Tensor:
+    def _single(self, index: int, keep: Polarized, batch: Any, grad: Tensor) -> Tensor:
         """One particle: writes ∂L/∂W into ``grad`` (d,), returns the loss."""
-        flat = masked_weights(self._theta, keep, backend=self._backend)
+        if self._weights is None:
+            self._weights = torch.empty_like(self._theta)[None]
+        (flat,) = keep.weights(self._theta, out=self._weights, backend=self._backend)
         leaves = [
             part.to(dtype).detach().requires_grad_()
             for part, dtype in zip(self._coordinates.split(flat), self._dtypes, strict=True)
@@ -150,7 +154,7 @@ class ParticleEnergy:
             part.copy_(gradient)
         return loss
 
-    def _batched(self, keep: Tensor, batches: Sequence[Any], losses: Tensor, grads: Tensor) -> bool:
+    def _batched(self, keep: Polarized, batches: Sequence[Any], losses: Tensor, grads: Tensor) -> bool:
         """A chunk under vmap; False where it has to run one by one."""
         stacked = _stack(batches)
         if stacked is None:
@@ -166,7 +170,7 @@ class ParticleEnergy:
             parts = self._coordinates.split(flat)
             return self._functional([p.to(dtype) for p, dtype in zip(parts, self._dtypes, strict=True)], batch)
 
-        weights = masked_weights(self._theta, keep, backend=self._backend)
+        weights = keep.weights(self._theta, backend=self._backend)
         attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in self._loss.model.modules()]
         try:
             results = vmap(grad_and_value(loss_of), randomness="different")(weights, stacked)

@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .coordinates import Coordinates
-from .ops import topk_mask
+from .ops import Cut, masked_weights, topk_mask, topk_threshold
+
+
+@dataclass(frozen=True)
+class Polarized:
+    """The binary particles P_i, described by values and a cut rather than written as masks."""
+
+    values: Tensor  # (n, d) particles beside a cut; without one a bool mask, or factors
+    cut: Cut | None = None  # (n, 1)
+    score: str | None = None
+    saliency: Tensor | None = None  # (d,)
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def rows(self, rows: slice) -> Polarized:
+        """Some of the particles."""
+        cut = None if self.cut is None else Cut(*(part[rows] for part in self.cut))
+        return Polarized(self.values[rows], cut, self.score, self.saliency)
+
+    def weights(
+        self,
+        theta: Tensor,  # (d,)
+        *,
+        out: Tensor | None = None,  # (n, d)
+        backend: str | None = None,
+    ) -> Tensor:  # (n, d)
+        """P_i ⊙ θ."""
+        return masked_weights(
+            theta, self.values, cut=self.cut, score=self.score, saliency=self.saliency, out=out, backend=backend
+        )
 
 
 class Polarizer:
@@ -26,6 +60,7 @@ class Polarizer:
         self._normalized = coordinates.normalize(self._saliency)  # (d,)
         self._selection = selection
         self._backend = backend
+        self._cuts: dict[str, Cut] = {}  # the last ones by kind: where to look first
 
     @property
     def saliency(self) -> Tensor:
@@ -34,31 +69,79 @@ class Polarizer:
 
     def score(
         self,
-        masks: Tensor,  # (n, d)
+        masks: Tensor,  # (…, d)
         kind: str,
-    ) -> Tensor:  # (n, d)
+    ) -> Tensor:  # (…, d)
         """``"mask"``: m; ``"mask_weight"``: |m|·a; ``"mask_normalized"``: |m|·a / mean of a in its tensor."""
-        if kind == "mask":
-            return masks
-        return masks.abs() * (self._saliency if kind == "mask_weight" else self._normalized)
+        saliency = self._ranking(kind)["saliency"]
+        return masks if saliency is None else masks.abs() * saliency
 
-    def binary(
+    def mean_score(
+        self,
+        masks: Tensor,  # (n, d)
+        rows: Iterable[int],
+        kind: str,
+    ) -> Tensor:  # (d,) fp32 at least
+        """The scores' mean over some particles, added in their order (the fused ``"mean_abs_saliency"``)."""
+        saliency = self._ranking(kind)["saliency"]
+        total, count = masks.new_zeros(masks.shape[1], dtype=torch.promote_types(masks.dtype, torch.float32)), 0
+        for row in rows:
+            total += masks[row] if saliency is None else masks[row].abs()
+            count += 1
+        return (total if saliency is None else total.mul_(saliency)).mul_(1.0 / count)
+
+    def polarize(
         self,
         masks: Tensor,  # (n, d)
         densities: Tensor,  # (n,) ρ(m_i)
         kind: str,
-    ) -> Tensor:  # (n, d) bool; float factors while selection="threshold" removes nothing
-        """P_i for every particle."""
-        d = masks.shape[1]
-        scores = self.score(masks, kind)
+    ) -> Polarized:
+        """P_i for every particle; no mask is written (but the authors' float factors)."""
         if self._selection == "exact":
-            counts = (densities * d).round().clamp(1, d).to(torch.int64)
-            return topk_mask(scores, counts, backend=self._backend)
-        rows = []
-        for mask, score, density in zip(masks, scores, densities.tolist(), strict=True):
-            removed = int((1.0 - density) * d)
-            rows.append(mask if removed < 1 else (score >= score.kthvalue(removed).values).to(mask.dtype))
-        return torch.stack(rows)
+            ranking = self._ranking(kind)
+            known = self._cuts.get(kind)
+            guess = known if known is not None and known.threshold.shape[0] == masks.shape[0] else None
+            cut = topk_threshold(
+                masks, _counts(densities, masks.shape[1]), guess=guess, backend=self._backend, **ranking
+            )
+            self._cuts[kind] = cut
+            return Polarized(masks, cut, **ranking)
+        return Polarized(
+            torch.stack([
+                self._above_threshold(mask, density, kind)
+                for mask, density in zip(masks, densities.tolist(), strict=True)
+            ])
+        )  # fmt: skip
+
+    def keeps(
+        self,
+        masks: Tensor,  # (n, d)
+        densities: Tensor,  # (n,)
+        kind: str,
+        rows: Iterable[int],
+    ) -> Tensor:  # (d,)
+        """In how many of some binary particles each coordinate is kept."""
+        counts = _counts(densities, masks.shape[1]).tolist()
+        kept = torch.zeros(masks.shape[1], device=masks.device)
+        for row in rows:
+            if self._selection == "exact":
+                kept += topk_mask(masks[row], counts[row], backend=self._backend, **self._ranking(kind))
+            else:
+                kept += self._above_threshold(masks[row], float(densities[row]), kind)
+        return kept
+
+    def _above_threshold(self, mask: Tensor, density: float, kind: str) -> Tensor:
+        removed = int((1.0 - density) * mask.shape[0])
+        if removed < 1:
+            return mask
+        score = self.score(mask, kind)
+        return (score >= score.kthvalue(removed).values).to(mask.dtype)
+
+    def _ranking(self, kind: str) -> dict[str, Any]:
+        """Score and saliency as the ops take them."""
+        if kind == "mask":
+            return {"score": "value", "saliency": None}
+        return {"score": "abs_saliency", "saliency": self._saliency if kind == "mask_weight" else self._normalized}
 
     def final(
         self,
@@ -71,6 +154,10 @@ class Polarizer:
             return topk_mask(score, budget(sparsity, d), backend=self._backend)
         removed = int(sparsity * d)
         return score > score.kthvalue(removed).values if removed else torch.ones_like(score, dtype=torch.bool)
+
+
+def _counts(densities: Tensor, d: int) -> Tensor:  # (n,) int64
+    return (densities * d).round().clamp(1, d).to(torch.int64)
 
 
 def budget(sparsity: float, d: int) -> int:

@@ -193,7 +193,7 @@ class SFPKPruner:
         started = time.perf_counter()
         system, number = self._system, self._system.step + 1
         # 1. polarize
-        keep = self._polarizer.binary(system.masks, system.densities, self.config.polarizer)
+        keep = self._polarizer.polarize(system.masks, system.densities, self.config.polarizer)
         # 2. energies, each particle on its own batch
         try:
             with seeded(self._step_seed(number), self.coordinates.device):

@@ -43,11 +43,11 @@ class Vote:
     ) -> Tensor:  # (d,)
         """Count this step in and return the score."""
         voters = torch.argsort(energies, stable=True)[: max(1, math.ceil(self._ratio * masks.shape[0]))]
-        chosen = masks[voters.sort().values] if voters.numel() < masks.shape[0] else masks
-        soft = self._polarizer.score(chosen, self._kind).mean(dim=0)
+        rows = voters.sort().values.tolist()
+        soft = self._polarizer.mean_score(masks, rows, self._kind)
         vote = soft
         if self._rule == "hard":
-            kept = self._polarizer.binary(masks, densities, self._kind)[voters].sum(dim=0)
+            kept = self._polarizer.keeps(masks, densities, self._kind, rows)
             fine = soft.double()  # fp32 would lose the order of small scores beside the counts
             low, high = fine.min(), fine.max()
             vote = kept + 0.5 * (fine - low) / (high - low).clamp_min(torch.finfo(fine.dtype).tiny)

@@ -169,11 +169,11 @@ def test_vote_ratio_rounds_up(mlp, vectors):
 
 def test_hard_vote_ranks_equal_counts_by_the_soft_score():
     class Scores:
-        def score(self, masks, kind):
-            return masks
+        def mean_score(self, masks, rows, kind):
+            return masks.mean(dim=0)
 
-        def binary(self, masks, densities, kind):
-            return torch.ones_like(masks, dtype=torch.bool)
+        def keeps(self, masks, densities, kind, rows):
+            return torch.ones(masks.shape[1])
 
     vote = Vote(Scores(), "mask", "hard", 1.0, 0.0)
     score = vote.update(torch.tensor([[1e6, 1.0, 1.2, 1.1, 1.3]]), torch.ones(1), torch.ones(1))
