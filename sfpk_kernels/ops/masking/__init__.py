@@ -12,7 +12,7 @@ from ..._dispatch import Backend, choose
 from .. import _checks as check
 from ..selection import Cut
 from ..selection._arguments import segment_borders
-from . import _layout, cpp, reference
+from . import _layout, cpp, reference, triton_backend
 from ._layout import Blocks, Mask
 
 __all__ = ["Blocks", "mask_gradient", "masked_weights"]
@@ -21,10 +21,12 @@ _OP, _GRADIENT = "masked_weights", "mask_gradient"
 _SCORES = ("value", "abs", "abs_saliency")
 _BACKENDS = {
     "cpp": Backend(cpp.masked_weights_, cpp.why_not),
+    "triton": Backend(triton_backend.masked_weights_, triton_backend.why_not),
     "reference": Backend(reference.masked_weights_),
 }
 _GRADIENT_BACKENDS = {
     "cpp": Backend(cpp.mask_gradient_, cpp.why_not),
+    "triton": Backend(triton_backend.mask_gradient_, triton_backend.why_not),
     "reference": Backend(reference.mask_gradient_),
 }
 
@@ -249,7 +251,7 @@ def _run(
     assert pieces is not None
     described = Mask(mask, d, threshold, tie_end, score, saliency, list(segments) or [0, d])
     run = choose(_OP, backend, _BACKENDS, mask, *weights, *outs)
-    flat = [t.flatten() for t in weights]
+    flat = [t.flatten().contiguous() for t in weights]
     run([p.of(flat[p.tensor]) for p in pieces], described, pieces, [p.of(outs[p.tensor]) for p in pieces])
 
 
@@ -291,7 +293,7 @@ def _mask_gradient(weights: list[Tensor], weight_grads: list[Tensor], layout: li
     assert pieces is not None
     out = _gradient_buffer(weights, weight_grads, layout)
     run = choose(_GRADIENT, backend, _GRADIENT_BACKENDS, out, *weights, *weight_grads)
-    flat, rows = [t.flatten() for t in weights], [g.reshape(g.shape[0], -1) for g in weight_grads]
+    flat, rows = [t.flatten().contiguous() for t in weights], [g.reshape(g.shape[0], -1) for g in weight_grads]
     run([p.of(flat[p.tensor]) for p in pieces], [p.of(rows[p.tensor]) for p in pieces], pieces, out)
     return out
 

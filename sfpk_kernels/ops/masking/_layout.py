@@ -130,3 +130,8 @@ def check_mask(op: str, mask: Any, d: int, device: torch.device) -> Tensor:
         raise ValueError(f"{op}: mask: wanted shape ({wanted},) or (n, {wanted}), got {tuple(mask.shape)}")
     check.same_device(op, "mask", mask, device)
     return mask
+
+
+def gapless(rows: Tensor) -> Tensor:
+    """Rows may lie apart, entries of a row may not."""
+    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()

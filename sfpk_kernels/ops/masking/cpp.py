@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _extension
 from ..selection._arguments import SCORES
-from ._layout import Mask, Piece
+from ._layout import Mask, Piece, gapless
 
 _BOOL, _PACKED, _FACTORS, _CUT = range(4)  # the order of MaskKind in C++
 
@@ -25,13 +25,13 @@ def why_not(tensor: Tensor) -> str | None:
 
 def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piece], outs: Sequence[Tensor]) -> None:
     """As :func:`.reference.masked_weights_`."""
-    values = _gapless(mask.values)
+    values = gapless(mask.values)
     saliency = None if mask.saliency is None else mask.saliency.float().contiguous()
     threshold = None if mask.threshold is None else mask.threshold.float().contiguous()
     tie_end = None if mask.tie_end is None else mask.tie_end.contiguous()
-    targets = [_gapless(out) for out in outs]
+    targets = [gapless(out) for out in outs]
     torch.ops.sfpk_cpp.masked_weights_(
-        [w.contiguous() for w in weights], values, _kind(mask), SCORES.index(mask.score), saliency, threshold, tie_end,
+        list(weights), values, _kind(mask), SCORES.index(mask.score), saliency, threshold, tie_end,
         torch.tensor(mask.segments), _table(pieces), targets,
     )  # fmt: skip
     for out, target in zip(outs, targets, strict=True):
@@ -41,9 +41,7 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
 
 def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: Sequence[Piece], out: Tensor) -> None:
     """As :func:`.reference.mask_gradient_`."""
-    torch.ops.sfpk_cpp.mask_gradient_(
-        [w.contiguous() for w in weights], [_gapless(g) for g in grads], _table(pieces), out
-    )
+    torch.ops.sfpk_cpp.mask_gradient_(list(weights), [gapless(g) for g in grads], _table(pieces), out)
 
 
 def _kind(mask: Mask) -> int:
@@ -56,8 +54,3 @@ def _kind(mask: Mask) -> int:
 
 def _table(pieces: Sequence[Piece]) -> Tensor:
     return torch.tensor([number for piece in pieces for number in piece.blocks], dtype=torch.int64)
-
-
-def _gapless(rows: Tensor) -> Tensor:
-    """Rows may lie apart, entries of a row may not."""
-    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()

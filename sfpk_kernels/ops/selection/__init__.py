@@ -11,13 +11,22 @@ from torch import Tensor
 from ..._dispatch import Backend, choose
 from .. import _checks as check
 from ..bits._shape import PACKED, mask_shape
-from . import _arguments, cpp, reference
+from . import _arguments, cpp, reference, triton_backend
 from ._arguments import Cut
 from ._problem import Problem, check_values
 
 __all__ = ["Cut", "topk_mask", "topk_threshold"]
 
-_BACKENDS = {"cpp": Backend(cpp.select, cpp.why_not), "reference": Backend(reference.select)}
+
+def _backends(problem: Problem) -> dict[str, Backend]:
+    def triton_why_not(values: Tensor) -> str | None:
+        return triton_backend.why_not(values) or triton_backend.uncovered(problem)
+
+    return {
+        "cpp": Backend(cpp.select, cpp.why_not),
+        "triton": Backend(triton_backend.select, triton_why_not),
+        "reference": Backend(reference.select),
+    }
 
 
 @overload
@@ -81,7 +90,9 @@ def topk_mask(
     Args:
         values: one vector, one row per particle, or a list of tensors (fp16, bf16, fp32 or fp64, all alike on
             one device) ranked together as if flattened and concatenated.
-        k: how many to keep: an int, or for (n, d) values also n ints or an int64 tensor (n,).
+        k: how many to keep: an int, or for (n, d) values also n ints or an int64 tensor (n,). Where a GPU backend
+            finds such a tensor on the GPU and no constraints, the host waits for nothing: k is clamped to 0 … d
+            and a NaN score gives that row the threshold NaN, which keeps nothing.
         score: ``"value"``: m. ``"abs"``: \\|m|. ``"abs_saliency"``: \\|m|·a. ``"mean_abs_saliency"``: one score for
             all rows, (Σ_i \\|m_i|)·a·(1/n), added in order of the rows; the mask is (d,). All in fp32, each
             operation rounded once (in fp64 for fp64 values).
@@ -195,19 +206,18 @@ def _solve(
     def listed(tensors: Tensor | list[Tensor] | None) -> list[Tensor]:
         return [] if tensors is None else [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
-    counts = k.tolist()
     parts = listed(values)
     by_rows = isinstance(values, Tensor)
     d = parts[0].shape[1] if by_rows else sum(t.numel() for t in parts)
 
     def aside(masks: Tensor | list[Tensor] | None) -> list[Tensor]:
-        return [m.expand(len(counts), d) for m in listed(masks)] if by_rows else listed(masks)
+        return [m.expand(k.shape[0], d) for m in listed(masks)] if by_rows else listed(masks)
 
     problem = Problem(
         op=op,
         values=parts,
         by_rows=by_rows,
-        counts=counts,
+        k=k,
         score=score,
         saliency=listed(saliency),
         sizes=[_integers(op, t) for t in listed(sizes)],
@@ -221,7 +231,7 @@ def _solve(
         output=output,
     )
     check_values(problem)
-    return choose(op, backend, _BACKENDS, parts[0])(problem)
+    return choose(op, backend, _backends(problem), parts[0])(problem)
 
 
 def _integers(op: str, sizes: Tensor) -> Tensor:

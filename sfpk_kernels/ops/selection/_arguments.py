@@ -103,7 +103,7 @@ def normalize(
             raise ValueError(f"{op}: min_keep: wanted at most max_keep = {high} in segment {s}, got {low}")
     return Call(
         values=tensors if is_list else values.unsqueeze(0) if values.dim() == 1 else values,
-        k=_counts(op, k, rows, device),
+        k=_counts(op, k, rows),
         score=score,
         saliency=companion("saliency", saliency, check.FLOATS),
         sizes=companion("sizes", sizes, (*check.FLOATS, torch.int64)),
@@ -145,7 +145,7 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
 
 
-def _counts(op: str, k: Any, rows: int, device: torch.device) -> Tensor:
+def _counts(op: str, k: Any, rows: int) -> Tensor:
     if isinstance(k, Tensor):
         if k.dtype != torch.int64:
             raise TypeError(f"{op}: k: wanted an int64 tensor, got {k.dtype}")
@@ -156,7 +156,7 @@ def _counts(op: str, k: Any, rows: int, device: torch.device) -> Tensor:
         raise TypeError(f"{op}: k: wanted an integer or one per row, got {k!r}")
     if len(counts) != rows:
         raise ValueError(f"{op}: k: wanted {rows} values, one per row, got {len(counts)}")
-    return torch.tensor([int(v) for v in counts], dtype=torch.int64, device=device)
+    return torch.tensor([int(v) for v in counts], dtype=torch.int64)
 
 
 def segment_borders(op: str, segments: Any, tensors: list[Tensor] | None, d: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +22,7 @@ class Problem:
     op: str  # for messages
     values: list[Tensor]
     by_rows: bool
-    counts: list[int]  # k per row; one for a list
+    k: Tensor  # (rows,) int64; one for a list
     score: str
     saliency: list[Tensor]  # (d,), or shaped like the values of a list
     sizes: list[Tensor]  # likewise, int64
@@ -33,6 +34,22 @@ class Problem:
     removed: list[Tensor]  # likewise
     guess: Tensor | None  # (rows, S)
     output: str  # "cut", "bool", "uint8" or "int32"
+
+    @functools.cached_property
+    def counts(self) -> list[int]:
+        """k per row; waits for the device where it lies there."""
+        counts: list[int] = self.k.tolist()
+        return counts
+
+    @property
+    def rows(self) -> int:
+        """How many rankings there are."""
+        return self.k.shape[0]
+
+    @property
+    def constrained(self) -> bool:
+        """Whether anything but k decides."""
+        return bool(self.sizes or self.min_keep or self.max_keep or self.pattern or self.protected or self.removed)
 
     def who(self, row: int) -> str:
         """The row, for messages."""
@@ -88,11 +105,11 @@ def _count(problem: Problem, masks: list[Tensor]) -> list[list[int]]:
     """True entries per row and segment."""
     borders = list(itertools.pairwise(problem.segments))
     if not masks:
-        return [[0] * len(borders) for _ in problem.counts]
+        return [[0] * len(borders)] * problem.rows
     if problem.by_rows:
         alike = masks[0].stride(0) == 0  # one mask expanded to all rows
         rows = [[_true(row[begin:end]) for begin, end in borders] for row in (masks[0][:1] if alike else masks[0])]
-        return rows * len(problem.counts) if alike else rows
+        return rows * problem.rows if alike else rows
     counts = [_true(mask) for mask in masks]
     return [counts if len(borders) == len(counts) else [sum(counts)]]
 

@@ -28,7 +28,7 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
     values = [_dense(t, problem.by_rows) for t in problem.values]
     saliency = [t.float().contiguous() for t in problem.saliency]
     excluded, protected = ([t.contiguous() for t in masks] for masks in (problem.set_aside(), problem.protected))
-    score, rows = SCORES.index(problem.score), len(problem.counts)
+    score, rows = SCORES.index(problem.score), problem.rows
     shapes = [(rows, values[0].shape[1])] if problem.by_rows else [tuple(t.shape) for t in values]
     if problem.pattern is not None:
         left_out = [torch.empty(shape, dtype=torch.bool) for shape in shapes]

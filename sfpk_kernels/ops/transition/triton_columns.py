@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rounding import random_bits, round_to_bfloat16, round_to_half
+from .._triton_bfloat16 import round_to_bfloat16
+from .triton_rounding import random_bits, round_to_half
 
 
 @triton.jit

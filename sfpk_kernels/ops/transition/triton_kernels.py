@@ -22,8 +22,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._triton_bfloat16 import round_to_bfloat16
 from .triton_columns import clear, reduce_columns, update_columns
-from .triton_rounding import random_bits, round_to_bfloat16, round_to_half
+from .triton_rounding import random_bits, round_to_half
 
 SAMPLED_TILES = tl.constexpr(16)
 TANGENT_TOLERANCE = tl.constexpr(1e-6)  # as in reference.py

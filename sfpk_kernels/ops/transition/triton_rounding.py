@@ -37,10 +37,3 @@ def round_to_half(values, random):
     tiny = tl.floor(share) * 5.9604644775390625e-08
     chosen = tl.where(size < 6.103515625e-05, tiny.to(tl.uint32, bitcast=True), normal)
     return (sign | chosen).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def round_to_bfloat16(values):
-    """To nearest, ties to even; fp32, exactly representable in bf16."""
-    bits = values.to(tl.uint32, bitcast=True)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)

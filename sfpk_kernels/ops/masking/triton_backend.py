@@ -1,0 +1,89 @@
+"""Launches the Triton kernels of masked weights (triton_kernels.py, imported only when it runs)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import _triton
+from ..bits._shape import BITS
+from ._layout import Mask, Piece, gapless
+
+_BLOCK = 1024
+_SCORES = ("value", "abs", "abs_saliency")
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """Why the kernels cannot run on weights, a mask or an output."""
+    if tensor.dtype == torch.float64:
+        return "it takes fp32, bf16 or fp16, this is float64"
+    return _triton.why_not(tensor)
+
+
+def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piece], outs: Sequence[Tensor]) -> None:
+    """As :func:`.reference.masked_weights_`."""
+    from . import triton_kernels as kernels
+
+    values = gapless(mask.values)
+    kind = 3 if mask.threshold is not None else 2 if mask.multiplies else 0 if values.dtype == torch.bool else 1
+    saliency = values if mask.saliency is None else mask.saliency.float().contiguous()
+    threshold = values if mask.threshold is None else mask.threshold.float().contiguous()
+    tie_end = values if mask.tie_end is None else mask.tie_end.contiguous()
+    data = values.view(torch.uint8) if kind == 0 else values
+    n, parts = values.shape[0], len(mask.segments) - 1
+    for weight, piece, out in zip(weights, pieces, outs, strict=True):
+        target = gapless(out)
+        outer, groups, inner = piece.blocks
+        single = outer * inner == 1
+        for s, begin, end in _ranges(piece, mask.segments if kind == 3 else [0, mask.d], single):
+            if not n or begin == end:
+                continue
+            column = s if kind == 3 else 0
+            kernels.apply[(-(-(end - begin) // _BLOCK),)](
+                weight, data, saliency, threshold.flatten()[column:], tie_end.flatten()[column:], target, n,
+                data.stride(0), parts, target.stride(0), begin, end, piece.first, groups, inner,
+                KIND=kind, SCORE=_SCORES.index(mask.score) if kind == 3 else 0, SINGLE=single,
+                BITS=BITS.get(values.dtype, 1), BLOCK=_BLOCK,
+            )  # fmt: skip
+        if target is not out:
+            out.copy_(target)
+
+
+def _ranges(piece: Piece, segments: list[int], single: bool) -> list[tuple[int, int, int]]:
+    """Segment, first and last weight (exclusive) of the parts of a piece that one cut decides."""
+    last = piece.first + piece.blocks.groups
+    if not single:
+        spans = [s for s, (a, b) in enumerate(itertools.pairwise(segments)) if a <= piece.first and last <= b]
+        if not spans:
+            raise ValueError("masked_weights: segments: wanted each of a layout's Blocks within one segment")
+        return [(spans[0], 0, piece.blocks.numel)]
+    parts = []
+    for s, (a, b) in enumerate(itertools.pairwise(segments)):
+        begin, end = max(a, piece.first), min(b, last)
+        if begin < end:
+            parts.append((s, begin - piece.first, end - piece.first))
+    return parts
+
+
+def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: Sequence[Piece], out: Tensor) -> None:
+    """As :func:`.reference.mask_gradient_`."""
+    from . import triton_kernels as kernels
+
+    n = out.shape[0]
+    for weight, grad, piece in zip(weights, grads, pieces, strict=True):
+        rows, target = gapless(grad), out[:, piece.coordinates]
+        outer, groups, inner = piece.blocks
+        if not n:
+            continue
+        if outer * inner == 1:
+            grid = (-(-groups // _BLOCK),)
+            kernels.products[grid](weight, rows, target, n, rows.stride(0), out.stride(0), groups, BLOCK=_BLOCK)
+            continue
+        wide = min(256, 1 << max(0, (inner - 1).bit_length()))
+        tall = max(1, 1024 // wide)
+        kernels.group_sums[(-(-groups // tall), n)](
+            weight, rows, target, rows.stride(0), out.stride(0), outer, groups, inner, G=tall, WIDE=wide
+        )

@@ -1,0 +1,80 @@
+"""Triton kernels of masked weights: one read of mask and weights, one write; and of the mask's gradient."""
+
+import triton
+import triton.language as tl
+
+from .._triton_bfloat16 import round_to_bfloat16
+
+
+@triton.jit
+def apply(
+    weights, mask, saliency, threshold, tie_end, out, n, mask_stride, cut_stride, out_stride, begin, end, first, groups,
+    inner,
+    KIND: tl.constexpr, SCORE: tl.constexpr, SINGLE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Weights [begin, end) of a piece under every row of the mask.
+
+    KIND 0: bools (as bytes), 1: packed in units of BITS, 2: factors, 3: values and their cut. Coordinate of
+    weight w: first + w where SINGLE, else first + (w // inner) % groups.
+    """
+    at = begin + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < end
+    weight = tl.load(weights + at, mask=inside, other=0.0)
+    index = first + (at if SINGLE else (at // inner) % groups)
+    if SCORE == 2:
+        sizes = tl.load(saliency + index, mask=inside, other=0.0)
+    for i in range(n):
+        row = tl.full([], 0, tl.int64) + i
+        if KIND == 2:
+            factor = tl.load(mask + row * mask_stride + index, mask=inside, other=0.0)
+            result = weight.to(tl.float32) * factor.to(tl.float32)
+        else:
+            if KIND == 0:
+                keep = tl.load(mask + row * mask_stride + index, mask=inside, other=0) != 0
+            elif KIND == 1:
+                word = tl.load(mask + row * mask_stride + index // BITS, mask=inside, other=0).to(tl.int32)
+                keep = ((word >> (index % BITS).to(tl.int32)) & 1) != 0
+            else:
+                score = tl.load(mask + row * mask_stride + index, mask=inside, other=0.0).to(tl.float32)
+                if SCORE >= 1:
+                    score = tl.abs(score)
+                if SCORE == 2:
+                    score = score * sizes
+                limit = tl.load(threshold + row * cut_stride)
+                keep = (score > limit) | ((score == limit) & (index < tl.load(tie_end + row * cut_stride)))
+            result = tl.where(keep, weight.to(tl.float32), 0.0)
+        if out.dtype.element_ty == tl.bfloat16:
+            result = tl.where(result == result, round_to_bfloat16(result), result)
+        tl.store(out + row * out_stride + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def products(weights, grads, out, n, grad_stride, out_stride, count, BLOCK: tl.constexpr):
+    """θ · gradient, one weight a coordinate."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    weight = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
+    for i in range(n):
+        row = tl.full([], 0, tl.int64) + i
+        grad = tl.load(grads + row * grad_stride + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + row * out_stride + at, weight * grad, mask=inside)
+
+
+@triton.jit
+def group_sums(
+    weights, grads, out, grad_stride, out_stride, outer, groups, inner,
+    G: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Sums of the products over the weights of G groups at a time: [:, g, :] of (outer, groups, inner)."""
+    group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
+    row = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((G,), tl.float64)
+    for o in range(outer):
+        for begin in range(0, inner, WIDE):
+            i = begin + tl.arange(0, WIDE)
+            at = ((tl.full([], 0, tl.int64) + o) * groups + group[:, None]) * inner + i[None, :]
+            inside = (group[:, None] < groups) & (i[None, :] < inner)
+            weight = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
+            grad = tl.load(grads + row * grad_stride + at, mask=inside, other=0.0).to(tl.float32)
+            total += tl.sum((weight * grad).to(tl.float64), 1)
+    tl.store(out + row * out_stride + group, total.to(tl.float32), mask=group < groups)

@@ -1,0 +1,155 @@
+"""Launches the Triton kernels of the exact selection (triton_kernels.py, imported only when it runs).
+
+Four reads of the scores, one more where ties are cut. The host reads back whether a score was NaN, and nothing where k
+lies on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _triton
+from ..bits import reference as bits
+from ..bits._shape import mask_shape
+from ._arguments import SCORES, Cut
+from ._problem import Problem, nan_error, plan
+
+_BLOCK, _TILES = 1024, 16
+_CHUNK = _BLOCK * _TILES
+_COLUMNS, _NAN = 8, 3  # of the state, as in triton_kernels.py
+
+
+def why_not(values: Tensor) -> str | None:
+    """Why the kernels cannot run on these values."""
+    if values.dtype == torch.float64:
+        return "it takes fp32, bf16 or fp16 values, these are float64"
+    return _triton.why_not(values)
+
+
+def uncovered(problem: Problem) -> str | None:
+    """Which part of the problem the kernels do not solve."""
+    for name, part in (("sizes", problem.sizes), ("pattern", problem.pattern)):
+        if part:
+            return f"it does not solve {name}"
+    return "it solves one segment" if len(problem.segments) > 2 else None
+
+
+def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
+    """As :func:`.reference.select`."""
+    from . import triton_kernels as kernels
+
+    device = problem.values[0].device
+    excluded = problem.set_aside()
+    waits = not _on_device(problem)
+    if waits:
+        counts, limits = plan(problem, excluded)
+        k, candidates = torch.tensor(counts).to(device), limits[2, :, 0].to(device)
+    else:
+        k, candidates = problem.k, torch.full_like(problem.k, problem.segments[-1])
+    rows = problem.rows
+    d = problem.segments[-1]
+    parts = _parts(problem, excluded)
+    chunks = sum(-(-part["d"] // _CHUNK) for part in parts)
+    state = torch.zeros((rows, _COLUMNS), dtype=torch.int64, device=device)
+    state[:, 1] = k
+    bins = torch.zeros((rows, 256), dtype=torch.int64, device=device)
+    ties = torch.empty((rows, max(chunks, 1)), dtype=torch.int64, device=device)
+    cut = Cut(torch.empty((rows, 1), device=device), torch.empty((rows, 1), dtype=torch.int64, device=device))
+    constants = {"SCORE": SCORES.index(problem.score), "EXCLUDES": bool(excluded), "BLOCK": _BLOCK, "TILES": _TILES}
+
+    for shift in (24, 16, 8, 0):
+        for part in parts:
+            grid = (-(-part["d"] // _CHUNK), rows)
+            kernels.count_digits[grid](*part["source"], state, bins, *part["numbers"], SHIFT=shift, **constants)
+        kernels.choose_digit[(rows,)](state, bins)
+    first_chunk = 0
+    for part in parts:
+        grid = (-(-part["d"] // _CHUNK), rows)
+        kernels.count_ties[grid](
+            *part["source"], state, ties, *part["numbers"], first_chunk, max(chunks, 1), **constants
+        )
+        first_chunk += grid[0]
+    kernels.find_chunk[(rows,)](state, ties, k, candidates, *cut, chunks, d, BLOCK=_BLOCK)
+    first_chunk = 0
+    for part in parts:
+        last = first_chunk - (-part["d"] // _CHUNK)
+        kernels.find_tie[(rows,)](
+            *part["source"], state, cut.tie_end, *part["numbers"], part["first"], first_chunk, last, **constants
+        )
+        first_chunk = last
+    if waits:
+        _check_nan(problem, state)
+    masks = [] if problem.output == "cut" else _write(problem, parts, state, cut, constants)
+    return cut, masks
+
+
+def _on_device(problem: Problem) -> bool:
+    """Whether the host need not know any value: nothing is checked then, and nothing waited for."""
+    return problem.k.device.type != "cpu" and not problem.constrained
+
+
+def _parts(problem: Problem, excluded: list[Tensor]) -> list[dict[str, Any]]:
+    """What the kernels take of each tensor; rows beside each other, tensors one after the other."""
+    parts, first = [], 0
+    n = problem.values[0].shape[0] if problem.by_rows else 1
+    for i, tensor in enumerate(problem.values):
+        values = tensor if problem.by_rows else tensor.reshape(1, -1)
+        if values.shape[1] > 1 and values.stride(1) != 1:
+            values = values.contiguous()
+        d = values.shape[1]
+        saliency = problem.saliency[i].float().reshape(-1).contiguous() if problem.saliency else values
+        aside, row_aside = _rows(excluded[i], d) if excluded else (values, 0)
+        always, row_always = _rows(problem.protected[i], d) if problem.protected else (values, 0)
+        if d:
+            parts.append({
+                "d": d, "first": first, "index": i, "source": (values, saliency, aside), "always": (always, row_always),
+                "numbers": (n, values.stride(0), row_aside, d, 1.0 / max(n, 1)),
+            })  # fmt: skip
+        first += d
+    return parts
+
+
+def _rows(mask: Tensor, d: int) -> tuple[Tensor, int]:
+    """A bool mask as bytes in rows, and the distance of its rows."""
+    rows = mask.reshape(-1, d) if mask.dim() != 2 else mask
+    rows = rows if d <= 1 or rows.stride(1) == 1 else rows.contiguous()
+    return rows.view(torch.uint8), rows.stride(0)
+
+
+def _check_nan(problem: Problem, state: Tensor) -> None:
+    nan = state[:, _NAN].tolist()
+    if not any(nan):
+        return
+    if problem.by_rows:
+        raise nan_error(problem, nan.index(1))
+    raise nan_error(problem, next(i for i, t in enumerate(problem.values) if bool(torch.isnan(t).any())))
+
+
+def _write(
+    problem: Problem, parts: list[dict[str, Any]], state: Tensor, cut: Cut, constants: dict[str, Any]
+) -> list[Tensor]:
+    from . import triton_kernels as kernels
+
+    rows, device = state.shape[0], state.device
+    # Bits lie along the last dimension: those of rows are packed at once, those of a list's tensors afterwards.
+    kind = problem.output if problem.by_rows else "bool"
+    shapes = [(rows, problem.segments[-1])] if problem.by_rows else [tuple(t.shape) for t in problem.values]
+    masks = []
+    for shape in shapes:
+        packed, dtype = mask_shape(shape, kind)
+        masks.append(torch.empty(packed, dtype=dtype, device=device))
+    unit = {"bool": 1, "uint8": 8, "int32": 32}[kind]
+    for part in parts:
+        mask = masks[part["index"]]
+        out = (mask.view(torch.uint8) if kind == "bool" else mask).view(rows, -1)
+        always, row_always = part["always"]
+        n, stride, row_aside, d, scale = part["numbers"]
+        kernels.write_mask[(-(-d // _BLOCK), rows)](
+            *part["source"], always, state, *cut, out, n, stride, row_aside, row_always, out.stride(0), d, scale,
+            part["first"], SCORE=constants["SCORE"], EXCLUDES=constants["EXCLUDES"], ALWAYS=bool(problem.protected),
+            UNIT=unit, BLOCK=_BLOCK,
+        )  # fmt: skip
+    return masks if problem.by_rows else [bits.pack_mask(mask, problem.output) for mask in masks]
