@@ -40,24 +40,35 @@ CASES = {
 }
 
 
+def compiled(module, tmp_path, *arguments):
+    pytest.importorskip("triton")
+    # A process of its own: in this one the kernels are interpreted.
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     "group", [name if name == "default" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_no_spills_and_shared_memory_within_the_limit(group, capability, tmp_path):
-    pytest.importorskip("triton")
     cases = CASES[group]
-    # A process of its own: in this one the kernels are interpreted.
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_triton", str(capability), json.dumps(cases)],
-        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads(done.stdout.splitlines()[-1])
+    rows = compiled("tests.compile_triton", tmp_path, str(capability), json.dumps(cases))
     assert {(row["n"], row["options"]) for row in rows} == {(n, options) for n, options, _ in cases}
     for row in rows:
         assert row["local"] == 0, row  # bytes of local memory: registers spilled
         assert row["shared"] <= SHARED_LIMIT[capability], row
         assert 0 < row["registers"] <= 255, row
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_selection_and_masked_weights_spill_nothing(capability, tmp_path):
+    for row in compiled("tests.compile_triton_masks", tmp_path, str(capability)):
+        assert row["local"] == 0, row
+        assert row["shared"] <= SHARED_LIMIT[capability], row

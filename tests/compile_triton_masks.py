@@ -1,0 +1,70 @@
+"""Compiles the Triton kernels of selection and masked weights for a GPU that need not be there.
+
+    python -m tests.compile_triton_masks 90
+
+Prints one JSON list: registers, spilled bytes and shared memory of each kernel and variant.
+"""
+
+import json
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sfpk_kernels.ops.masking import triton_kernels as masking
+from sfpk_kernels.ops.selection import triton_kernels as selection
+
+from .compile_triton import resources
+
+POINTERS = {
+    "values": "*fp32", "saliency": "*fp32", "excluded": "*u8", "always": "*u8", "state": "*i64", "bins": "*i64",
+    "ties": "*i64", "k": "*i64", "candidates": "*i64", "threshold": "*fp32", "tie_end": "*i64", "weights": "*fp32",
+    "grads": "*fp32",
+}  # fmt: skip
+RANK = {"SCORE": 3, "EXCLUDES": True, "BLOCK": 1024, "TILES": 16}
+APPLY = {"SCORE": 2, "SINGLE": False, "BITS": 8, "BLOCK": 1024}
+VARIANTS = [
+    *((selection.count_digits, {**RANK, "SHIFT": shift}, {}) for shift in (24, 0)),
+    (selection.choose_digit, {}, {}),
+    (selection.count_ties, RANK, {}),
+    (selection.find_chunk, {"BLOCK": 1024}, {}),
+    (selection.find_tie, RANK, {}),
+    *(
+        (
+            selection.write_mask,
+            {"SCORE": 2, "EXCLUDES": True, "ALWAYS": True, "UNIT": unit, "BLOCK": 1024},
+            {"out": out},
+        )
+        for unit, out in ((1, "*u8"), (8, "*u8"), (32, "*i32"))
+    ),
+    *(
+        (masking.apply, {**APPLY, "KIND": kind}, {"mask": mask, "out": out})
+        for kind, mask, out in ((0, "*u8", "*fp32"), (1, "*u8", "*fp16"), (2, "*bf16", "*bf16"), (3, "*fp32", "*fp32"))
+    ),
+    (masking.products, {"BLOCK": 1024}, {"out": "*fp32"}),
+    (masking.group_sums, {"G": 4, "WIDE": 256}, {"out": "*fp32"}),
+]
+
+
+def compile_kernel(kernel, constants, pointers, capability):
+    signature = {}
+    for name in kernel.arg_names:
+        default = "fp32" if name == "scale" else "i64" if name in ("begin", "end", "first", "d") else "i32"
+        kind = {**POINTERS, **pointers}.get(name, default)
+        signature[name] = "constexpr" if name in constants else kind
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+
+
+def main():
+    rows = []
+    for kernel, constants, pointers in VARIANTS:
+        row = {"kernel": kernel.fn.__name__, "constants": constants, "pointers": pointers}
+        rows.append({**row, **resources(compile_kernel(kernel, constants, pointers, int(sys.argv[1])))})
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
