@@ -5,11 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define SFPK_HD __host__ __device__
-#else
-#define SFPK_HD
-#endif
+#include "host_device.h"
 
 namespace sfpk {
 

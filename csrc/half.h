@@ -5,45 +5,47 @@
 #include <cstdint>
 #include <cstring>
 
+#include "host_device.h"
+
 namespace sfpk {
 
-inline float float_from_bfloat16(uint16_t bits) {
+SFPK_HD inline float float_from_bfloat16(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
-  std::memcpy(&value, &wide, sizeof value);
+  memcpy(&value, &wide, sizeof value);
   return value;
 }
 
 // IEEE half to float by exponent arithmetic; exact, subnormals, infinities and NaN included.
-inline float float_from_half(uint16_t bits) {
+SFPK_HD inline float float_from_half(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
   const uint32_t shifted = static_cast<uint32_t>(bits & 0x7fffu) << 13;
   const uint32_t special = (shifted & 0x0f800000u) == 0x0f800000u ? 0x70000000u : 0u;
   uint32_t wide = shifted + special;
   float value;
-  std::memcpy(&value, &wide, sizeof value);
+  memcpy(&value, &wide, sizeof value);
   value *= 0x1p112f;
   if (special) {
     wide = shifted | 0x7f800000u;
-    std::memcpy(&value, &wide, sizeof value);
+    memcpy(&value, &wide, sizeof value);
   }
-  std::memcpy(&wide, &value, sizeof wide);
+  memcpy(&wide, &value, sizeof wide);
   wide |= sign;
-  std::memcpy(&value, &wide, sizeof value);
+  memcpy(&value, &wide, sizeof value);
   return value;
 }
 
 // fp32 to half, to nearest, ties to even; what is too large is an infinity, a NaN the quiet one.
-inline uint16_t half_from_float(float value) {
+SFPK_HD inline uint16_t half_from_float(float value) {
   uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
+  memcpy(&bits, &value, sizeof bits);
   const uint32_t sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
   // Below 2^-14 the sum with 1/2 rounds to the unit of subnormals, 2^-24.
   float tiny;
-  std::memcpy(&tiny, &size, sizeof tiny);
+  memcpy(&tiny, &size, sizeof tiny);
   tiny += 0.5f;
   uint32_t tiny_bits;
-  std::memcpy(&tiny_bits, &tiny, sizeof tiny_bits);
+  memcpy(&tiny_bits, &tiny, sizeof tiny_bits);
   const uint32_t normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
   uint32_t half = size < 0x38800000u ? tiny_bits - 0x3f000000u : normal;
   half = size >= 0x47800000u ? 0x7c00u : half;
@@ -52,9 +54,9 @@ inline uint16_t half_from_float(float value) {
 }
 
 // fp32 to bfloat16 in the same way.
-inline uint16_t bfloat16_from_float_or_nan(float value) {
+SFPK_HD inline uint16_t bfloat16_from_float_or_nan(float value) {
   uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
+  memcpy(&bits, &value, sizeof bits);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }

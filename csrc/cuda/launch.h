@@ -1,0 +1,45 @@
+// The launch ritual of the CUDA kernels: grids within the limits, the caller's stream, an error that names
+// the kernel.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "host_device.h"
+
+namespace sfpk::cuda {
+
+constexpr int kThreads = 256;
+
+SFPK_HD inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks along x, problems along y (at most 65,535 of them).
+inline dim3 grid_of(int64_t blocks, int64_t problems, const char* kernel) {
+  if (blocks > INT32_MAX || problems > 65535)
+    throw std::runtime_error(std::string(kernel) + ": wanted at most 2^31 - 1 blocks and 65,535 rows, got " +
+                             std::to_string(blocks) + " and " + std::to_string(problems));
+  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(problems), 1);
+}
+
+inline void check_launch(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(kernel) + ": the launch failed: " + cudaGetErrorString(error));
+}
+
+}  // namespace sfpk::cuda
+
+// The emulation of tests/cuda_emulation.h runs blocks one after the other on the CPU.
+#if !defined(SFPK_LAUNCH)
+#define SFPK_LAUNCH(kernel, blocks, problems, stream, ...)                                             \
+  do {                                                                                                 \
+    if ((blocks) > 0 && (problems) > 0) {                                                              \
+      kernel<<<::sfpk::cuda::grid_of(blocks, problems, #kernel), ::sfpk::cuda::kThreads, 0, stream>>>( \
+          __VA_ARGS__);                                                                                \
+      ::sfpk::cuda::check_launch(#kernel);                                                             \
+    }                                                                                                  \
+  } while (false)
+#endif

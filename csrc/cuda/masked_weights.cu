@@ -1,0 +1,120 @@
+// θ ⊙ mask on the device: one read of mask and weights, one write; and its gradient by the mask.
+#include "launch.h"
+#include "masked_weights.h"
+#include "scores.cuh"
+
+namespace sfpk::cuda {
+
+namespace {
+
+constexpr int kEntries = 4 * kThreads;  // weights of a block
+
+__device__ inline void store_float(void* out, ValueKind kind, int64_t at, float value) {
+  if (kind == ValueKind::kFloat)
+    static_cast<float*>(out)[at] = value;
+  else
+    static_cast<uint16_t*>(out)[at] =
+        kind == ValueKind::kBFloat16 ? bfloat16_from_float_or_nan(value) : half_from_float(value);
+}
+
+// The segment of a coordinate: the last border not behind it.
+__device__ inline int64_t segment_of(const Mask& mask, int64_t coordinate) {
+  int64_t low = 0, high = mask.segments;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (mask.borders[middle] <= coordinate)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+__device__ inline bool is_kept_by(const Mask& mask, int64_t row, int64_t coordinate, int64_t segment) {
+  if (mask.kind == MaskKind::kBool)
+    return static_cast<const uint8_t*>(mask.values.data)[row * mask.values.stride + coordinate] != 0;
+  if (mask.kind == MaskKind::kPacked) {
+    const auto* bytes =
+        static_cast<const uint8_t*>(mask.values.data) + row * mask.values.stride * (mask.bits / 8);
+    return bytes[coordinate / 8] >> (coordinate % 8) & 1;
+  }
+  float score = load_float(mask.values.data, mask.values.kind, row * mask.values.stride + coordinate);
+  if (mask.score != Score::kValue) score = fabsf(score);
+  if (mask.score == Score::kAbsSaliency) score *= mask.saliency[coordinate];
+  const int64_t cut = row * mask.segments + segment;
+  const float threshold = mask.threshold[cut];
+  return score > threshold || (score == threshold && coordinate < mask.tie_end[cut]);
+}
+
+__global__ void apply(Weights weights, Mask mask, int64_t rows, void* out, ValueKind out_kind,
+                      int64_t out_stride) {
+  const int64_t count = weights.outer * weights.groups * weights.inner;
+  const bool single = weights.outer * weights.inner == 1;
+  for (int e = threadIdx.x; e < kEntries; e += kThreads) {
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * kEntries + e;
+    if (at >= count) return;
+    const float weight = load_float(weights.data, weights.kind, at);
+    const int64_t coordinate = weights.first + (single ? at : at / weights.inner % weights.groups);
+    const int64_t segment = mask.segments > 1 ? segment_of(mask, coordinate) : 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      float value;
+      if (mask.kind == MaskKind::kFactors)
+        value =
+            weight * load_float(mask.values.data, mask.values.kind, row * mask.values.stride + coordinate);
+      else
+        value = is_kept_by(mask, row, coordinate, segment) ? weight : 0.0f;
+      store_float(out, out_kind, row * out_stride + at, value);
+    }
+  }
+}
+
+__global__ void single_products(Weights weights, Rows grads, int64_t rows, float* out, int64_t out_stride) {
+  for (int e = threadIdx.x; e < kEntries; e += kThreads) {
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * kEntries + e;
+    if (at >= weights.groups) return;
+    const float weight = load_float(weights.data, weights.kind, at);
+    for (int64_t row = 0; row < rows; ++row)
+      out[row * out_stride + weights.first + at] =
+          weight * load_float(grads.data, grads.kind, row * grads.stride + at);
+  }
+}
+
+// A block sums one group of one row: fixed shares of the threads, then a tree, so the order is always the
+// same.
+__global__ void group_sum(Weights weights, Rows grads, float* out, int64_t out_stride) {
+  __shared__ double sums[kThreads];
+  const int64_t group = blockIdx.x, row = blockIdx.y, size = weights.outer * weights.inner;
+  double own = 0;
+  for (int64_t i = threadIdx.x; i < size; i += kThreads) {
+    const int64_t at = (i / weights.inner * weights.groups + group) * weights.inner + i % weights.inner;
+    own += __fmul_rn(load_float(weights.data, weights.kind, at),
+                     load_float(grads.data, grads.kind, row * grads.stride + at));
+  }
+  sums[threadIdx.x] = own;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) out[row * out_stride + weights.first + group] = static_cast<float>(sums[0]);
+}
+
+}  // namespace
+
+void masked_weights(const Weights& weights, const Mask& mask, int64_t rows, void* out, ValueKind out_kind,
+                    int64_t out_stride, cudaStream_t stream) {
+  const int64_t count = weights.outer * weights.groups * weights.inner;
+  SFPK_LAUNCH(apply, ceil_div(count, kEntries), rows > 0, stream, weights, mask, rows, out, out_kind,
+              out_stride);
+}
+
+void mask_gradient(const Weights& weights, const Rows& grads, int64_t rows, float* out, int64_t out_stride,
+                   cudaStream_t stream) {
+  if (weights.outer * weights.inner == 1)
+    SFPK_LAUNCH(single_products, ceil_div(weights.groups, kEntries), rows > 0, stream, weights, grads, rows,
+                out, out_stride);
+  else
+    SFPK_LAUNCH(group_sum, weights.groups, rows, stream, weights, grads, out, out_stride);
+}
+
+}  // namespace sfpk::cuda

@@ -1,0 +1,55 @@
+// The bridge between the op (selection.cpp, which knows torch) and its kernels (selection.cu, which do not).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace sfpk::cuda {
+
+enum class ValueKind { kFloat, kBFloat16, kHalf };
+enum class Score { kValue, kAbs, kAbsSaliency, kMeanAbsSaliency };  // the order of _arguments.SCORES
+
+// Rows of one tensor, or one tensor of a list; all pointers on the device.
+struct Source {
+  const void* values;
+  ValueKind kind;
+  Score score;
+  int64_t rows, row_stride;  // rows > 1 only for kMeanAbsSaliency
+  int64_t count;
+  int64_t first;            // flat index of entry 0
+  float scale;              // 1 / rows
+  const float* saliency;    // (count), or null
+  const uint8_t* excluded;  // bools that are no candidates, or null
+  int64_t row_excluded;
+  const uint8_t* always;  // bools kept whatever the ranking says, or null
+  int64_t row_always;
+};
+
+constexpr int64_t kChunk = 1 << 14;           // entries whose ties are counted together
+constexpr int kStateColumns = 8;              // int64 per problem
+constexpr int64_t kCounters = (1 << 11) + 1;  // of a histogram: bins, and keys above them
+
+struct Workspace {
+  int64_t* state;            // (problems, kStateColumns)
+  unsigned long long* bins;  // (problems, kCounters)
+  int64_t* ties;             // (problems, chunks)
+  int64_t chunks;            // of all sources together
+};
+
+// Threshold and tie end of every problem. All asynchronous on `stream`: nothing is read back. A NaN score
+// gives the threshold NaN and the tie end 0, which keeps nothing.
+void select(const Source* sources, int64_t count, int64_t problems,
+            const int64_t* k,           // (problems), clamped to 0 … candidates
+            const int64_t* candidates,  // (problems)
+            const float* guess,         // (problems), or null
+            const Workspace& workspace,
+            float* threshold,  // (problems)
+            int64_t* tie_end,  // (problems)
+            cudaStream_t stream);
+
+// The mask of one source by cuts: bools (unit 1), or bits in units of 8 or 32; `row_bytes` apart.
+void write_mask(const Source& source, int64_t problems, const float* threshold, const int64_t* tie_end,
+                int unit, void* out, int64_t row_bytes, cudaStream_t stream);
+
+}  // namespace sfpk::cuda
