@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := demo,test,bench,dev,gpu
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: setup demo demo-full test test-all lint format clean
 

@@ -1,10 +1,12 @@
 """Ahead-of-time build of the C++ extension; everything declarative is in pyproject.toml.
 
-``SFPK_BUILD``: ``auto`` (default: build when torch and a compiler are there, else install without),
-``cpu`` (build or fail), ``none`` (never build here; the extension is compiled at first use).
+``SFPK_BUILD``: ``auto`` (default: build when torch and a compiler are there, else install without; with the CUDA
+kernels where nvcc and a torch with CUDA are), ``cpu`` or ``cuda`` (build this or fail), ``none`` (never build here; the
+extension is compiled at first use).
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -28,11 +30,11 @@ def extension_arguments():
     if mode == "none":
         return {}
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
-        if mode == "cpu":
+        if mode != "auto":
             raise SystemExit(
-                "SFPK_BUILD=cpu needs torch in the build environment: install torch, then run "
+                f"SFPK_BUILD={mode} needs torch in the build environment: install torch, then run "
                 "pip install --no-build-isolation ."
             ) from error
         print("sfpk_kernels: no torch in the build environment; the extension is compiled at first use")
@@ -46,7 +48,7 @@ def extension_arguments():
             try:
                 super().build_extensions()
             except Exception as error:
-                if mode == "cpu":
+                if mode != "auto":
                     raise
                 print(
                     f"sfpk_kernels: the extension was not built ({error}); "
@@ -56,8 +58,15 @@ def extension_arguments():
                 for extension in self.extensions:
                     extension.optional = True
 
-    sources = [str(path.relative_to(ROOT)) for path in flags.sources(ROOT / "csrc")]
-    extension = CppExtension("sfpk_kernels._C", sources, **flags.compile_arguments(ROOT / "csrc"))
+    cuda = flags.wants_cuda()
+    if cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", flags.CUDA_ARCHITECTURES)
+    extension = (CUDAExtension if cuda else CppExtension)(
+        "sfpk_kernels._C",
+        [str(path.relative_to(ROOT)) for path in flags.sources(ROOT / "csrc", cuda)],
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": flags.cpp_flags(cuda), "nvcc": flags.cuda_flags()},
+    )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": TolerantBuild}}
 
 
@@ -74,12 +83,14 @@ setup(
         "sfpk_kernels.ops.transition",
         "sfpk_kernels.csrc",
         "sfpk_kernels.csrc.cpu",
+        "sfpk_kernels.csrc.cuda",
     ],
     package_dir={"sfpk_kernels.csrc": "csrc"},
     package_data={
         "sfpk_kernels": ["py.typed"],
         "sfpk_kernels.csrc": ["*.h", "*.cpp"],
         "sfpk_kernels.csrc.cpu": ["*.h", "*.cpp"],
+        "sfpk_kernels.csrc.cuda": ["*.h", "*.cuh", "*.cpp", "*.cu"],
     },
     **extension_arguments(),
 )

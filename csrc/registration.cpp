@@ -28,6 +28,17 @@ STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
       "threshold, "
       "Tensor? tie_end, Tensor segments, Tensor layout, Tensor(a!)[] out) -> ()");
   m.def("mask_gradient_(Tensor[] weights, Tensor[] grads, Tensor layout, Tensor(a!) out) -> ()");
+  // On the GPU; present in every build, implemented in those with CUDA.
+  m.def(
+      "topk_device_(Tensor[] values, int score, Tensor[] saliency, Tensor[] excluded, Tensor[] always, "
+      "Tensor k, "
+      "Tensor candidates, Tensor? guess, int unit, Tensor(a!)[] masks, Tensor(b!) threshold, Tensor(c!) "
+      "tie_end, "
+      "Tensor(d!) state, Tensor(e!) bins, Tensor(f!) ties) -> ()");
+  m.def(
+      "masked_weights_device_(Tensor[] weights, Tensor mask, int kind, int score, Tensor? saliency, "
+      "Tensor? threshold, Tensor? tie_end, Tensor borders, int[] layout, Tensor(a!)[] out) -> ()");
+  m.def("mask_gradient_device_(Tensor[] weights, Tensor[] grads, int[] layout, Tensor(a!) out) -> ()");
   m.def("pack_(Tensor mask, Tensor(a!) out) -> ()");
   m.def("unpack_(Tensor packed, Tensor(a!) out) -> ()");
   m.def("popcount_(Tensor packed, Tensor(a!) out) -> ()");
@@ -44,6 +55,11 @@ pybind11::dict build_config() {
   config["compiler"] = std::string("gcc ") + __VERSION__;
 #else
   config["compiler"] = "unknown";
+#endif
+#if defined(SFPK_CUDA)
+  config["cuda"] = true;
+#else
+  config["cuda"] = false;
 #endif
   config["cpp_standard"] = static_cast<long>(__cplusplus);
 #if defined(_OPENMP)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-BUILD_MODES = ("auto", "cpu", "none")
+BUILD_MODES = ("auto", "cpu", "cuda", "none")
 
 # The oldest torch whose stable ABI we call; the macro makes newer, unavailable calls a compile error.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
+# What wheels are built for, unless TORCH_CUDA_ARCH_LIST says otherwise.
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+
 
 def build_mode() -> str:
-    """``SFPK_BUILD``, checked: auto | cpu | none."""
+    """``SFPK_BUILD``, checked: auto | cpu | cuda | none."""
     mode = os.environ.get("SFPK_BUILD", "auto")
     if mode not in BUILD_MODES:
         raise ValueError(f"SFPK_BUILD: wanted one of {', '.join(BUILD_MODES)}, got {mode!r}")
@@ -32,31 +35,55 @@ def source_dir() -> Path:
     raise FileNotFoundError(f"csrc/registration.cpp: not in {package} nor beside it")
 
 
-def sources(folder: Path) -> list[Path]:
-    """Every C++ file of the CPU extension, in a fixed order."""
-    return [*sorted(folder.glob("*.cpp")), *sorted((folder / "cpu").glob("*.cpp"))]
+def wants_cuda() -> bool:
+    """Whether the extension is built with its CUDA kernels: a torch with CUDA and nvcc are there, and nobody objects.
+
+    Raises:
+        RuntimeError: ``SFPK_BUILD=cuda`` without one of the two.
+    """
+    mode = build_mode()
+    if mode in ("cpu", "none"):
+        return False
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    missing = "a torch with CUDA" if torch.version.cuda is None else "nvcc" if CUDA_HOME is None else None
+    if mode == "cuda" and missing:
+        raise RuntimeError(f"SFPK_BUILD=cuda: wanted nvcc and a torch with CUDA, got no {missing.split()[-1]}")
+    return missing is None
+
+
+def sources(folder: Path, cuda: bool) -> list[Path]:
+    """Every source of the extension, in a fixed order."""
+    files = [*sorted(folder.glob("*.cpp")), *sorted((folder / "cpu").glob("*.cpp"))]
+    if cuda:
+        files += [*sorted((folder / "cuda").glob("*.cpp")), *sorted((folder / "cuda").glob("*.cu"))]
+    return files
 
 
 def headers(folder: Path) -> list[Path]:
     """Every header, in a fixed order; a change of one of them must rebuild the extension."""
-    return sorted(folder.rglob("*.h"))
+    return [*sorted(folder.rglob("*.h")), *sorted(folder.rglob("*.cuh"))]
 
 
-def compile_arguments(folder: Path) -> dict[str, list[str]]:
-    """Keyword arguments of ``CppExtension``: no -march=native and no fast-math, wheels must travel."""
-    return {
-        "include_dirs": [str(folder.resolve())],
-        "extra_compile_args": [
-            "-O3",
-            "-std=c++17",
-            "-ffp-contract=fast",  # fused multiply-add, the same with every compiler
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wextra",
-            "-Wno-unused-parameter",  # torch's and pybind11's own headers
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-        ],
-    }
+def cpp_flags(cuda: bool) -> list[str]:
+    """The host compiler's flags: no -march=native and no fast-math, wheels must travel."""
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-ffp-contract=fast",  # fused multiply-add, the same with every compiler
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",  # torch's and pybind11's own headers
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    ]
+    return [*flags, "-DUSE_CUDA", "-DSFPK_CUDA"] if cuda else flags
+
+
+def cuda_flags() -> list[str]:
+    """nvcc's flags; torch adds the architectures of ``TORCH_CUDA_ARCH_LIST``."""
+    return ["-O3", "-std=c++17", "-Xcompiler", "-Wall,-Wextra,-fvisibility=hidden"]
 
 
 def put_ninja_on_path() -> None:

@@ -75,20 +75,32 @@ def _compile() -> ModuleType:
     import torch
     from torch.utils import cpp_extension
 
-    folder = _build.source_dir()
-    arguments = _build.compile_arguments(folder)
-    directory = cache_dir() / _build_key(folder, torch.__version__)
+    folder, cuda = _build.source_dir(), _build.wants_cuda()
+    directory = cache_dir() / _build_key(folder, torch.__version__, cuda)
     directory.mkdir(parents=True, exist_ok=True)
     if not any(directory.glob("*.so")):
         logger.warning("compiling the C++ extension into %s (once, about a minute)", directory)
     _build.put_ninja_on_path()
     return cpp_extension.load(
         name="_C",
-        sources=[str(path) for path in _build.sources(folder)],
-        extra_include_paths=arguments["include_dirs"],
-        extra_cflags=arguments["extra_compile_args"],
+        sources=[str(path) for path in _build.sources(folder, cuda)],
+        extra_include_paths=[str(folder.resolve())],
+        extra_cflags=_build.cpp_flags(cuda),
+        extra_cuda_cflags=_build.cuda_flags(),
         build_directory=str(directory),
+        with_cuda=cuda,
     )
+
+
+def without_cuda() -> str | None:
+    """Why the CUDA kernels cannot be had, or None."""
+    reason = unavailable()
+    if reason is None and not load().build_config()["cuda"]:
+        reason = (
+            "the extension was built without CUDA; with nvcc and a torch with CUDA: "
+            "SFPK_BUILD=cuda pip install --no-build-isolation --force-reinstall --no-deps sfpk_kernels"
+        )
+    return reason
 
 
 def cache_dir() -> Path:
@@ -99,11 +111,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfpk_kernels"
 
 
-def _build_key(folder: Path, torch_version: str) -> str:
+def _build_key(folder: Path, torch_version: str, cuda: bool) -> str:
     """A name that changes with whatever changes the binary: sources, flags, torch, Python, compiler."""
     digest = hashlib.sha256()
-    for path in (*_build.sources(folder), *_build.headers(folder)):
+    for path in (*_build.sources(folder, cuda), *_build.headers(folder)):
         digest.update(path.name.encode() + path.read_bytes())
-    flags = _build.compile_arguments(folder)["extra_compile_args"]
+    flags = (
+        (_build.cpp_flags(cuda), _build.cuda_flags(), os.environ.get("TORCH_CUDA_ARCH_LIST"))
+        if cuda
+        else (_build.cpp_flags(cuda))
+    )
     digest.update(repr((flags, torch_version, sys.version, os.environ.get("CXX"))).encode())
     return digest.hexdigest()[:16]

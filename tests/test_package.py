@@ -126,10 +126,19 @@ def test_without_extension_the_error_names_both_causes(tmp_path, environment, ca
 
 def test_build_flags(monkeypatch):
     monkeypatch.setenv("SFPK_BUILD", "fast")
-    with pytest.raises(ValueError, match="SFPK_BUILD: wanted one of auto, cpu, none, got 'fast'"):
+    with pytest.raises(ValueError, match="SFPK_BUILD: wanted one of auto, cpu, cuda, none, got 'fast'"):
         _build.build_mode()
-    flags = _build.compile_arguments(_build.source_dir())["extra_compile_args"]
+    flags = _build.cpp_flags(cuda=False)
     assert not {"-march=native", "-ffast-math"} & set(flags)
+    for mode in ("cpu", "none"):
+        monkeypatch.setenv("SFPK_BUILD", mode)
+        assert not _build.wants_cuda()
+    if torch.version.cuda is None:
+        monkeypatch.setenv("SFPK_BUILD", "auto")
+        assert not _build.wants_cuda()
+        monkeypatch.setenv("SFPK_BUILD", "cuda")
+        with pytest.raises(RuntimeError, match="SFPK_BUILD=cuda: wanted nvcc and a torch with CUDA, got no CUDA"):
+            _build.wants_cuda()
 
 
 def test_cli_info(capsys):

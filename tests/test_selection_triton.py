@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sfpk_kernels.ops import topk_mask, topk_threshold
-from sfpk_kernels.ops.selection import triton_backend
+from sfpk_kernels.ops.selection import _device
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,7 +77,7 @@ def test_nan_is_an_error_where_the_host_looks(monkeypatch):
     with pytest.raises(ValueError, match="NaN in row 1"):
         topk_mask(place(values), 10, backend="triton")
     # With k on the device nothing is waited for; the row with the NaN keeps nothing.
-    monkeypatch.setattr(triton_backend, "_on_device", lambda problem: True)
+    monkeypatch.setattr(_device, "knows_all", lambda problem: True)
     k = torch.tensor([200, 10])
     cut = topk_threshold(place(values), place(k), backend="triton")
     assert cut.threshold[0, 0] == -float("inf")  # clamped to d

@@ -8,13 +8,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "host_device.h"
-
 namespace sfpk::cuda {
 
 constexpr int kThreads = 256;
-
-SFPK_HD inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Blocks along x, problems along y (at most 65,535 of them).
 inline dim3 grid_of(int64_t blocks, int64_t problems, const char* kernel) {
@@ -32,7 +28,7 @@ inline void check_launch(const char* kernel) {
 
 }  // namespace sfpk::cuda
 
-// The emulation of tests/cuda_emulation.h runs blocks one after the other on the CPU.
+// The emulation of tests/cuda_emulation runs blocks one after the other on the CPU.
 #if !defined(SFPK_LAUNCH)
 #define SFPK_LAUNCH(kernel, blocks, problems, stream, ...)                                             \
   do {                                                                                                 \

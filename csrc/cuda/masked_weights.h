@@ -1,5 +1,5 @@
-// The bridge between the op (masked_weights.cpp, which knows torch) and its kernels (masked_weights.cu, which
-// do not).
+// The bridge between the op (masked_weights_op.cpp, which knows torch) and its kernels
+// (masked_weights_kernels.cu, which do not).
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,9 +1,12 @@
-// The bridge between the op (selection.cpp, which knows torch) and its kernels (selection.cu, which do not).
+// The bridge between the op (selection_op.cpp, which knows torch) and its kernels (selection_kernels.cu,
+// which do not).
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+
+#include "host_device.h"
 
 namespace sfpk::cuda {
 
@@ -29,6 +32,8 @@ struct Source {
 constexpr int64_t kChunk = 1 << 14;           // entries whose ties are counted together
 constexpr int kStateColumns = 8;              // int64 per problem
 constexpr int64_t kCounters = (1 << 11) + 1;  // of a histogram: bins, and keys above them
+
+SFPK_HD inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Workspace {
   int64_t* state;            // (problems, kStateColumns)

@@ -119,12 +119,14 @@ def _pairs(op: str, a: Tensor, b: Tensor | None, backend: str | None) -> tuple[T
     return both, popcount(a, backend=backend), popcount(b, backend=backend)
 
 
-def _backends(name: str) -> dict[str, Backend]:
-    return {"cpp": Backend(getattr(cpp, name), cpp.why_not), "reference": Backend(getattr(reference, name))}
+_BACKENDS = {
+    name: {"cpp": Backend(getattr(cpp, name), cpp.why_not), "reference": Backend(getattr(reference, name))}
+    for name in ("pack_mask", "unpack_mask", "popcount", "overlaps")
+}
 
 
 def _define(name: str, schema: str, implementation: str, fake: Any) -> None:
-    backends = _backends(implementation)
+    backends = _BACKENDS[implementation]
 
     def run(tensor: Tensor, *arguments: Any) -> Tensor:
         *rest, backend = arguments

@@ -12,7 +12,7 @@ from ..._dispatch import Backend, choose
 from .. import _checks as check
 from ..selection import Cut
 from ..selection._arguments import segment_borders
-from . import _layout, cpp, reference, triton_backend
+from . import _layout, cpp, cuda, reference, triton_backend
 from ._layout import Blocks, Mask
 
 __all__ = ["Blocks", "mask_gradient", "masked_weights"]
@@ -21,11 +21,13 @@ _OP, _GRADIENT = "masked_weights", "mask_gradient"
 _SCORES = ("value", "abs", "abs_saliency")
 _BACKENDS = {
     "cpp": Backend(cpp.masked_weights_, cpp.why_not),
+    "cuda": Backend(cuda.masked_weights_, cuda.why_not),
     "triton": Backend(triton_backend.masked_weights_, triton_backend.why_not),
     "reference": Backend(reference.masked_weights_),
 }
 _GRADIENT_BACKENDS = {
     "cpp": Backend(cpp.mask_gradient_, cpp.why_not),
+    "cuda": Backend(cuda.mask_gradient_, cuda.why_not),
     "triton": Backend(triton_backend.mask_gradient_, triton_backend.why_not),
     "reference": Backend(reference.mask_gradient_),
 }

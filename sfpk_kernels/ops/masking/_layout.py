@@ -112,14 +112,18 @@ class Mask:
     segments: list[int]  # (S + 1)
 
     @property
+    def kind(self) -> int:
+        """0: bools, 1: packed bits, 2: factors, 3: values and their cut (the order of MaskKind in csrc)."""
+        if self.threshold is not None:
+            return 3
+        if self.values.dtype == torch.bool:
+            return 0
+        return 2 if self.values.is_floating_point() else 1
+
+    @property
     def multiplies(self) -> bool:
         """Whether it is made of factors."""
-        return self.threshold is None and self.values.is_floating_point()
-
-    def row(self, i: int) -> Mask:
-        """The mask of one particle."""
-        threshold, tie_end = (t if t is None else t[i : i + 1] for t in (self.threshold, self.tie_end))
-        return Mask(self.values[i : i + 1], self.d, threshold, tie_end, self.score, self.saliency, self.segments)
+        return self.kind == 2
 
 
 def check_mask(op: str, mask: Any, d: int, device: torch.device) -> Tensor:

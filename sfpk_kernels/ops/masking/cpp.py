@@ -11,8 +11,6 @@ from ... import _extension
 from ..selection._arguments import SCORES
 from ._layout import Mask, Piece, gapless
 
-_BOOL, _PACKED, _FACTORS, _CUT = range(4)  # the order of MaskKind in C++
-
 
 def why_not(tensor: Tensor) -> str | None:
     """Why the kernels cannot run on weights, a mask or an output."""
@@ -31,7 +29,7 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
     tie_end = None if mask.tie_end is None else mask.tie_end.contiguous()
     targets = [gapless(out) for out in outs]
     torch.ops.sfpk_cpp.masked_weights_(
-        list(weights), values, _kind(mask), SCORES.index(mask.score), saliency, threshold, tie_end,
+        list(weights), values, mask.kind, SCORES.index(mask.score), saliency, threshold, tie_end,
         torch.tensor(mask.segments), _table(pieces), targets,
     )  # fmt: skip
     for out, target in zip(outs, targets, strict=True):
@@ -42,14 +40,6 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
 def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: Sequence[Piece], out: Tensor) -> None:
     """As :func:`.reference.mask_gradient_`."""
     torch.ops.sfpk_cpp.mask_gradient_(list(weights), [gapless(g) for g in grads], _table(pieces), out)
-
-
-def _kind(mask: Mask) -> int:
-    if mask.threshold is not None:
-        return _CUT
-    if mask.values.dtype == torch.bool:
-        return _BOOL
-    return _FACTORS if mask.values.is_floating_point() else _PACKED
 
 
 def _table(pieces: Sequence[Piece]) -> Tensor:

@@ -28,7 +28,7 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
     from . import triton_kernels as kernels
 
     values = gapless(mask.values)
-    kind = 3 if mask.threshold is not None else 2 if mask.multiplies else 0 if values.dtype == torch.bool else 1
+    kind = mask.kind
     saliency = values if mask.saliency is None else mask.saliency.float().contiguous()
     threshold = values if mask.threshold is None else mask.threshold.float().contiguous()
     tie_end = values if mask.tie_end is None else mask.tie_end.contiguous()

@@ -11,22 +11,28 @@ from torch import Tensor
 from ..._dispatch import Backend, choose
 from .. import _checks as check
 from ..bits._shape import PACKED, mask_shape
-from . import _arguments, cpp, reference, triton_backend
+from . import _arguments, _device, cpp, cuda, reference, triton_backend
 from ._arguments import Cut
 from ._problem import Problem, check_values
 
 __all__ = ["Cut", "topk_mask", "topk_threshold"]
 
 
-def _backends(problem: Problem) -> dict[str, Backend]:
-    def triton_why_not(values: Tensor) -> str | None:
-        return triton_backend.why_not(values) or triton_backend.uncovered(problem)
+_BACKENDS = {
+    "cpp": Backend(cpp.select, cpp.why_not),
+    "cuda": Backend(cuda.select, cuda.why_not),
+    "triton": Backend(triton_backend.select, triton_backend.why_not),
+    "reference": Backend(reference.select),
+}
 
-    return {
-        "cpp": Backend(cpp.select, cpp.why_not),
-        "triton": Backend(triton_backend.select, triton_why_not),
-        "reference": Backend(reference.select),
-    }
+
+def _for(problem: Problem) -> dict[str, Backend]:
+    """The backends, of which those of the GPU solve less than the others."""
+
+    def covered(backend: Backend) -> Backend:
+        return Backend(backend.run, lambda values: backend.why_not(values) or _device.uncovered(problem))
+
+    return {name: covered(backend) if name in ("cuda", "triton") else backend for name, backend in _BACKENDS.items()}
 
 
 @overload
@@ -231,7 +237,7 @@ def _solve(
         output=output,
     )
     check_values(problem)
-    return choose(op, backend, _backends(problem), parts[0])(problem)
+    return choose(op, backend, _for(problem), parts[0])(problem)
 
 
 def _integers(op: str, sizes: Tensor) -> Tensor:

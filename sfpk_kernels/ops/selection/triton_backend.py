@@ -14,8 +14,9 @@ from torch import Tensor
 from ... import _triton
 from ..bits import reference as bits
 from ..bits._shape import mask_shape
+from . import _device
 from ._arguments import SCORES, Cut
-from ._problem import Problem, nan_error, plan
+from ._problem import Problem
 
 _BLOCK, _TILES = 1024, 16
 _CHUNK = _BLOCK * _TILES
@@ -29,26 +30,13 @@ def why_not(values: Tensor) -> str | None:
     return _triton.why_not(values)
 
 
-def uncovered(problem: Problem) -> str | None:
-    """Which part of the problem the kernels do not solve."""
-    for name, part in (("sizes", problem.sizes), ("pattern", problem.pattern)):
-        if part:
-            return f"it does not solve {name}"
-    return "it solves one segment" if len(problem.segments) > 2 else None
-
-
 def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
     """As :func:`.reference.select`."""
     from . import triton_kernels as kernels
 
     device = problem.values[0].device
     excluded = problem.set_aside()
-    waits = not _on_device(problem)
-    if waits:
-        counts, limits = plan(problem, excluded)
-        k, candidates = torch.tensor(counts).to(device), limits[2, :, 0].to(device)
-    else:
-        k, candidates = problem.k, torch.full_like(problem.k, problem.segments[-1])
+    k, candidates = _device.counts(problem, excluded)
     rows = problem.rows
     d = problem.segments[-1]
     parts = _parts(problem, excluded)
@@ -80,15 +68,10 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
             *part["source"], state, cut.tie_end, *part["numbers"], part["first"], first_chunk, last, **constants
         )
         first_chunk = last
-    if waits:
-        _check_nan(problem, state)
+    if not _device.knows_all(problem):
+        _device.check_nan(problem, state[:, _NAN] != 0)
     masks = [] if problem.output == "cut" else _write(problem, parts, state, cut, constants)
     return cut, masks
-
-
-def _on_device(problem: Problem) -> bool:
-    """Whether the host need not know any value: nothing is checked then, and nothing waited for."""
-    return problem.k.device.type != "cpu" and not problem.constrained
 
 
 def _parts(problem: Problem, excluded: list[Tensor]) -> list[dict[str, Any]]:
@@ -96,9 +79,7 @@ def _parts(problem: Problem, excluded: list[Tensor]) -> list[dict[str, Any]]:
     parts, first = [], 0
     n = problem.values[0].shape[0] if problem.by_rows else 1
     for i, tensor in enumerate(problem.values):
-        values = tensor if problem.by_rows else tensor.reshape(1, -1)
-        if values.shape[1] > 1 and values.stride(1) != 1:
-            values = values.contiguous()
+        values = _device.as_rows(tensor if problem.by_rows else tensor.reshape(1, -1))
         d = values.shape[1]
         saliency = problem.saliency[i].float().reshape(-1).contiguous() if problem.saliency else values
         aside, row_aside = _rows(excluded[i], d) if excluded else (values, 0)
@@ -114,18 +95,8 @@ def _parts(problem: Problem, excluded: list[Tensor]) -> list[dict[str, Any]]:
 
 def _rows(mask: Tensor, d: int) -> tuple[Tensor, int]:
     """A bool mask as bytes in rows, and the distance of its rows."""
-    rows = mask.reshape(-1, d) if mask.dim() != 2 else mask
-    rows = rows if d <= 1 or rows.stride(1) == 1 else rows.contiguous()
+    rows = _device.as_rows(mask.reshape(-1, d) if mask.dim() != 2 or mask.shape[1] != d else mask)
     return rows.view(torch.uint8), rows.stride(0)
-
-
-def _check_nan(problem: Problem, state: Tensor) -> None:
-    nan = state[:, _NAN].tolist()
-    if not any(nan):
-        return
-    if problem.by_rows:
-        raise nan_error(problem, nan.index(1))
-    raise nan_error(problem, next(i for i, t in enumerate(problem.values) if bool(torch.isnan(t).any())))
 
 
 def _write(

@@ -1,0 +1,47 @@
+"""Masked weights in CUDA (csrc/cuda/masked_weights_kernels.cu)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import _extension
+from ..selection._arguments import SCORES
+from ._layout import Mask, Piece, gapless
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """Why the kernels cannot run on weights, a mask or an output."""
+    if tensor.device.type != "cuda":
+        return f"it runs on CUDA devices, the tensor is on {tensor.device}"
+    if tensor.dtype == torch.float64:
+        return "it takes fp32, bf16 or fp16, this is float64"
+    return _extension.without_cuda()
+
+
+def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piece], outs: Sequence[Tensor]) -> None:
+    """As :func:`.reference.masked_weights_`."""
+    values = gapless(mask.values)
+    saliency = None if mask.saliency is None else mask.saliency.float().contiguous()
+    threshold = None if mask.threshold is None else mask.threshold.float().contiguous()
+    tie_end = None if mask.tie_end is None else mask.tie_end.contiguous()
+    targets = [gapless(out) for out in outs]
+    borders = torch.tensor(mask.segments, device=values.device)
+    torch.ops.sfpk_cpp.masked_weights_device_(
+        list(weights), values, mask.kind, SCORES.index(mask.score), saliency, threshold, tie_end, borders,
+        _numbers(pieces), targets,
+    )  # fmt: skip
+    for out, target in zip(outs, targets, strict=True):
+        if target is not out:
+            out.copy_(target)
+
+
+def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: Sequence[Piece], out: Tensor) -> None:
+    """As :func:`.reference.mask_gradient_`."""
+    torch.ops.sfpk_cpp.mask_gradient_device_(list(weights), [gapless(g) for g in grads], _numbers(pieces), out)
+
+
+def _numbers(pieces: Sequence[Piece]) -> list[int]:
+    return [number for piece in pieces for number in piece.blocks]

@@ -1,0 +1,56 @@
+"""Exact selection in CUDA (csrc/cuda/selection_kernels.cu): three reads of the scores, two from a good guess."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _extension
+from ..bits import reference as bits
+from ..bits._shape import BITS, mask_shape
+from . import _device
+from ._arguments import SCORES, Cut
+from ._problem import Problem
+
+_CHUNK, _STATE, _COUNTERS = 1 << 14, 8, (1 << 11) + 1  # as in csrc/cuda/selection.h
+
+
+def why_not(values: Tensor) -> str | None:
+    """Why the kernels cannot run on these values."""
+    if values.device.type != "cuda":
+        return f"it runs on CUDA devices, the values are on {values.device}"
+    if values.dtype == torch.float64:
+        return "it takes fp32, bf16 or fp16 values, these are float64"
+    return _extension.without_cuda()
+
+
+def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
+    """As :func:`.reference.select`."""
+    device = problem.values[0].device
+    excluded = problem.set_aside()
+    k, candidates = _device.counts(problem, excluded)
+    rows = problem.rows
+    values = [_device.as_rows(t) if problem.by_rows else _device.as_rows(t.reshape(1, -1)) for t in problem.values]
+    aside, always = ([_device.as_rows(m.reshape(rows, -1)) for m in masks] for masks in (excluded, problem.protected))
+    kind = problem.output if problem.by_rows or problem.output == "cut" else "bool"
+    masks: list[Tensor] = []
+    if kind != "cut":
+        shapes = [mask_shape((rows, v.shape[1]), kind) for v in values]
+        masks = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+    chunks = sum(-(-v.shape[1] // _CHUNK) for v in values)
+    cut = Cut(torch.empty((rows, 1), device=device), torch.empty((rows, 1), dtype=torch.int64, device=device))
+    state, bins, ties = (
+        torch.empty(rows * size, dtype=torch.int64, device=device) for size in (_STATE, _COUNTERS, chunks)
+    )
+    unit = 0 if kind == "cut" else BITS.get(masks[0].dtype, 1)
+    guess = None if problem.guess is None else problem.guess.float().reshape(-1).contiguous()
+    torch.ops.sfpk_cpp.topk_device_(
+        values, SCORES.index(problem.score), [t.float().reshape(-1).contiguous() for t in problem.saliency], aside,
+        always, k, candidates, guess, unit, masks, cut.threshold, cut.tie_end, state, bins, ties,
+    )  # fmt: skip
+    if not _device.knows_all(problem):
+        _device.check_nan(problem, cut.threshold.isnan())
+    if problem.by_rows or not masks:
+        return cut, masks
+    shaped = [m.view(t.shape) for m, t in zip(masks, problem.values, strict=True)]
+    return cut, [bits.pack_mask(mask, problem.output) for mask in shaped]

@@ -1,0 +1,225 @@
+"""The CUDA kernels: compiled for sm_80 and sm_90 without a GPU, and run on the CPU block by block."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from sfpk_kernels import _build
+from sfpk_kernels.ops import Blocks, Cut, mask_gradient, masked_weights, pack_mask, topk_mask, topk_threshold
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCORES = ["value", "abs", "abs_saliency", "mean_abs_saliency"]
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_compiles_without_warnings_and_spills(source, architecture, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    flags = _build.cuda_flags()
+    done = subprocess.run(
+        ["nvcc", "-c", *flags, f"-I{ROOT / 'csrc'}",
+         "-gencode", f"arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v", "-Werror", "all-warnings",
+         str(source), "-o", str(tmp_path / "kernels.o")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert spills
+    assert set(spills) == {("0", "0")}, done.stderr
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cpp")), ids=lambda path: path.stem)
+def test_the_ops_compile_without_warnings(source, tmp_path):
+    """Against this torch's headers, whether it has CUDA or not."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    folders = [ROOT / "csrc", *include_paths(), sysconfig.get_paths()["include"]]
+    done = subprocess.run(
+        ["nvcc", "-c", "-Xcompiler", ",".join([*_build.cpp_flags(True), "-Werror"]),
+         *(f"-I{folder}" for folder in folders), str(source), "-o", str(tmp_path / "op.o")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """The kernels as a library whose threads are fibers; see cuda_emulation/."""
+    library = tmp_path_factory.mktemp("emulated") / "kernels.so"
+    folders = [ROOT / "tests" / "cuda_emulation", ROOT / "csrc", ROOT / "csrc" / "cuda"]
+    subprocess.run(
+        [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC",
+         *(f"-I{folder}" for folder in folders), str(folders[0] / "kernels.cpp"), "-o", str(library)],
+        check=True,
+    )  # fmt: skip
+    return ctypes.CDLL(str(library))
+
+
+def pointer(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def long(value):
+    return ctypes.c_int64(value)
+
+
+def select(
+    kernels, values, k, *, score="value", saliency=None, excluded=None, always=None, guess=None, unit=0, counts=None
+):
+    """Cut and mask; `counts` splits one row into the tensors of a list."""
+    n, d = values.shape
+    mean = score == "mean_abs_saliency"
+    problems = 1 if mean else n
+    wanted, counts = torch.tensor(k), torch.tensor(counts or [d])  # held: the kernels get their addresses
+    free = torch.full((problems,), d) if excluded is None else (excluded == 0).sum(dim=1)
+    cut = Cut(torch.full((problems, 1), -7.0), torch.full((problems, 1), -7))
+    columns = {0: 0, 1: d, 8: -(-d // 8), 32: -(-d // 32)}[unit]
+    mask = torch.full((problems, columns), 77, dtype=torch.int32 if unit == 32 else torch.uint8)
+    kernels.emulated_select(
+        pointer(values), KINDS[values.dtype], SCORES.index(score), long(n if mean else 1), long(values.stride(0)),
+        long(problems), long(len(counts)), pointer(counts), pointer(saliency), pointer(excluded), pointer(always),
+        pointer(wanted), pointer(free), pointer(guess), unit, pointer(mask),
+        long(mask.stride(0) * mask.element_size()), pointer(cut.threshold), pointer(cut.tie_end),
+    )  # fmt: skip
+    return cut, mask
+
+
+def same(a, b):
+    return torch.equal(a.threshold, b.threshold) and torch.equal(a.tie_end, b.tie_end)
+
+
+def scores_like(kind, n, d):
+    generator = torch.Generator().manual_seed(d)
+    if kind == "few":
+        return torch.randint(-2, 3, (n, d), generator=generator).float()
+    if kind == "equal":
+        return torch.full((n, d), 0.5)
+    values = torch.randn(n, d, generator=generator)
+    if kind == "special":
+        values[:, ::3] = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-42])[torch.arange(0, d, 3) % 5]
+    return values.to({"bf16": torch.bfloat16, "half": torch.float16}.get(kind, torch.float32))
+
+
+@pytest.mark.parametrize("d", [1, 255, 4097, 50_001])
+@pytest.mark.parametrize("kind", ["normal", "few", "equal", "special", "bf16", "half"])
+def test_selection(kernels, kind, d):
+    values = scores_like(kind, 3, d)
+    k = [0, d // 3, d]
+    for unit, packing in ((1, None), (8, "uint8"), (32, "int32")):
+        cut, mask = select(kernels, values, k, unit=unit)
+        assert same(cut, topk_threshold(values, k))
+        expected = topk_mask(values, k, packed=packing)
+        assert torch.equal(mask.bool() if unit == 1 else mask, expected)
+
+
+@pytest.mark.parametrize("score", SCORES[1:])
+def test_fused_scores(kernels, score):
+    values, saliency = torch.randn(4, 20_000), torch.rand(20_000)
+    options = {"score": score, "saliency": saliency if "saliency" in score else None}
+    k = [7000] if score.startswith("mean") else [0, 10, 7000, 19_999]
+    cut, _ = select(kernels, values, k, **options)
+    assert same(cut, topk_threshold(values, k if len(k) > 1 else k[0], **options))
+
+
+@pytest.mark.parametrize("kind", ["normal", "few", "special"])
+def test_any_guess_gives_the_same(kernels, kind):
+    values = scores_like(kind, 3, 40_000)
+    k = [400, 20_000, 39_000]
+    right = topk_threshold(values, k)
+    finite = right.threshold.nan_to_num(1.0, 1.0, -1.0)
+    for factor, offset in ((1.0, 0.0), (1.02, 0.0), (0.5, 0.0), (1.0, 3.0), (1.0, -3.0), (0.0, 0.0), (1e30, 0.0)):
+        cut, _ = select(kernels, values, k, guess=(finite * factor + offset).contiguous())
+        assert same(cut, right), (factor, offset)
+
+
+def test_ties_over_chunks_and_lists(kernels):
+    values = scores_like("few", 1, 70_000)
+    counts = [1, 20_000, 16_384, 3, 33_612]
+    parts = list(values[0].split(counts))
+    for k in (1, 13_999, 14_000, 30_000, 69_999):
+        cut, mask = select(kernels, values, [k], counts=counts, unit=1)
+        assert same(cut, topk_threshold(parts, k))
+        assert torch.equal(mask[0].bool(), topk_mask(values[0], k))
+
+
+def test_protected_removed_and_nan(kernels):
+    values = scores_like("few", 3, 5000)
+    place = torch.rand(3, 5000)
+    protected, removed = place < 0.1, place > 0.7
+    k = [600, 2000, 2500]
+    left = [wanted - int(row.sum()) for wanted, row in zip(k, protected, strict=True)]
+    aside = (protected | removed).to(torch.uint8)
+    _, mask = select(kernels, values, left, excluded=aside, always=protected.to(torch.uint8), unit=1)
+    assert torch.equal(mask.bool(), topk_mask(values, k, protected=protected, removed=removed))
+    values[1, 77] = float("nan")
+    cut, mask = select(kernels, values, [5000, 3, 10], unit=1)
+    assert cut.threshold[1].isnan().all()
+    assert mask.sum(dim=1).tolist() == [5000, 0, 10]
+
+
+LAYOUTS = [Blocks(1, 3000, 1), Blocks(1, 50, 9), Blocks(7, 30, 1), Blocks(3, 40, 25)]
+
+
+def apply(
+    kernels, theta, values, blocks, out_dtype, *, kind, bits=0, score="value", saliency=None, cut=None, borders=None
+):
+    n = values.shape[0]
+    out = torch.full((n, theta.numel() + 3), -7.0).to(out_dtype)
+    borders = torch.tensor(borders or [0, blocks.groups])
+    threshold, tie_end = cut if cut is not None else (None, None)
+    kernels.emulated_masked_weights(
+        pointer(theta), KINDS[theta.dtype], *map(long, blocks), kind, pointer(values), KINDS.get(values.dtype, 0),
+        long(values.stride(0)), bits, SCORES.index(score), pointer(saliency), pointer(threshold), pointer(tie_end),
+        pointer(borders), long(borders.numel() - 1), long(n), pointer(out), KINDS[out_dtype], long(out.stride(0)),
+    )  # fmt: skip
+    assert (out[:, theta.numel() :] == -7).all()
+    return out[:, : theta.numel()]
+
+
+@pytest.mark.parametrize("blocks", LAYOUTS)
+@pytest.mark.parametrize("dtype", list(KINDS))
+def test_masked_weights(kernels, blocks, dtype):
+    d, theta = blocks.groups, torch.randn(blocks.numel).to(dtype)
+    values, saliency = torch.randint(-4, 5, (3, d)).float(), torch.rand(d)
+    mask = values > 1
+    expected = masked_weights(theta, mask, layout=blocks, backend="reference")
+    assert torch.equal(apply(kernels, theta, mask, blocks, dtype, kind=0), expected)
+    for packing, bits in (("uint8", 8), ("int32", 32)):
+        assert torch.equal(apply(kernels, theta, pack_mask(mask, packing), blocks, dtype, kind=1, bits=bits), expected)
+    for out_dtype in KINDS:
+        factors = values.to(dtype)
+        product = masked_weights(theta, factors, layout=blocks, dtype=out_dtype, backend="reference")
+        assert torch.equal(apply(kernels, theta, factors, blocks, out_dtype, kind=2), product)
+    borders = [0, d // 3, d // 2, d]
+    for score in SCORES[:3]:
+        options = {"score": score, "saliency": saliency if score == "abs_saliency" else None, "segments": borders}
+        cut = topk_threshold(values, [0, d // 4, d], **options)
+        kept = masked_weights(theta, values, cut=cut, layout=blocks, backend="reference", **options)
+        del options["segments"]
+        assert torch.equal(
+            apply(kernels, theta, values, blocks, dtype, kind=3, cut=cut, borders=borders, **options), kept
+        )
+
+
+@pytest.mark.parametrize("blocks", LAYOUTS)
+def test_mask_gradient(kernels, blocks):
+    theta, grads = torch.randn(blocks.numel), torch.randn(3, blocks.numel)
+    out = torch.full((3, blocks.groups + 2), -7.0)
+    kernels.emulated_mask_gradient(
+        pointer(theta), 0, *map(long, blocks), pointer(grads), 0, long(grads.stride(0)), long(3), pointer(out),
+        long(out.stride(0)),
+    )  # fmt: skip
+    expected = mask_gradient(theta, grads, layout=blocks, backend="reference")
+    torch.testing.assert_close(out[:, : blocks.groups], expected, rtol=1e-6, atol=1e-6)
+    assert (out[:, blocks.groups :] == -7).all()
