@@ -98,7 +98,10 @@ class ParticleEnergy:
         self._chunk_size = chunk_size
         self._backend = backend
         self._said_ragged = False
-        self._weights: Tensor | None = None  # (1, d) of the particle at work: fresh pages would cost more than the op
+        # Kept from step to step, because fresh pages would cost more than filling them: all gradients, and the
+        # weights (1, d) of the particle at work.
+        self._grads: Tensor | None = None
+        self._weights: Tensor | None = None
         self._depends = False  # whether a vmap pass has shown that the loss depends on the weights
 
     def __call__(
@@ -106,7 +109,7 @@ class ParticleEnergy:
         keep: Polarized | Tensor,  # of n particles; (n, d) bool, or float factors
         batches: Sequence[Any],  # n of them
     ) -> tuple[Tensor, Tensor]:  # losses (n,) fp64, ∂L/∂W (n, d)
-        """Losses and weight gradients.
+        """Losses and weight gradients, the latter in a buffer that the next call writes again.
 
         Raises:
             TypeError, ValueError: a loss that is no scalar.
@@ -117,7 +120,9 @@ class ParticleEnergy:
         keep = Polarized(keep) if isinstance(keep, Tensor) else keep
         n = len(keep)
         losses = torch.empty(n, dtype=torch.float64, device=self._theta.device)
-        grads = self._theta.new_empty(n, self._coordinates.d)
+        if self._grads is None or self._grads.shape[0] != n:
+            self._grads = self._theta.new_empty(n, self._coordinates.d)
+        grads = self._grads
         chunk = self._chunk_size or n
         for begin in range(0, n, chunk):
             rows = slice(begin, min(begin + chunk, n))

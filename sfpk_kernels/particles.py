@@ -11,6 +11,8 @@ from .config import SFPKConfig
 from .ops import TransitionStats, transition_
 from .schedule import density_schedule
 
+_PART = 1 << 18  # columns
+
 
 class ParticleSystem:
     """n mask particles that start at "all weights kept" and follow the density schedule.
@@ -57,8 +59,9 @@ class ParticleSystem:
         stats = self.stats
         if stats is not None:
             return stats.densities
-        norms = torch.linalg.vector_norm(self.masks, dim=1, dtype=torch.float64)
-        share = norms.square() / self.masks.shape[1]
+        # In parts: each is converted to fp64 as a whole.
+        norms = [torch.linalg.vector_norm(p, dim=1, dtype=torch.float64) for p in self.masks.split(_PART, dim=1)]
+        share = torch.stack(norms).square().sum(dim=0) / self.masks.shape[1]
         return share.sqrt() if self._config.density == "l2" else share
 
     def move_(

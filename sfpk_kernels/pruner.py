@@ -251,7 +251,9 @@ class SFPKPruner:
         finite = torch.isfinite(energies)
         what, value = "loss", energies
         if bool(finite.all()):
-            value = grads.abs().sum(dim=1, dtype=torch.float64)
+            # Row by row: no (n, d) temporary, and all threads at work. A NaN is both lowest and highest.
+            extremes = torch.stack([torch.stack(torch.aminmax(row)) for row in grads])
+            value = extremes.abs().amax(dim=1)
             finite, what = torch.isfinite(value), "gradient"
         if not bool(finite.all()):
             particle = int((~finite).int().argmax())

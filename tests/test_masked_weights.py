@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from sfpk_kernels.ops import Blocks, Cut, mask_gradient, masked_weights, pack_mask, topk_mask, topk_threshold
 
-BACKENDS = ["reference", "cpp", "triton"]
+GPU_BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = ["reference", "cpp", *GPU_BACKENDS]
 ON_GPU = torch.cuda.is_available()  # else Triton's kernels are interpreted
 
 
@@ -20,7 +21,7 @@ def run(function, *arguments, backend, **options):
 
     def place(value):
         if isinstance(value, torch.Tensor):
-            return value.cuda() if ON_GPU and backend == "triton" else value
+            return value.cuda() if ON_GPU and backend in ("triton", "cuda") else value
         if isinstance(value, Cut):
             return Cut(*map(place, value))
         return [place(v) for v in value] if isinstance(value, list) else value
@@ -35,7 +36,8 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize(
     ("backend", "d"),
     [(backend, d) for backend in ("reference", "cpp") for d in (1, 7, 8, 1023, 1024, 1025, 5000, 70_001)]
-    + [("triton", d) for d in (1, 1025, 3000)],
+    + [("triton", d) for d in (1, 1025, 3000)]
+    + [pytest.param("cuda", d, marks=pytest.mark.gpu) for d in (1, 1025, 70_001)],
 )
 @pytest.mark.parametrize("score", ["value", "abs", "abs_saliency"])
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -89,7 +91,7 @@ def test_packed_masks(backend, kind, d):
     assert torch.equal(torch.cat(listed, dim=1), torch.where(mask, theta, 0.0))
 
 
-@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("backend", ["cpp", *GPU_BACKENDS])
 @pytest.mark.parametrize("weights_dtype", FLOATS)
 @pytest.mark.parametrize("factors_dtype", [torch.bool, *FLOATS])
 @pytest.mark.parametrize("out_dtype", FLOATS)
@@ -197,7 +199,7 @@ def test_backends_agree_on_anything(data):
     score = data.draw(st.sampled_from(["value", "abs"]))
     out_dtype = data.draw(st.sampled_from(FLOATS))
     results = []
-    for backend in BACKENDS:
+    for backend in ("reference", "cpp", "triton", *(["cuda"] if ON_GPU else [])):
         buffer = torch.full((n, 2 * d), float("nan"), dtype=out_dtype)[:, :d]
         results.append(run(masked_weights, theta, values, cut=cut, score=score, out=buffer, backend=backend))
     assert all(torch.equal(result, results[0]) for result in results)

@@ -88,6 +88,23 @@ def step_of_arithmetic(masks, grads, theta):
     return weights, stats.densities
 
 
+def masked(values, theta, grads):
+    cut = ops.topk_threshold(values, 4, score="abs")
+    weights = ops.masked_weights(theta, values, cut=cut, score="abs")
+    packed = ops.pack_mask(ops.topk_mask(values, 4))
+    grouped = ops.masked_weights([theta[:6], theta[6:]], packed, dtype=torch.bfloat16)
+    gradient = ops.mask_gradient(theta, grads, layout=ops.Blocks(2, 3, 2))
+    return (weights, *grouped, gradient, ops.mask_iou(packed), ops.popcount(packed), ops.unpack_mask(packed, 12))
+
+
+def test_masked_weights_compile_into_one_graph():
+    arguments = torch.randn(3, 12), torch.randn(12), torch.randn(3, 12)
+    expected = masked(*arguments)
+    results = torch.compile(masked, fullgraph=True, backend="aot_eager")(*arguments)
+    for a, b in zip(expected, results, strict=True):
+        assert torch.equal(a, b)
+
+
 def selections(values, saliency, protected):
     kept = ops.topk_mask(values, [2, 3, 4], protected=protected, packed="uint8")
     consensus = ops.topk_mask(values, 4, score="mean_abs_saliency", saliency=saliency, segments=[0, 5, 12], min_keep=1)
