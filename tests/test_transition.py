@@ -262,7 +262,7 @@ def sample(n=3, d=7, **changes):
         ({"weights": torch.ones(7).long()}, TypeError, "weights"),
         ({"state": "x"}, TypeError, "state"),
         ({"backend": "fortran"}, ValueError, "backend: wanted one of"),
-        ({"backend": "triton"}, ValueError, "'triton' is not available"),
+        ({"backend": "cuda"}, ValueError, "'cuda' is not available"),
         (
             {"masks": torch.ones(3, 7).double(), "backend": "cpp"},
             ValueError,
