@@ -14,7 +14,7 @@ STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
   m.def(
       "transition_(Tensor(a!) masks, Tensor grads, Tensor? weights, Tensor? saliency, Tensor? sizes, "
       "Tensor(b!)? residual, Tensor[] state, float step, float radius, float repulsion, bool weighted, "
-      "bool squared, float? target_density, float consensus, float eps, int key, bool skip) "
+      "bool squared, float? target_density, float consensus, float eps, int key, bool skip, int only) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "topk_(Tensor[] values, bool rows, int score, Tensor[] saliency, Tensor[] excluded, Tensor[] always, "

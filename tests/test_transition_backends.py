@@ -285,7 +285,7 @@ def test_cpp_kernel_checks_its_arguments():
         (torch.ones(3), torch.ones(3), "masks: wanted shape"),
         (torch.ones(2, 3), torch.ones(3, 2).t(), "grads: wanted rows without gaps"),
         (torch.ones(2, 3), torch.ones(2, 3).double(), "grads: wanted"),
-        (torch.ones(2, 3), torch.ones(2, 4), "grads, residual: wanted the shape"),
+        (torch.ones(2, 3), torch.ones(2, 4), "grads: wanted a row per particle"),
     ]:
         with pytest.raises(RuntimeError, match=f"transition_: {words}"):
             torch.ops.sfpk_cpp.transition_(masks, grads, *options)

@@ -135,15 +135,17 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
                    std::optional<Tensor> residual, const std::vector<Tensor>& state, double step,
                    double radius, double repulsion, bool weighted, bool squared,
                    std::optional<double> target_density, double consensus, double eps, int64_t key,
-                   bool skip) {
+                   bool skip, int64_t only) {
   SFPK_CHECK(masks.dim() == 2 && masks.size(0) > 0 && masks.size(1) > 0, "transition_", "masks",
              "shape (n >= 1, d >= 1)", masks.dim(), " dimensions");
   SFPK_CHECK(state.empty() || state.size() >= 5, "transition_", "state", "TransitionStats or nothing",
              state.size(), " tensors");
   const int64_t n = masks.size(0), d = masks.size(1);
-  for (const Tensor* t : {&grads, residual ? &*residual : &grads})
-    SFPK_CHECK(t->dim() == 2 && t->size(0) == n && t->size(1) == d, "transition_", "grads, residual",
-               "the shape of masks", "another shape");
+  SFPK_CHECK(only < n, "transition_", "only", "a particle", only);
+  SFPK_CHECK(grads.dim() == 2 && grads.size(0) == (only < 0 ? n : 1) && grads.size(1) == d, "transition_",
+             "grads", "a row per particle that may move", "another shape");
+  SFPK_CHECK(!residual || (residual->dim() == 2 && residual->size(0) == n && residual->size(1) == d),
+             "transition_", "residual", "the shape of masks", "another shape");
   for (const auto* t : {&weights, &saliency, &sizes})
     SFPK_CHECK(
         !*t || ((*t)->scalar_type() == ScalarType::Float && (*t)->is_contiguous() && (*t)->numel() == d),
@@ -166,12 +168,13 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
     p.residual_stride = residual->stride(0);
   }
   p.grads = grads.const_data_ptr();
-  p.grad_stride = grads.stride(0);
+  p.grad_stride = only < 0 ? grads.stride(0) : 0;
   p.grad_kind = kind_of(grads, "grads");
   p.weights = vector_data(weights);
   p.saliency = weighted ? vector_data(saliency) : nullptr;
   p.sizes = vector_data(sizes);
   p.weighted = weighted;
+  p.only = only;
 
   double total = static_cast<double>(d);
   if (p.sizes) {
@@ -220,13 +223,22 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
   std::vector<double> total_sums(n, 0.0);
   for (int64_t k = 0; k < size; ++k) total_sums[k % n] += sums[k];
   std::vector<char> skipped(n);
-  std::transform(total_sums.begin(), total_sums.end(), skipped.begin(),
-                 [](double x) { return !std::isfinite(x); });
-  if (!skip && std::find(skipped.begin(), skipped.end(), 1) != skipped.end()) {
+  bool bad = false;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool held = only >= 0 && i != only;
+    bad = bad || (!held && !std::isfinite(total_sums[i]));
+    skipped[i] = held || !std::isfinite(total_sums[i]);
+  }
+  const auto without_held = [&](std::vector<double> cosines) {
+    for (int64_t i = 0; only >= 0 && i < n; ++i)
+      if (i != only) cosines[i] = 0.0;
+    return cosines;
+  };
+  if (!skip && bad) {
     std::vector<double> cosines(n, 0.0);
     for (int64_t i = 0; i < n; ++i)
       if (skipped[i]) cosines[i] = std::nan("");
-    return pack(cosines, old);
+    return pack(without_held(cosines), old);
   }
 
   const auto moves =
@@ -241,7 +253,7 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
   p.pull = n > 1 ? static_cast<float>(consensus) : 0.0f;
   p.moves = true;
   const auto moved = run_pass(p, Pass::kUpdate, sfpk::kUpdateSums * n + n * n);
-  return pack(moves.cosines, measured(moved));
+  return pack(without_held(moves.cosines), measured(moved));
 }
 
 }  // namespace

@@ -157,6 +157,10 @@ static void mix_rows(const float* mix, int64_t n, const float* rows, int64_t str
 
 // t.force <- the repulsion on every particle (without its weights w).
 static void repel(const Problem& p, const Tile& t) {
+  if (p.only >= 0) {
+    return mix_rows<1>(p.mix + p.only * p.n, p.n, t.masks, t.mask_stride, t.width,
+                       t.force + p.only * t.stride, t.stride);
+  }
   int64_t i = 0;
   const auto block = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
@@ -268,6 +272,10 @@ static void reduce_tile(const Problem& p, Tile& t, double* sums) {
   with_vectors(t, [&](auto have) {
     using H = decltype(have);
     for (int64_t i = 0; i < p.n; ++i) {
+      if (p.only >= 0 && i != p.only) {
+        if (p.grams) std::memset(t.other + i * t.stride, 0, t.width * sizeof(float));
+        continue;
+      }
       const float *grads = open_grads(p, t, i), *m = t.masks + i * t.mask_stride;
       const float* force = p.repel ? t.force + i * t.stride : nullptr;
       float* keep = p.grams ? t.other + i * t.stride : nullptr;

@@ -28,7 +28,7 @@ _BACKENDS = {
 
 def transition_(
     masks: Tensor,  # (n, d) fp32, fp64, fp16, or bf16 with residual: the particles, moved in place
-    grads: Tensor,  # (n, d) any float: ∂L/∂m, or ∂L/∂W when weights is given
+    grads: Tensor,  # (n, d) any float: ∂L/∂m, or ∂L/∂W when weights is given; (1, d) with row
     *,
     step: float,  # Δt > 0: how far the soft sparsity moves
     radius: float,  # r > 1: relative localization radius
@@ -46,6 +46,7 @@ def transition_(
     seed: int = 0,
     step_index: int = 0,
     nonfinite: str = "raise",
+    row: int | None = None,
     backend: str | None = None,
 ) -> TransitionStats:
     """Move every particle one step towards higher sparsity and lower energy (SFPK, Proposition 2, eq. 8).
@@ -59,6 +60,9 @@ def transition_(
     so that ``s·Δm = Δt`` and ``‖Δm‖ = r Δt/‖s‖``; where ``‖u‖`` is below 1e-6 ``‖g‖`` the second term is 0.
     Then, each only if asked for: scale row i so that ``ρ(m_i) = target_density``; pull all rows to their mean,
     ``m_i ← m_i + η (m̄ - m_i)``; scale again. A row of zeros has no direction and stays as it is.
+
+    With ``row`` only that particle moves and the others are held, so that calls for one row after the other, each with
+    the gradient of that particle alone, are the same step in Gauss-Seidel order, without an (n, d) array of gradients.
 
     Args:
         masks: particles, one per row; any row stride. The arithmetic is fp32 (fp64 for fp64 particles); fp16 ones are
@@ -86,6 +90,7 @@ def transition_(
         nonfinite: what to do about gradients that are not finite: ``"raise"``, or ``"skip"``: such a particle stays
             where it is in this step, the others move, and its cosine is NaN. On a GPU ``"raise"`` waits for the
             step's end, ``"skip"`` never waits.
+        row: the one particle that moves, ``None`` for all at once (Jacobi).
         backend: ``None`` for the fastest available.
 
     Returns:
@@ -101,7 +106,12 @@ def transition_(
     if masks.dim() != 2 or masks.shape[0] < 1 or masks.shape[1] < 1:
         raise ValueError(f"{op}: masks: wanted shape (n ≥ 1, d ≥ 1), got {tuple(masks.shape)}")
     check.is_tensor(op, "grads", grads)
-    check.has_shape(op, "grads", grads, tuple(masks.shape))
+    if row is not None:
+        if isinstance(row, bool) or not isinstance(row, numbers.Integral):
+            raise TypeError(f"{op}: row: wanted an integer or None, got {row!r}")
+        if not 0 <= row < masks.shape[0]:
+            raise ValueError(f"{op}: row: wanted 0 … {masks.shape[0] - 1}, got {row}")
+    check.has_shape(op, "grads", grads, (masks.shape[0] if row is None else 1, masks.shape[1]))
     check.same_device(op, "grads", grads, masks.device)
     for name, vector in (("saliency", saliency), ("sizes", sizes), ("weights", weights)):
         if vector is not None:
@@ -139,7 +149,7 @@ def transition_(
     results = torch.ops.sfpk.transition_(
         masks, grads, weights, saliency, sizes, residual, list(state) if state is not None else [],
         step, radius, repulsion, kernel, density, target_density, consensus, eps,
-        rounding_key(int(seed), int(step_index)), nonfinite == "skip", backend or "",
+        rounding_key(int(seed), int(step_index)), nonfinite == "skip", -1 if row is None else int(row), backend or "",
     )
     # fmt: on
     return TransitionStats(*results)
@@ -149,7 +159,7 @@ torch.library.define(
     "sfpk::transition_",
     "(Tensor(a!) masks, Tensor grads, Tensor? weights, Tensor? saliency, Tensor? sizes, "
     "Tensor(b!)? residual, Tensor[] state, float step, float radius, float repulsion, str kernel, str density, "
-    "float? target_density, float consensus, float eps, int key, bool skip, str backend) "
+    "float? target_density, float consensus, float eps, int key, bool skip, int only, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -173,6 +183,7 @@ def _transition_(
     eps: float,
     key: int,
     skip: bool,
+    only: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
     if check.share_memory(masks, grads):
@@ -201,6 +212,7 @@ def _transition_(
         eps=eps,
         key=key,
         skip=skip,
+        only=only,
     )
     if not skip:
         check_finite(stats.cosines)

@@ -26,7 +26,7 @@ def why_not(masks: Tensor) -> str | None:
 
 def transition_(
     masks: Tensor,  # (n, d) fp32, fp16 or bf16, moved in place
-    grads: Tensor,  # (n, d)
+    grads: Tensor,  # (n, d), or (1, d) with only
     weights: Tensor | None,
     saliency: Tensor | None,
     sizes: Tensor | None,
@@ -43,6 +43,7 @@ def transition_(
     eps: float,
     key: int,
     skip: bool,
+    only: int,
 ) -> TransitionStats:
     """As :func:`.reference.transition_`."""
     if grads.dtype not in _FLOATS:
@@ -57,7 +58,7 @@ def transition_(
     stats = torch.ops.sfpk_cpp.transition_(
         masks, grads, weights, saliency if weighted else None, sizes, residual,
         list(state) if state is not None else [], step, radius, repulsion, weighted, density == "l2_squared",
-        target_density, consensus, eps, key, skip,
+        target_density, consensus, eps, key, skip, only,
     )
     # fmt: on
     return TransitionStats(*stats)

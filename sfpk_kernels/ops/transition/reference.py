@@ -105,7 +105,7 @@ def _retract_(masks: Tensor, sizes: Tensor | None, density: str, target_density:
 
 def transition_(
     masks: Tensor,  # (n, d), moved in place
-    grads: Tensor,  # (n, d)
+    grads: Tensor,  # (n, d), or (1, d) with only
     weights: Tensor | None,  # (d,)
     saliency: Tensor | None,  # (d,)
     sizes: Tensor | None,  # (d,)
@@ -122,18 +122,24 @@ def transition_(
     eps: float,
     key: int,
     skip: bool,
+    only: int,
 ) -> TransitionStats:
     """One step of every particle, all reading the old positions; see :func:`sfpk_kernels.ops.transition_`."""
     particles = rounding.read(masks, residual)
     n, dtype = masks.shape[0], particles.dtype
     weights, saliency, sizes = (t if t is None else t.to(dtype) for t in (weights, saliency, sizes))
+    held = torch.full((n,), only >= 0, device=masks.device)
+    held[max(only, 0)] = False
     descent = -grads.to(dtype)
     if weights is not None:
         descent = descent * weights
+    if only >= 0:
+        descent = torch.where(held[:, None], 0.0, descent)
     descent_norm = _sum(descent.square()).sqrt()
     if not skip:
         check_finite(descent_norm)
-    skipped = ~torch.isfinite(descent_norm)
+    bad = ~torch.isfinite(descent_norm)
+    skipped = bad | held
     descent[skipped], descent_norm[skipped] = 0.0, 0.0
     if state is None:
         state = measure(particles, saliency, sizes, kernel, density)
@@ -183,4 +189,4 @@ def transition_(
         moved[skipped] = particles[skipped]
         masks.copy_(moved)
     stats = measure(rounding.read(masks, residual), saliency, sizes, kernel, density)
-    return stats._replace(cosines=cosines.masked_fill(skipped, float("nan")))
+    return stats._replace(cosines=cosines.masked_fill(held, 0.0).masked_fill(bad, float("nan")))

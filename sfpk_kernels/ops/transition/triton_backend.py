@@ -83,7 +83,7 @@ def _two_floats(value: float) -> tuple[float, float]:
 
 def transition_(
     masks: Tensor,  # (n, d) fp32, fp16 or bf16, moved in place
-    grads: Tensor,  # (n, d)
+    grads: Tensor,  # (n, d), or (1, d) with only
     weights: Tensor | None,
     saliency: Tensor | None,
     sizes: Tensor | None,
@@ -100,12 +100,14 @@ def transition_(
     eps: float,
     key: int,
     skip: bool,
+    only: int,
 ) -> TransitionStats:
     """As :func:`.reference.transition_`, in two passes over the particles and without a host synchronisation."""
     from . import triton_kernels
 
     if grads.shape[1] > 1 and grads.stride(1) != 1:
         grads = grads.contiguous()
+    grads = grads.expand_as(masks)  # with ``only`` its one row for all: what the others make of it is not used
     if residual is not None and residual.shape[1] > 1 and residual.stride(1) != 1:
         raise ValueError("transition_: residual: wanted rows without gaps for backend 'triton', got a column stride")
     weights, saliency, sizes = (t if t is None else t.contiguous() for t in (weights, saliency, sizes))
@@ -146,7 +148,7 @@ def transition_(
             masks, masks.stride(0), residual, 0 if residual is None else residual.stride(0), grads, grads.stride(0),
             weights, saliency, sizes, total, *before[:5], *after, mix, guess, moves, scratch, slot_sums, sums,
             n, d, tiles_per_slot * tile.columns, max(1, tiles // 16) * tile.columns, *floats,
-            key & 0x7FFFFFFF, key >> 31,
+            key & 0x7FFFFFFF, key >> 31, only,
             STAGE=stage, SIZE=size, N=tile.n, B=tile.columns, PART=tile.part, FLUSH=tile.flush // tile.columns,
             WEIGHTED=weighted, SQUARED=density == "l2_squared", RETRACT=retract,
             REPEL=repulsion > 0 and n > 1 and stage != "rescale", PULL=pulls, GRAMS=grams, HAS_EPS=eps > 0, SKIP=skip,

@@ -356,7 +356,7 @@ def _times(coefficient, value):
 
 @triton.jit
 def _plan(
-    densities, norms, slope_norms, q, sums, guess, moves, scratch, cosines, n,
+    densities, norms, slope_norms, q, sums, guess, moves, scratch, cosines, n, only,
     total, step, root, eps, target, pull,
     N: tl.constexpr, SIZED: tl.constexpr, WEIGHTED: tl.constexpr, SQUARED: tl.constexpr, RETRACT: tl.constexpr,
     GRAMS: tl.constexpr, HAS_EPS: tl.constexpr, SKIP: tl.constexpr,
@@ -373,11 +373,12 @@ def _plan(
     csu = tl.load(sums + 6 * N + rows)
     css = tl.load(sums + 7 * N + rows)
     every = ee + es + eu + uu + us + cuu + csu + css
-    bad = real & ~(tl.abs(every) < float("inf"))
+    held = (rows != only) & (only >= 0)
+    bad = real & ~held & ~(tl.abs(every) < float("inf"))
     bad_rows = tl.sum(bad.to(tl.int32), axis=0)
-    stays = bad
+    stays = bad | held
     if not SKIP:
-        stays = bad | (bad_rows > 0)  # one bad gradient, and nothing moves
+        stays = stays | (bad_rows > 0)  # one bad gradient, and nothing moves
     lean = tl.load(guess + rows).to(tl.float64)
     norm = tl.load(slope_norms + rows, mask=real, other=0.0)
     density = tl.load(densities + rows, mask=real, other=0.0)
@@ -544,7 +545,7 @@ def combine(slots, sums, count, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(sums + at, total, mask=at < SIZE)
 
 
-@triton.jit(do_not_specialize=["n", "chunk", "key_low", "key_high"])
+@triton.jit(do_not_specialize=["n", "chunk", "key_low", "key_high", "only"])
 def transition(
     masks,  # (n, d) fp32, fp16 or bf16
     mask_stride,
@@ -593,6 +594,7 @@ def transition(
     pull_low,
     key_low,
     key_high,
+    only,  # the particle that moves, -1 for all
     STAGE: tl.constexpr,
     SIZE: tl.constexpr,  # sums of a slot
     N: tl.constexpr,  # particles, padded
@@ -664,7 +666,7 @@ def transition(
         tl.debug_barrier()
     if whole or STAGE == "plan":
         _plan(
-            old_densities, old_norms, old_slope_norms, old_distances, sums, guess, moves, scratch, cosines, n,
+            old_densities, old_norms, old_slope_norms, old_distances, sums, guess, moves, scratch, cosines, n, only,
             total, _double(step_high, step_low),
             _double(root_high, root_low), _double(eps_high, eps_low),
             target, pull,
