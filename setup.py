@@ -75,7 +75,9 @@ setup(
     packages=[
         "sfpk_kernels",
         "sfpk_kernels.baselines",
+        "sfpk_kernels.bench",
         "sfpk_kernels.demo",
+        "sfpk_kernels.energy",
         "sfpk_kernels.ops",
         "sfpk_kernels.ops.bits",
         "sfpk_kernels.ops.masking",

@@ -7,11 +7,13 @@ from .batchnorm import recalibrate_batchnorm
 from .config import SFPKConfig
 from .coordinates import Coordinates
 from .masks import MaskSet
+from .plan import Plan, plan
 from .pruner import PruneResult, SFPKPruner, StepRecord, prune
 
 __all__ = [
     "Coordinates",
     "MaskSet",
+    "Plan",
     "PruneResult",
     "SFPKConfig",
     "SFPKPruner",
@@ -20,6 +22,7 @@ __all__ = [
     "baselines",
     "default_loss",
     "ops",
+    "plan",
     "prune",
     "recalibrate_batchnorm",
 ]

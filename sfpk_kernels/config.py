@@ -51,7 +51,10 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "vote": ("soft", "hard"),
     "selection": ("exact", "threshold"),
     "bn": ("batch", "running"),
-    "energy_mode": ("auto", "vmap", "sequential"),
+    "energy_mode": ("auto", "vmap", "sequential", "cudagraph"),
+    "dtype": ("bf16", "fp16", None),
+    "memory": ("auto", "fast", "lean"),
+    "offload": ("cpu", None),
     "backend": (*BACKENDS, None),
     "particle_dtype": ("float32", "float16", "bfloat16"),
 }
@@ -88,9 +91,24 @@ class SFPKConfig:
         bn: batch-norm in the energies uses the ``"batch"`` statistics of the particle's batch, or the model's
             ``"running"`` ones. The model's own statistics never change.
         dropout: run the model in train mode (dropout, stochastic depth on), seeded; off by default.
-        energy_mode: particles through the model at once (``"vmap"``), one by one (``"sequential"``) or
-            ``"auto"``.
+        energy_mode: particles through the model at once (``"vmap"``), one by one (``"sequential"``), one by one with
+            the pass captured and replayed (``"cudagraph"``, GPU), or ``"auto"``: the fastest in a short trial before
+            the first step. The ways differ in rounding: where runs must repeat bit for bit, name one (under
+            ``torch.use_deterministic_algorithms(True)`` auto means one by one).
         chunk_size: particles per vmap call, ``None`` for all.
+        dtype: ``"bf16"`` or ``"fp16"`` runs the model under autocast (fp16 with loss scaling), ``None`` as it is.
+            Particles, gradients and losses stay in fp32.
+        microbatch: samples per forward/backward; the gradients of a batch are added up, which gives the same result for
+            losses that are means over samples (not with ``bn="batch"``, whose statistics become those of the
+            micro-batch). ``None`` for whole batches.
+        compile: run the loss through ``torch.compile``.
+        memory: ``"fast"`` keeps the gradients of all particles, which then move together (Jacobi). ``"lean"`` keeps
+            one: each particle moves as soon as its gradient is there (Gauss-Seidel), otherwise the step is the same.
+            ``"auto"``: fast where it fits (see :func:`sfpk_kernels.plan`).
+        offload: ``"cpu"`` keeps particles, and the arithmetic on them, in host memory; masked weights and gradients
+            cross over, one particle at a time. ``None``: on the model's device.
+        memory_limit: bytes a run may take beyond what the process holds before; ``None`` for what the device has left.
+            A run that will not fit is refused.
         backend: kernel backend of the ops that have it, ``None`` for the fastest available.
         particle_dtype: how particles are kept. ``"float16"``: half the memory, rounded stochastically, masks a little
             different (on long runs too). ``"bfloat16"``: with its rounding error beside it, the memory of fp32.
@@ -124,6 +142,12 @@ class SFPKConfig:
     dropout: bool = False
     energy_mode: str = "auto"
     chunk_size: int | None = None
+    dtype: str | None = None
+    microbatch: int | None = None
+    compile: bool = False
+    memory: str = "auto"
+    offload: str | None = None
+    memory_limit: int | None = None
     backend: str | None = None
     particle_dtype: str = "float32"
     seed: int = 0
@@ -140,11 +164,15 @@ class SFPKConfig:
         self._check_real("vote_ratio", "in (0, 1]", lambda x: 0 < x <= 1)
         self._check_real("eps", "≥ 0", lambda x: x >= 0)
         self._check_int("seed", 0)
-        if self.chunk_size is not None:
-            self._check_int("chunk_size", 1)
-        for name in ("retract", "early_stop", "dropout"):
+        for name in ("chunk_size", "microbatch", "memory_limit"):
+            if getattr(self, name) is not None:
+                self._check_int(name, 1)
+        for name in ("retract", "early_stop", "dropout", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: wanted a bool, got {getattr(self, name)!r}")
+        if self.energy_mode == "vmap" and (self.memory == "lean" or self.offload is not None):
+            wanted = "memory other than 'lean'" if self.memory == "lean" else "offload None"
+            raise ValueError(f"energy_mode: 'vmap' wanted {wanted}: particles go through the model one by one there")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 wanted = ", ".join(repr(choice) for choice in choices)

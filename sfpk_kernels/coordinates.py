@@ -125,16 +125,15 @@ class Coordinates:
         parts = flat.split([tensor.numel for tensor in self.tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, self.tensors, strict=True)]
 
-    def normalize(
+    def normalize_(
         self,
-        saliency: Tensor,  # (d,) ≥ 0
+        saliency: Tensor,  # (d,) ≥ 0, divided in place
     ) -> Tensor:  # (d,)
         """Every tensor's part divided by its own mean, so that layers of different scale compare."""
-        parts = []
         for part in saliency.split([tensor.numel for tensor in self.tensors]):
-            mean = part.mean(dtype=torch.float64).to(part.dtype)
-            parts.append(torch.where(mean > 0, part / mean, part))
-        return torch.cat(parts)
+            mean = part.sum(dtype=torch.float64).div(part.numel()).to(part.dtype)
+            part.div_(torch.where(mean > 0, mean, 1.0))
+        return saliency
 
     def describe(self) -> str:
         """A table of every parameter: what is pruned, what is skipped and why."""

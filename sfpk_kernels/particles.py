@@ -21,7 +21,7 @@ class ParticleSystem:
         d: number of coordinates.
         config: schedule, transition and particle count.
         theta: dense weights (d,); gives dtype and device.
-        saliency: a_e (d,), read by the weighted kernel.
+        saliency: a_e (d,) for the weighted kernel, else None.
 
     Attributes:
         masks: (n, d) in ``config.particle_dtype``, the particles. May be written between steps; the
@@ -30,16 +30,17 @@ class ParticleSystem:
         schedule: K + 1 soft densities, ρ_0 = 1 … ρ_K = 1 - sparsity.
     """
 
-    def __init__(self, d: int, config: SFPKConfig, theta: Tensor, saliency: Tensor):
+    def __init__(self, d: int, config: SFPKConfig, theta: Tensor, saliency: Tensor | None):
         dtype = theta.dtype if config.particle_dtype == "float32" else getattr(torch, config.particle_dtype)
-        self.masks = theta.new_ones(config.n_particles, d, dtype=dtype)
+        pinned = config.offload == "cpu" and theta.device.type == "cpu" and torch.cuda.is_available()
+        self.masks = torch.ones(config.n_particles, d, dtype=dtype, device=theta.device, pin_memory=pinned)
         # What rounding took from bf16 particles.
         self._residual = torch.zeros_like(self.masks) if dtype == torch.bfloat16 else None
         self.step = 0
         self.schedule = density_schedule(config.schedule, config.target_density, config.n_steps)
         self._config = config
         self._theta = theta
-        self._saliency = saliency if config.kernel == "weighted_rbf" else None
+        self._saliency = saliency
         self._stats: TransitionStats | None = None
         self._version = self.masks._version
 
@@ -66,9 +67,13 @@ class ParticleSystem:
 
     def move_(
         self,
-        weight_grads: Tensor,  # (n, d) ∂L/∂W
+        weight_grads: Tensor,  # (n, d) ∂L/∂W; (1, d) with row
+        row: int | None = None,
     ) -> TransitionStats:
-        """Steps 3 to 7 of the method: repulsion, transition, retraction, consensus."""
+        """Steps 3 to 7 of the method: repulsion, transition, retraction, consensus.
+
+        With ``row`` that particle alone moves; the step is done when the last one has moved.
+        """
         config = self._config
         target = self.schedule[self.step + 1]
         pulls = self.step + 1 > config.consensus_start * config.n_steps
@@ -89,10 +94,12 @@ class ParticleSystem:
             residual=self._residual,
             seed=config.seed,
             step_index=self.step,
+            row=row,
             backend=None if config.backend is None else f"{config.backend}?",
         )
         self._stats, self._version = stats, self.masks._version
-        self.step += 1
+        if row is None or row == len(self.masks) - 1:
+            self.step += 1
         return stats
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config import SFPKConfig
 from .coordinates import Coordinates
 from .ops import Cut, masked_weights, topk_mask, topk_threshold
 
@@ -43,6 +45,12 @@ class Polarized:
         )
 
 
+def score_kinds(config: SFPKConfig) -> set[str]:
+    """The scores a run needs; each but "mask" has a saliency (d,) of its own, as has the weighted kernel."""
+    kinds = {config.polarizer, config.final_score or config.polarizer}
+    return kinds | ({"mask_weight"} if config.kernel == "weighted_rbf" else set())
+
+
 class Polarizer:
     """Scores coordinates and makes particles binary (method step 1).
 
@@ -56,16 +64,20 @@ class Polarizer:
     """
 
     def __init__(self, coordinates: Coordinates, theta: Tensor, selection: str, backend: str | None = None):
-        self._saliency = theta.abs()  # (d,)
-        self._normalized = coordinates.normalize(self._saliency)  # (d,)
+        self._coordinates = coordinates
+        self._theta = theta
         self._selection = selection
         self._backend = backend
         self._cuts: dict[str, Cut] = {}  # the last ones by kind: where to look first
 
-    @property
+    @cached_property
     def saliency(self) -> Tensor:
         """a_e = |θ_e|, (d,)."""
-        return self._saliency
+        return self._theta.abs()
+
+    @cached_property
+    def _normalized(self) -> Tensor:
+        return self._coordinates.normalize_(self._theta.abs())
 
     def score(
         self,
@@ -141,7 +153,7 @@ class Polarizer:
         """Score and saliency as the ops take them."""
         if kind == "mask":
             return {"score": "value", "saliency": None}
-        return {"score": "abs_saliency", "saliency": self._saliency if kind == "mask_weight" else self._normalized}
+        return {"score": "abs_saliency", "saliency": self.saliency if kind == "mask_weight" else self._normalized}
 
     def final(
         self,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,15 +13,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import BatchStream, default_loss, move_to
+from .batches import BatchStream, move_to
 from .config import SFPKConfig
 from .coordinates import Coordinates, Ignored
-from .energy import LossFn, ParticleEnergy
+from .energy import LossFn
 from .masks import MaskSet
 from .model_state import guarded, seeded
 from .particles import ParticleSystem
+from .plan import Plan, check_state, make_energy, plan_run, state_device
 from .polarizer import Polarizer, budget
 from .vote import Vote
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +55,11 @@ class PruneResult:
 
     mask: MaskSet  # the final mask
     history: list[StepRecord]  # one entry per step done
-    particles: Tensor  # (n, d) final particles
+    particles: Tensor  # (n, d) final particles (of a finished run the live ones, not a copy)
     score: Tensor  # (d,) the vote behind the mask
     config: SFPKConfig
     coordinates: Coordinates
+    plan: Plan  # memory, and how particles went through the model
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Apply the mask to ``model``; see :meth:`MaskSet.apply_`."""
@@ -79,6 +85,7 @@ class SFPKPruner:
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: nothing prunable, a model on two devices, or a sparsity that keeps no weight.
+        MemoryError: particles and weights alone will not fit.
     """
 
     def __init__(
@@ -105,23 +112,18 @@ class SFPKPruner:
             include_norms=include_norms,
         )
         budget(config.sparsity, self.coordinates.d)
+        check_state(self.coordinates, config)
         self.config = config
         self.history: list[StepRecord] = []
         self._model = model
         self._callbacks = tuple(callbacks)
-        self._theta = self.coordinates.flatten(model)
+        self.plan: Plan | None = None  # made on the first batch
+        self._theta = self.coordinates.flatten(model).to(state_device(self.coordinates, config))
         backend = None if config.backend is None else f"{config.backend}?"
         self._polarizer = Polarizer(self.coordinates, self._theta, config.selection, backend)
-        self._system = ParticleSystem(self.coordinates.d, config, self._theta, self._polarizer.saliency)
-        self._energy = ParticleEnergy(
-            model,
-            loss_fn or default_loss,
-            self.coordinates,
-            self._theta,
-            mode=config.energy_mode,
-            chunk_size=config.chunk_size,
-            backend=backend,
-        )
+        saliency = self._polarizer.saliency if config.kernel == "weighted_rbf" else None
+        self._system = ParticleSystem(self.coordinates.d, config, self._theta, saliency)
+        self._energy = make_energy(model, loss_fn, self.coordinates, self._theta, config)
         self._vote = Vote(
             self._polarizer,
             config.final_score or config.polarizer,
@@ -130,6 +132,7 @@ class SFPKPruner:
             config.momentum,
         )
         self._last_energies: Tensor | None = None
+        self._broken: str | None = None  # why no step can follow
 
     @property
     def particles(self) -> Tensor:
@@ -155,6 +158,7 @@ class SFPKPruner:
         Raises:
             ValueError: an empty loader or a one-shot iterator that runs out.
             FloatingPointError: a loss that is not finite; the message names step and particle.
+            MemoryError: the run will not fit; the message holds the plan, and what would fit.
         """
         n, remaining = self.config.n_particles, self.config.n_steps - self._system.step
         with (
@@ -164,10 +168,16 @@ class SFPKPruner:
         ):
             stream = BatchStream(loader, self.coordinates.device, n * remaining)  # draws the data order: seeded
             while not self.done:
-                record = self._step(stream.take(n))
+                batches = stream.take(n)
+                if self.plan is None:
+                    plan = self._make_plan(batches[0])
+                    if not bar.disable:
+                        bar.write(str(plan), file=sys.stderr)
+                record = self._step(batches)
                 bar.set_postfix(loss=f"{record.energy:.4f}", density=f"{record.density:.4f}", refresh=False)
                 bar.update()
-        return self.result()
+            self._energy.release()
+            return self.result()
 
     def step(self, batches: Sequence[Any]) -> StepRecord:
         """One step of every particle.
@@ -176,12 +186,16 @@ class SFPKPruner:
             batches: n of them, one per particle.
 
         Raises:
-            RuntimeError: the run is over.
+            RuntimeError: the run is over, or an error left a lean step half done.
             ValueError: another number of batches.
-            FloatingPointError: a loss that is not finite. The particles have not moved then.
+            FloatingPointError: a loss that is not finite. The particles have not moved then (``memory="lean"``: those
+                before it have, as the message says).
+            MemoryError: as for :meth:`run`.
         """
         if self.done:
             raise RuntimeError(f"step: the run is over after {self._system.step} steps")
+        if self._broken is not None:
+            raise RuntimeError(f"step: this run cannot go on: {self._broken}")
         if not isinstance(batches, Sequence) or len(batches) != self.config.n_particles:
             got = len(batches) if isinstance(batches, Sequence) else type(batches).__name__
             raise ValueError(f"batches: wanted a list of {self.config.n_particles}, one per particle, got {got}")
@@ -190,20 +204,36 @@ class SFPKPruner:
 
     def _step(self, batches: Sequence[Any]) -> StepRecord:
         """The numbered steps of the method, in their order."""
+        plan = self.plan or self._make_plan(batches[0])
         started = time.perf_counter()
         system, number = self._system, self._system.step + 1
         # 1. polarize
         keep = self._polarizer.polarize(system.masks, system.densities, self.config.polarizer)
-        # 2. energies, each particle on its own batch
+        # 2. energies, each particle on its own batch; 3.-7. repulsion, transition, retraction, consensus
+        moved = 0
         try:
             with seeded(self._step_seed(number), self.coordinates.device):
-                energies, grads = self._energy(keep, batches)
-            self._check_finite(energies, grads, number)
-            # 3.-7. repulsion, transition, retraction, consensus
-            stats = system.move_(grads)
-        except Exception as error:
+                if plan.memory == "fast":
+                    energies, grads = self._energy(keep, batches)
+                    self._check_finite(energies, grads, number)
+                    stats = system.move_(grads)
+                else:
+                    energies = torch.empty(len(keep), dtype=torch.float64, device=self._theta.device)
+                    cosines, grad = torch.zeros_like(energies), self._energy.buffer(1)
+                    with self._energy.one_by_one():
+                        for i in range(len(keep)):
+                            energies[i] = self._energy.single(i, keep.rows(slice(i, i + 1)), batches[i], grad[0])
+                            self._check_finite(energies[i : i + 1], grad, number, first=i)
+                            stats = system.move_(grad, row=i)
+                            cosines[i] = stats.cosines[i]
+                            moved = i + 1
+                    stats = stats._replace(cosines=cosines)
+        except BaseException as error:
+            who = f"particles 0 … {moved - 1} have moved" if moved else "the particles have not moved"
+            if moved:
+                self._broken = f"step {number} stopped half-way, {who}"
             if hasattr(error, "add_note"):  # Python ≥ 3.11
-                error.add_note(f"sfpk_kernels: in step {number} of {self.config.n_steps}; the particles have not moved")
+                error.add_note(f"sfpk_kernels: in step {number} of {self.config.n_steps}; {who}")
             raise
         self._last_energies = energies
         if self._vote.remembers:
@@ -227,18 +257,33 @@ class SFPKPruner:
         Raises:
             RuntimeError: no step was done yet.
         """
-        if self._last_energies is None:
+        if self._last_energies is None or self.plan is None:
             raise RuntimeError("result: wanted at least one step done, got none")
         score = self._vote.current(self._system.masks, self._system.densities, self._last_energies)
         mask = self._polarizer.final(score, self.config.sparsity)
         return PruneResult(
             mask=MaskSet.from_flat(mask, self.coordinates),
             history=list(self.history),
-            particles=self._system.masks.clone(),
-            score=score.clone(),
+            particles=self._system.masks if self.done else self._system.masks.clone(),
+            score=score.clone() if self._vote.remembers else score,
             config=self.config,
             coordinates=self.coordinates,
+            plan=self.plan,
         )
+
+    def _make_plan(self, batch: Any) -> Plan:
+        """Measure the first batch, decide what is left to decide, refuse what will not fit."""
+        taken = sum(t.numel() * t.element_size() for t in (self._theta, self._system.masks))
+        try:
+            plan = plan_run(self._energy, self.config, batch, taken)
+        except BaseException as error:
+            if hasattr(error, "add_note"):  # Python ≥ 3.11
+                error.add_note("sfpk_kernels: in the trial pass before step 1; the particles have not moved")
+            raise
+        logger.info("%s", plan)
+        plan.check()
+        self.plan = plan
+        return plan
 
     def _step_seed(self, number: int) -> int:
         """One per step, far from those of neighbouring seeds."""
@@ -247,7 +292,7 @@ class SFPKPruner:
     def _guard(self) -> Any:
         return guarded(self._model, bn=self.config.bn, dropout=self.config.dropout)
 
-    def _check_finite(self, energies: Tensor, grads: Tensor, number: int) -> None:
+    def _check_finite(self, energies: Tensor, grads: Tensor, number: int, first: int = 0) -> None:
         finite = torch.isfinite(energies)
         what, value = "loss", energies
         if bool(finite.all()):
@@ -256,9 +301,9 @@ class SFPKPruner:
             value = extremes.abs().amax(dim=1)
             finite, what = torch.isfinite(value), "gradient"
         if not bool(finite.all()):
-            particle = int((~finite).int().argmax())
+            bad = int((~finite).int().argmax())
             raise FloatingPointError(
-                f"loss_fn: wanted a finite {what}, got {float(value[particle])} in step {number}, particle {particle}"
+                f"loss_fn: wanted a finite {what}, got {float(value[bad])} in step {number}, particle {first + bad}"
             )
 
 

@@ -71,9 +71,9 @@ def test_flat_order_and_views(mlp):
 
 def test_normalize_divides_by_each_tensors_mean(mlp):
     saliency = Coordinates(mlp).flatten(mlp).abs()
-    parts = Coordinates(mlp).split(Coordinates(mlp).normalize(saliency))
+    parts = Coordinates(mlp).split(Coordinates(mlp).normalize_(saliency.clone()))
     assert [float(part.mean()) for part in parts] == pytest.approx([1, 1])
-    assert torch.equal(Coordinates(mlp).normalize(torch.zeros(144)), torch.zeros(144))
+    assert torch.equal(Coordinates(mlp).normalize_(torch.zeros(144)), torch.zeros(144))
 
 
 @pytest.mark.parametrize(

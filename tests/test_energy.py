@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sfpk_kernels import Coordinates, default_loss
-from sfpk_kernels.energy import ParticleEnergy
+from sfpk_kernels.energy import Choice, ParticleEnergy
 from sfpk_kernels.model_state import guarded
 
 
@@ -108,14 +108,20 @@ class DataDependent(nn.Module):
         return y if y.sum() > 0 else -y
 
 
-def test_a_model_vmap_cannot_run_goes_one_by_one_with_one_log_line(vectors, caplog):
+def test_a_model_vmap_cannot_run_goes_one_by_one_and_says_why(vectors, caplog):
     model = DataDependent()
-    with caplog.at_level(logging.WARNING, logger="sfpk_kernels"):
-        losses, grads, energy = energies(model, vectors, mode="auto", chunk_size=4)
+    losses, grads, energy = energies(model, vectors, mode="auto", chunk_size=4)
+    grads = grads.clone()
     assert energy.mode == "sequential"
-    messages = [r.getMessage() for r in caplog.records if "vmap failed" in r.getMessage()]
-    assert len(messages) == 1
-    assert "data-dependent control flow" in messages[0] or "RuntimeError" in messages[0]
+    assert "vmap failed" in energy.choice.reason
+    assert "data-dependent control flow" in energy.choice.reason or "RuntimeError" in energy.choice.reason
+    # Batches that look alike in the trial may differ later: one log line then.
+    energy.choice = Choice("vmap", "as the trial might have found")
+    with caplog.at_level(logging.WARNING, logger="sfpk_kernels"), guarded(model, bn="batch", dropout=False):
+        for _ in range(2):
+            energy(torch.ones(10, energy.problem.theta.numel(), dtype=torch.bool), vectors)
+    assert energy.mode == "sequential"
+    assert len([r for r in caplog.records if "vmap failed" in r.getMessage()]) == 1
     expected = energies(model, vectors, mode="sequential")
     assert torch.equal(losses, expected[0])
     assert torch.equal(grads, expected[1])
@@ -135,14 +141,44 @@ def test_a_vmap_pass_that_fails_leaves_nothing_on_the_model(vectors):
     assert not hasattr(model, "last")
 
 
-def test_auto_takes_vmap_for_linear_stacks_only(mlp, convnet, vectors, images):
-    assert energies(mlp, vectors, mode="auto")[2].mode == "vmap"
-    assert energies(convnet, images, mode="auto")[2].mode == "sequential"
+def test_auto_takes_what_the_trial_finds_fastest(mlp, vectors):
+    choice = energies(mlp, vectors, mode="auto")[2].choice
+    assert set(choice.seconds) == {"sequential", "vmap"}
+    assert choice.mode in choice.seconds
+    assert "per particle sequential" in choice.reason
+    assert all(seconds > 0 for seconds in choice.seconds.values())
+    slower = max(choice.seconds.values())
+    assert choice.seconds[choice.mode] <= slower
+
+
+def test_auto_does_not_time_where_runs_must_repeat(mlp, vectors):
+    torch.use_deterministic_algorithms(True)
+    try:
+        choice = energies(mlp, vectors, mode="auto")[2].choice
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert choice.mode == "sequential"
+    assert "use_deterministic_algorithms" in choice.reason
+
+
+def test_auto_tries_vmap_only_where_there_is_room(mlp, vectors):
+    coordinates = Coordinates(mlp)
+    energy = ParticleEnergy(mlp, default_loss, coordinates, coordinates.flatten(mlp))
+    with guarded(mlp, bn="batch", dropout=False):
+        choice = energy.choose(vectors[0], 10, room=1000)
+    assert set(choice.seconds) == {"sequential"}
+    assert "1 kB are free" in choice.reason
 
 
 def test_batches_of_different_size(mlp, vectors):
     ragged = [*vectors[:3], (vectors[3][0][:5], vectors[3][1][:5])]
-    losses, grads, energy = energies(mlp, ragged, mode="auto")
+    coordinates = Coordinates(mlp)
+    energy = ParticleEnergy(mlp, default_loss, coordinates, coordinates.flatten(mlp))
+    energy.choice = Choice("vmap", "as the trial might have found")
+    generator = torch.Generator().manual_seed(1)
+    keep = torch.rand(4, coordinates.d, generator=generator) > 0.3
+    with guarded(mlp, bn="batch", dropout=False):
+        losses, grads = energy(keep, ragged)
     assert energy.mode == "vmap", "one ragged chunk does not switch vmap off"
     expected = energies(mlp, ragged, mode="sequential")
     torch.testing.assert_close(losses, expected[0])

@@ -48,7 +48,8 @@ using sfpk::ValueKind;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kSerialRow = 1 << 16;  // rows up to this many entries are shared out whole among threads
+constexpr int64_t kSerialRow = 1 << 20;  // rows up to this many entries are shared out whole among threads
+constexpr int64_t kGrain = 1 << 16;      // entries that are worth a thread
 
 ValueKind kind_of(const Tensor& t, const char* op) {
   SFPK_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16 ||
@@ -238,7 +239,7 @@ int64_t topk_(const std::vector<Tensor>& values, bool rows, int64_t score,
     sfpk::write_masks(all[row], ordered, outputs, static_cast<Packing>(packing));
   };
   if (n > 1 && d <= kSerialRow) {
-    torch::stable::parallel_for(0, n, std::max<int64_t>(1, kSerialRow / (d + 1)),
+    torch::stable::parallel_for(0, n, std::max<int64_t>(1, kGrain / (d + 1)),
                                 [&](int64_t begin, int64_t end) {
                                   for (int64_t row = begin; row < end; ++row) solve(row);
                                 });

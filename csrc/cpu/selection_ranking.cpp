@@ -27,6 +27,7 @@ constexpr int64_t kSmall = 1 << 14;
 constexpr double kSigmas = 4.0;
 constexpr float kGuessMargin = 0.025f;
 constexpr int64_t kSmallSample = 1 << 12, kLargeSample = 1 << 16;
+constexpr int64_t kGuessedSample = 512;  // beside a guess, which it only confirms
 constexpr int kTries = 3;
 constexpr int64_t kCrowded = 8;        // brackets with more than 1/8 of the sample are not compacted
 constexpr int64_t kMostCompacted = 6;  // nor more than 1/6 of all keys
@@ -253,7 +254,8 @@ KeyCut Ranking::cut(int64_t k, std::optional<float> guess) {
   Bracket known{kLowestKey, kInfinityKey, 0};
   if (total_ > kSmall) {
     const bool guessed = guess && std::isfinite(*guess);
-    auto keys = sample(std::clamp(total_ / (guessed ? 1024 : 64), kSmallSample, kLargeSample));
+    auto keys = sample(
+        std::clamp(total_ / (guessed ? 1024 : 64), guessed ? kGuessedSample : kSmallSample, kLargeSample));
     for (int tries = 0; tries < kTries; ++tries) {
       Bracket next = known;
       const bool compact = choose_bracket(keys, k, next);

@@ -134,8 +134,8 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
                    const std::optional<Tensor>& saliency, const std::optional<Tensor>& sizes,
                    std::optional<Tensor> residual, const std::vector<Tensor>& state, double step,
                    double radius, double repulsion, bool weighted, bool squared,
-                   std::optional<double> target_density, double consensus, double eps, int64_t key,
-                   bool skip, int64_t only) {
+                   std::optional<double> target_density, double consensus, double eps, int64_t key, bool skip,
+                   int64_t only) {
   SFPK_CHECK(masks.dim() == 2 && masks.size(0) > 0 && masks.size(1) > 0, "transition_", "masks",
              "shape (n >= 1, d >= 1)", masks.dim(), " dimensions");
   SFPK_CHECK(state.empty() || state.size() >= 5, "transition_", "state", "TransitionStats or nothing",

@@ -35,9 +35,9 @@ struct Problem {
   FloatKind grad_kind;
   const float *weights, *saliency, *sizes;  // (d), or null
   bool weighted, repel, grams, moves;
-  int64_t only;  // the one particle that moves, its gradient the one row of grads; -1 for all
-  const float* mix;                                      // (n, n): repulsion as a mix of centred particles
-  const float* guess;                                    // (n): u is accumulated as g - guess * s
+  int64_t only;        // the one particle that moves, its gradient the one row of grads; -1 for all
+  const float* mix;    // (n, n): repulsion as a mix of centred particles
+  const float* guess;  // (n): u is accumulated as g - guess * s
   const float *slope_high, *slope_low;                   // (n): u = g - slope * s, slope in two floats
   const float *keep, *radial, *tangential, *after_pull;  // (n): m += keep m + radial s + tangential u
   float pull;                                            // consensus
