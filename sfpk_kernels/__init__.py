@@ -7,7 +7,7 @@ from .batchnorm import recalibrate_batchnorm
 from .config import SFPKConfig
 from .coordinates import Coordinates
 from .masks import MaskSet
-from .plan import Plan, plan
+from .planning import Plan, plan
 from .pruner import PruneResult, SFPKPruner, StepRecord, prune
 
 __all__ = [

@@ -20,7 +20,7 @@ from .energy import LossFn
 from .masks import MaskSet
 from .model_state import guarded, seeded
 from .particles import ParticleSystem
-from .plan import Plan, check_state, make_energy, plan_run, state_device
+from .planning import Plan, check_state, make_energy, plan_run, state_device
 from .polarizer import Polarizer, budget
 from .vote import Vote
 

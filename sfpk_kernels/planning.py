@@ -21,7 +21,11 @@ from .polarizer import score_kinds
 _SHARE = 0.9  # of what is available: allocators and operators take a little more than tensors do
 # Passes over the particles, in particles read or written, of everything but forward and backward.
 _PASSES = {"fast": 8.0, "lean": 4.0}  # lean: and two readings of all particles for each of them
-_COPIED = 1 << 23  # elements copied to learn the bandwidth
+_COPIED = 1 << 21  # elements copied to learn the bandwidth
+# Bytes of tensors to bytes of the process, for passes on the CPU: operators' scratch memory and holes in the heap.
+_CPU_OVERHEAD = 1.25
+_TRIAL_BYTES = 64_000_000  # that the trial of a batched pass may always take on the CPU
+_TRIAL_SHARE = 0.25  # of a GPU's free memory
 
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 4}  # bytes; bf16 with the error kept beside it
 
@@ -185,7 +189,9 @@ def plan_run(
     memory = config.memory
     if memory == "auto":
         memory = "fast" if _within(fast, limit) else "lean"
-    room = 0 if memory == "lean" or split else None if limit is None else int(_SHARE * limit) - sum(fast.values())
+    room = 0 if memory == "lean" or split else _TRIAL_BYTES
+    if room and problem.device.type == "cuda" and limit is not None:
+        room = max(room, int(min(_TRIAL_SHARE * limit, _SHARE * limit - sum(fast.values()))))
     choice = energy.choose(batch, config.n_particles, room)
     parts, model_parts = _parts(coordinates, config, memory, choice, split)
     if memory == "fast" and config.memory == "auto" and not _within(parts, limit):
@@ -227,17 +233,21 @@ def _parts(
 ) -> tuple[dict[str, int], dict[str, int]]:
     parts = _state(coordinates, config, memory)
     d, size = coordinates.d, coordinates.dtype.itemsize
-    passing = {"forward and backward": choice.transient.get(choice.mode, 0)}
+    overhead = _CPU_OVERHEAD if coordinates.device.type == "cpu" else 1.0
+    transient = {mode: int(overhead * size) for mode, size in choice.transient.items()}
+    passing = {"forward and backward": transient.get(choice.mode, 0)}
     if choice.mode != "vmap":  # of vmap they count as part of the pass
         passing = {"masked weights": d * size, **passing}
     if choice.mode == "cudagraph" or split:
         passing["gradient row"] = d * size
-    # At the end the vote takes the place of gradients and passes: score, a part of it, and a mask.
+    # The trial before, and the vote at the end (score, a part of it, a mask), take the place of gradients and passes.
     vote = (2 * size + 1) * d
+    trial = transient.get("vmap", 0) + d * size * min(config.chunk_size or config.n_particles, config.n_particles)
     if split:
         return {**parts, "crossing": d * size}, passing
     spare = parts["gradients"] + sum(passing.values())
-    return {**parts, **passing, "vote": max(0, vote - spare)}, {}
+    others = max(vote, trial if "vmap" in transient else 0)
+    return {**parts, **passing, "trial and vote": max(0, others - spare)}, {}
 
 
 def _ways_out(coordinates: Coordinates, config: SFPKConfig, memory: str, choice: Choice) -> dict[str, int]:
