@@ -19,6 +19,7 @@ _NORMS: tuple[type, ...] = (
 _LAYERS: tuple[type, ...] = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 _EMBEDDINGS: tuple[type, ...] = (nn.Embedding, nn.EmbeddingBag)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_PIECE = 1 << 18  # elements
 
 Ignored = str | type[nn.Module] | nn.Module
 
@@ -131,7 +132,9 @@ class Coordinates:
     ) -> Tensor:  # (d,)
         """Every tensor's part divided by its own mean, so that layers of different scale compare."""
         for part in saliency.split([tensor.numel for tensor in self.tensors]):
-            mean = part.sum(dtype=torch.float64).div(part.numel()).to(part.dtype)
+            # In pieces: each is converted to fp64 as a whole.
+            total = torch.stack([piece.sum(dtype=torch.float64) for piece in part.split(_PIECE)]).sum()
+            mean = total.div(part.numel()).to(part.dtype)
             part.div_(torch.where(mean > 0, mean, 1.0))
         return saliency
 

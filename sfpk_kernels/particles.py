@@ -11,7 +11,7 @@ from .config import SFPKConfig
 from .ops import TransitionStats, transition_
 from .schedule import density_schedule
 
-_PART = 1 << 18  # columns
+_PART = 1 << 18  # elements
 
 
 class ParticleSystem:
@@ -61,7 +61,8 @@ class ParticleSystem:
         if stats is not None:
             return stats.densities
         # In parts: each is converted to fp64 as a whole.
-        norms = [torch.linalg.vector_norm(p, dim=1, dtype=torch.float64) for p in self.masks.split(_PART, dim=1)]
+        part = max(1, _PART // len(self.masks))
+        norms = [torch.linalg.vector_norm(p, dim=1, dtype=torch.float64) for p in self.masks.split(part, dim=1)]
         share = torch.stack(norms).square().sum(dim=0) / self.masks.shape[1]
         return share.sqrt() if self._config.density == "l2" else share
 

@@ -24,6 +24,8 @@ _PASSES = {"fast": 8.0, "lean": 4.0}  # lean: and two readings of all particles 
 _COPIED = 1 << 21  # elements copied to learn the bandwidth
 # Bytes of tensors to bytes of the process, for passes on the CPU: operators' scratch memory and holes in the heap.
 _CPU_OVERHEAD = 1.25
+# What the C library's allocator holds without use: at most so many bytes, or that share of what is used.
+_HEAP_BYTES, _HEAP_SHARE = 25_000_000, 0.125
 _TRIAL_BYTES = 64_000_000  # that the trial of a batched pass may always take on the CPU
 _TRIAL_SHARE = 0.25  # of a GPU's free memory
 
@@ -190,8 +192,10 @@ def plan_run(
     if memory == "auto":
         memory = "fast" if _within(fast, limit) else "lean"
     room = 0 if memory == "lean" or split else _TRIAL_BYTES
-    if room and problem.device.type == "cuda" and limit is not None:
-        room = max(room, int(min(_TRIAL_SHARE * limit, _SHARE * limit - sum(fast.values()))))
+    if room and limit is not None:
+        if problem.device.type == "cuda":
+            room = max(room, int(_TRIAL_SHARE * limit))
+        room = max(0, min(room, int(_SHARE * limit) - sum(_state(coordinates, config, "lean").values())))
     choice = energy.choose(batch, config.n_particles, room)
     parts, model_parts = _parts(coordinates, config, memory, choice, split)
     if memory == "fast" and config.memory == "auto" and not _within(parts, limit):
@@ -247,7 +251,9 @@ def _parts(
         return {**parts, "crossing": d * size}, passing
     spare = parts["gradients"] + sum(passing.values())
     others = max(vote, trial if "vmap" in transient else 0)
-    return {**parts, **passing, "trial and vote": max(0, others - spare)}, {}
+    parts = {**parts, **passing, "trial and vote": max(0, others - spare)}
+    heap = int(min(_HEAP_BYTES, _HEAP_SHARE * sum(parts.values()))) if coordinates.device.type == "cpu" else 0
+    return {**parts, "held by the allocator": heap}, {}
 
 
 def _ways_out(coordinates: Coordinates, config: SFPKConfig, memory: str, choice: Choice) -> dict[str, int]:

@@ -77,6 +77,14 @@ def test_replace_checks_again():
         ("selection", "fuzzy", ValueError),
         ("bn", "eval", ValueError),
         ("energy_mode", "fast", ValueError),
+        ("dtype", "float64", ValueError),
+        ("memory", "small", ValueError),
+        ("offload", "disk", ValueError),
+        ("microbatch", 0, ValueError),
+        ("microbatch", 1.5, TypeError),
+        ("compile", 1, TypeError),
+        ("memory_limit", 0, ValueError),
+        ("memory_limit", "4GB", TypeError),
     ],
 )
 def test_bad_values_are_named(field, value, error):
@@ -121,3 +129,9 @@ def test_schedule_values():
 def test_bad_schedules_are_named(arguments, word):
     with pytest.raises(ValueError, match=word):
         density_schedule(*arguments)
+
+
+@pytest.mark.parametrize("options", [{"memory": "lean"}, {"offload": "cpu"}])
+def test_vmap_needs_all_particles_where_the_model_is(options):
+    with pytest.raises(ValueError, match="energy_mode: 'vmap' wanted"):
+        SFPKConfig(0.5, energy_mode="vmap", **options)

@@ -13,6 +13,8 @@ from sfpk_kernels.ops import topk_mask
 from sfpk_kernels.particles import ParticleSystem
 from sfpk_kernels.vote import Vote
 
+from .snapshot import Snapshot
+
 
 def quick(preset="default", sparsity=0.8, **overrides):
     options = {"n_particles": 3, "n_steps": 8, "energy_mode": "sequential", **overrides}
@@ -20,32 +22,6 @@ def quick(preset="default", sparsity=0.8, **overrides):
 
 
 TRIAL_PASSES = 4  # one to measure memory, three timed
-
-
-class Snapshot:
-    """Everything about a model that a run must leave alone."""
-
-    def __init__(self, model):
-        self.model = model
-        self.values = copy.deepcopy(model.state_dict())
-        self.identities = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-        self.buffers = {name: id(b) for name, b in model.named_buffers()}
-        self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
-        self.modes = [m.training for m in model.modules()]
-        self.tracking = [getattr(m, "track_running_stats", None) for m in model.modules()]
-        self.grads = {name: p.grad for name, p in model.named_parameters()}
-
-    def check(self):
-        model = self.model
-        for name, value in model.state_dict().items():
-            assert torch.equal(value, self.values[name]), name
-        assert {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} == self.identities
-        assert {name: id(b) for name, b in model.named_buffers()} == self.buffers
-        assert {name: p.requires_grad for name, p in model.named_parameters()} == self.flags
-        assert [m.training for m in model.modules()] == self.modes
-        assert [getattr(m, "track_running_stats", None) for m in model.modules()] == self.tracking
-        assert {name: p.grad for name, p in model.named_parameters()} == self.grads
-        assert all(p.is_leaf for p in model.parameters())
 
 
 @pytest.mark.parametrize("preset", ["default", "paper", "authors"])

@@ -1,0 +1,31 @@
+"""What a run must leave alone."""
+
+import copy
+
+import torch
+
+
+class Snapshot:
+    """Everything about a model that a run must leave alone."""
+
+    def __init__(self, model):
+        self.model = model
+        self.values = copy.deepcopy(model.state_dict())
+        self.identities = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+        self.buffers = {name: id(b) for name, b in model.named_buffers()}
+        self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.modes = [m.training for m in model.modules()]
+        self.tracking = [getattr(m, "track_running_stats", None) for m in model.modules()]
+        self.grads = {name: p.grad for name, p in model.named_parameters()}
+
+    def check(self):
+        model = self.model
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, self.values[name]), name
+        assert {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} == self.identities
+        assert {name: id(b) for name, b in model.named_buffers()} == self.buffers
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == self.flags
+        assert [m.training for m in model.modules()] == self.modes
+        assert [getattr(m, "track_running_stats", None) for m in model.modules()] == self.tracking
+        assert {name: p.grad for name, p in model.named_parameters()} == self.grads
+        assert all(p.is_leaf for p in model.parameters())
