@@ -132,8 +132,11 @@ class Coordinates:
     ) -> Tensor:  # (d,)
         """Every tensor's part divided by its own mean, so that layers of different scale compare."""
         for part in saliency.split([tensor.numel for tensor in self.tensors]):
-            # In pieces: each is converted to fp64 as a whole.
-            total = torch.stack([piece.sum(dtype=torch.float64) for piece in part.split(_PIECE)]).sum()
+            # In pieces: each is converted to fp64 as a whole. Added up at once: results kept would leave holes in the
+            # heap that the next piece does not fit in.
+            total = torch.zeros((), dtype=torch.float64, device=part.device)
+            for piece in part.split(_PIECE):
+                total += piece.sum(dtype=torch.float64)
             mean = total.div(part.numel()).to(part.dtype)
             part.div_(torch.where(mean > 0, mean, 1.0))
         return saliency

@@ -60,10 +60,12 @@ class ParticleSystem:
         stats = self.stats
         if stats is not None:
             return stats.densities
-        # In parts: each is converted to fp64 as a whole.
-        part = max(1, _PART // len(self.masks))
-        norms = [torch.linalg.vector_norm(p, dim=1, dtype=torch.float64) for p in self.masks.split(part, dim=1)]
-        share = torch.stack(norms).square().sum(dim=0) / self.masks.shape[1]
+        # In parts: each is converted to fp64 as a whole. Added up at once: results kept would leave holes in the heap
+        # that the next part does not fit in.
+        total = torch.zeros(len(self.masks), dtype=torch.float64, device=self.masks.device)
+        for part in self.masks.split(max(1, _PART // len(self.masks)), dim=1):
+            total += torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square()
+        share = total / self.masks.shape[1]
         return share.sqrt() if self._config.density == "l2" else share
 
     def move_(

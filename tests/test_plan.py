@@ -2,10 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,37 +9,33 @@ from torch import nn
 
 import sfpk_kernels
 from sfpk_kernels import SFPKConfig, SFPKPruner, prune
+from sfpk_kernels.bench import peak
 from sfpk_kernels.bench.models import images, mlp, resnet
 
 from .snapshot import Snapshot
 
-ROOT = Path(__file__).parent.parent
-CAN_MEASURE = sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
 SLOW = [
-    ("mlp", {"energy_mode": "sequential"}),
-    ("mlp", {"energy_mode": "vmap"}),
-    ("resnet", {"energy_mode": "sequential"}),
-    ("resnet", {"energy_mode": "sequential", "memory": "lean"}),
-    ("vit", {"energy_mode": "vmap"}),
-    ("gpt", {"energy_mode": "sequential"}),
-    ("gpt", {"memory": "lean", "particle_dtype": "float16"}),
+    ("wide-mlp", {"energy_mode": "sequential"}),
+    ("wide-mlp", {"energy_mode": "vmap"}),
+    ("wide-resnet-20", {"energy_mode": "sequential"}),
+    ("wide-resnet-20", {"energy_mode": "sequential", "memory": "lean"}),
+    ("vit-small", {"energy_mode": "vmap"}),
+    ("gpt-small", {"energy_mode": "sequential"}),
+    ("gpt-small", {"memory": "lean", "particle_dtype": "float16"}),
 ]
 
 
-@pytest.mark.skipif(not CAN_MEASURE, reason="the peak of a process cannot be set back here")
+@pytest.mark.skipif(not peak.can_measure(), reason="the peak of a process cannot be set back here")
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        ("mlp", {"memory": "lean"}),
-        ("vit", {"energy_mode": "sequential"}),
+        ("wide-mlp", {"memory": "lean"}),
+        ("vit-small", {"energy_mode": "sequential"}),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
     ],
 )
 def test_the_predicted_peak_is_the_measured_one_within_15_percent(model, options):
-    command = [sys.executable, "-m", "tests.measure_peak", model, json.dumps(options)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = peak.measure(model, "ours", **{"n_particles": 5, "n_steps": 2, **options})
     assert found["measured"] > 100e6, "too little to tell"
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.15), found
 

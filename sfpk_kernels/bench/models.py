@@ -185,5 +185,10 @@ WORKLOADS = {
         Workload("mobilenet-v1", mobilenet, images(64), 4),
         Workload("deit-t", Vit, images(224), 1),
         Workload("gpt-100m", Gpt, texts(64, 32000), 1),
+        # Some hundred megabytes in seconds: for the tests of predicted memory.
+        Workload("wide-mlp", lambda: mlp((64, 2048, 2048, 10)), images(8, channels=1), 64),
+        Workload("wide-resnet-20", lambda: resnet(20, 64), images(32), 16),
+        Workload("vit-small", lambda: Vit(256, 6, 4, image=64, patch=8), images(64), 16),
+        Workload("gpt-small", lambda: Gpt(512, 6, 8, vocabulary=8000, tokens=64), texts(64, 8000), 8),
     )
 }

@@ -1,0 +1,159 @@
+"""Whole SFPK steps, ours against Algorithm 3 as printed: same model, batches, seeds and settings, in one run."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SFPKConfig
+from ..pruner import SFPKPruner
+from . import peak
+from .models import WORKLOADS
+
+NAMES = ("mlp", "resnet-demo", "resnet-20", "mobilenet-v1", "deit-t", "gpt-100m")
+
+_TOLERANCE = 1e-3  # of the particles after one long step, relative: fp32 sums in another order, amplified by batch-norm
+_ROUNDS, _ROUNDS_QUICK = 9, 3
+_LONG = 20.0  # seconds of a naive step after which one is enough
+_LEAN = ("gpt-100m",)  # where gradients of all particles are not worth their memory
+
+logger = logging.getLogger(__name__)
+
+
+def measure(
+    name: str,
+    *,
+    particles: int = 10,
+    quick: bool = False,
+    device: str = "cpu",
+    memory: bool = True,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Seconds per step and peak bytes of one workload.
+
+    Steps of the two take turns; medians. Peaks are those of processes of their own.
+
+    Args:
+        name: of :data:`NAMES`.
+        particles: n.
+        quick: fewer rounds.
+        device: where the model is.
+        memory: measure the peaks, too.
+        options: SFPKConfig's fields that ours runs with beyond the paper's settings.
+
+    Returns:
+        Plain numbers; ``outside_share`` is the part of our step that is neither forward nor backward pass.
+    """
+    changes = {**({"memory": "lean"} if name in _LEAN else {}), **(options or {})}
+    row = _times(name, particles, quick, device, changes)
+    if memory and (device != "cpu" or peak.can_measure()):
+        wanted = {"n_particles": particles, "device": device}
+        found = peak.measure(name, "ours", **wanted, **changes)
+        half = peak.measure(name, "ours", **{**wanted, **changes, "memory": "lean", "particle_dtype": "float16"})
+        row["peak_bytes"], row["predicted_bytes"] = found["measured"], found["predicted"]
+        row["peak_bytes_lean_fp16"] = half["measured"]
+        row["naive_peak_bytes"] = peak.measure(name, "naive", **wanted)["measured"]
+    return row
+
+
+def _times(name: str, particles: int, quick: bool, device: str, changes: dict[str, Any]) -> dict[str, Any]:
+    work = WORKLOADS[name]
+    torch.manual_seed(0)
+    model = work.build().to(device)
+    batches = [_to(work.make_batch(work.batch), device) for _ in range(particles)]
+    paper = SFPKConfig.preset("paper", sparsity=0.9, n_particles=particles, n_steps=1)
+    ours_config = paper.replace(n_steps=10_000, **changes)
+
+    # Gate and warm-up in one: the first step of both, from the same particles. The schedule's first step is that of K.
+    started = time.perf_counter()
+    naive = peak.run_naive(model, batches, paper)
+    naive_seconds = [time.perf_counter() - started]
+    first = SFPKPruner(model, None, ours_config.replace(n_steps=1))
+    first.step(batches)
+    error = _error(first.particles, naive, first)
+    del naive, first
+    pruner = SFPKPruner(model, None, ours_config)
+    pruner.step(batches)  # trial and warm-up
+    passes = _Stopwatch(pruner)
+    seconds, shares = [], []
+    rounds = 1 if naive_seconds[0] > _LONG else _ROUNDS_QUICK if quick else _ROUNDS
+    for turn in range(rounds):
+        passes.seconds = 0.0
+        took = _timed(lambda: pruner.step(batches), device)
+        seconds.append(took)
+        shares.append(1.0 - passes.seconds / took)
+        if rounds > 1:
+            if turn == 0:
+                naive_seconds.clear()  # the first one warmed up
+            naive_seconds.append(_timed(lambda: peak.run_naive(model, batches, paper), device))
+    assert pruner.plan is not None
+    row: dict[str, Any] = {
+        "model": name,
+        "coordinates": pruner.coordinates.d,
+        "batch": work.batch,
+        "particles": particles,
+        "mode": pruner.plan.choice.mode,
+        "memory": pruner.plan.memory,
+        "error": error,
+        "agrees": error <= _TOLERANCE,
+        "seconds_per_step": statistics.median(seconds),
+        "naive_seconds_per_step": statistics.median(naive_seconds),
+        "rounds": rounds,
+        "outside_share": statistics.median(shares),
+    }
+    row["ratio"] = row["naive_seconds_per_step"] / row["seconds_per_step"]
+    return row
+
+
+class _Stopwatch:
+    """Adds up the seconds a pruner spends in forward and backward passes."""
+
+    def __init__(self, pruner: SFPKPruner):
+        self.seconds = 0.0
+        self._device = str(pruner.coordinates.device)
+        for runner in pruner._energy._runners.values():
+            runner.differentiate = self._timing(runner.differentiate)
+
+    def _timing(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            _wait(self._device)
+            started = time.perf_counter()
+            result = work(*args, **kwargs)
+            _wait(self._device)
+            self.seconds += time.perf_counter() - started
+            return result
+
+        return timed
+
+
+def _error(ours: Tensor, naive: Tensor, pruner: SFPKPruner) -> float:
+    """Of the particles; in lean steps of the first one alone, because the others have seen it moved."""
+    assert pruner.plan is not None
+    rows = 1 if pruner.plan.memory == "lean" else len(ours)
+    a, b = ours[:rows].cpu(), naive[:rows].cpu()
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
+
+
+def _timed(work: Callable[[], Any], device: str) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _to(batch: Any, device: str) -> Any:
+    from ..batches import move_to
+
+    return move_to(batch, torch.device(device))
