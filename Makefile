@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 EXTRAS := demo,test,bench,dev,gpu
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo demo-full test test-all lint format clean
+.PHONY: setup demo demo-full test test-all bench bench-full gpu-check lint format clean
 
 setup: $(VENV)/.done
 
@@ -30,6 +30,20 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -m ''
 
+# Measure on this machine, append to benchmarks/results, renew the report and the README's table.
+bench: setup
+	$(BIN)/sfpk bench
+	$(BIN)/sfpk bench --report
+
+bench-full: setup
+	$(BIN)/sfpk bench --full
+	$(BIN)/sfpk bench --report
+
+# Offline, with the machine's own Python, torch, Triton and nvcc: no .venv, nothing is downloaded.
+# STAGE="build test" runs a part, OUT=folder takes the logs, DRY=1 does without a GPU what can be done without.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +56,4 @@ format: setup
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info sfpk_kernels/*.so demo-out
+	rm -rf $(VENV) build dist *.egg-info sfpk_kernels/*.so demo-out gpu-out

@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
     demo.set_defaults(run=_demo)
 
+    from .bench.command import add_command as add_bench
+
+    add_bench(commands)
+
     info = commands.add_parser("info", help="versions, devices and backends of this installation")
     info.set_defaults(run=_info)
 

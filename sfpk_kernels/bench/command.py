@@ -1,0 +1,153 @@
+"""``sfpk bench``: measure, append the results, render them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path("benchmarks/results")
+README = Path("README.md")
+
+
+def add_command(subparsers: Any) -> None:
+    """Add ``bench`` to the subparsers of the command ``sfpk``."""
+    bench = subparsers.add_parser(
+        "bench",
+        help="time the ops beside what else one could use, or render recorded results",
+        description="Without --report: measure and append to the results. With --report: render tables and charts.",
+    )
+    bench.add_argument("--op", nargs="+", metavar="OP", help="only these (--list shows them)")
+    bench.add_argument("--group", nargs="+", metavar="GROUP", help="only these: ops, scaling, end_to_end")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    size = bench.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="tiny shapes, a few rounds: does it run? (seconds)")
+    size.add_argument("--full", action="store_true", help="all shapes, more rounds")
+    bench.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS",
+                       help="begin nothing after so many seconds")  # fmt: skip
+    bench.add_argument("--results", type=Path, default=RESULTS, metavar="DIR",
+                       help=f"folder of the *.jsonl files (default: {RESULTS})")  # fmt: skip
+    bench.add_argument("--report", action="store_true",
+                       help="measure nothing: render the results to report.md and PNGs beside them, and the README's "
+                            "table between its markers")  # fmt: skip
+    bench.add_argument("--readme", type=Path, metavar="FILE", help=f"default: {README} where it has the markers")
+    bench.add_argument("--list", action="store_true", help="print ops, shapes and providers")
+    bench.set_defaults(run=bench_command)
+
+
+def bench_command(options: argparse.Namespace) -> int:
+    """Exit code: 0 done, 1 cannot run or a provider of ours is wrong, 2 wrong usage."""
+    from .record import GROUPS
+    from .registry import all_ops
+
+    names = [*all_ops(), "end_to_end"]
+    for option, given, known in (("--op", options.op, names), ("--group", options.group, list(GROUPS))):
+        unknown = [name for name in given or () if name not in known]
+        if unknown:
+            return _refuse(f"{option}: wanted some of {', '.join(known)}, got {unknown[0]}")
+    if options.results.exists() and not options.results.is_dir():
+        return _refuse(f"--results: wanted a folder, got the file {options.results}")
+    if not options.time_limit > 0:
+        return _refuse(f"--time-limit: wanted seconds > 0, got {options.time_limit:g}")
+    if options.readme is not None and not options.readme.is_file():
+        return _refuse(f"--readme: wanted a file, got {options.readme}")
+    if options.list:
+        return _list(options)
+    return _report(options) if options.report else _measure(options)
+
+
+def _refuse(text: str) -> int:
+    print(f"sfpk bench: {text}", file=sys.stderr)
+    return 2
+
+
+def _size(options: argparse.Namespace) -> str:
+    return "quick" if options.quick else "full" if options.full else "default"
+
+
+def _device(options: argparse.Namespace) -> Any:
+    import torch
+
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from .registry import all_ops
+
+    device, size = _device(options), _size(options)
+    for op in all_ops().values():
+        print(f"{op.name:<20} {op.group:<8} {op.what}")
+        for shape in op.shapes_for(size, device):
+            print("    " + ", ".join(f"{name} = {value}" for name, value in shape.items()))
+        print("    " + ", ".join(provider.name for provider in op.providers))
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import record, report, suite
+
+    device = _device(options)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("sfpk bench: --device: there is no CUDA device", file=sys.stderr)
+        return 1
+    groups = tuple(options.group or record.GROUPS)
+    ops = tuple(options.op) if options.op else None
+    plan = suite.Plan(device, _size(options), ops, groups, options.time_limit)
+    if not plan.chosen() and "end_to_end" not in (ops or ()):
+        return _refuse(f"--op, --group: wanted at least one op, got none of {', '.join(ops or ())} in these groups")
+    lines = suite.run(plan, command_line(options), lambda text: print(text, file=sys.stderr, flush=True))
+    path = options.results / record.file_of(lines[0])
+    record.append(path, lines)
+    run = record.Run(lines[0], lines[1:])
+    print(report.tables(run))
+    print(f"appended to {path}")
+    wrong = [row for row in run.rows if row["status"] == "wrong"]
+    for row in wrong:
+        print(f"sfpk bench: {row['op']}, {row['provider']}: wrong: {row['reason']}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def command_line(options: argparse.Namespace) -> list[str]:
+    """What reproduces the run; folders are left out."""
+    parts: list[str] = ["sfpk", "bench", "--device", _device(options).type]
+    for name in ("op", "group"):
+        given: Sequence[str] | None = getattr(options, name)
+        parts += [f"--{name}", *given] if given else []
+    parts += ["--quick"] if options.quick else ["--full"] if options.full else []
+    return parts if options.time_limit == float("inf") else [*parts, "--time-limit", f"{options.time_limit:g}"]
+
+
+def _report(options: argparse.Namespace) -> int:
+    from . import record, report
+
+    try:
+        runs = record.read(sorted(options.results.glob("*.jsonl")))
+    except ValueError as error:
+        print(f"sfpk bench: --results: {error}", file=sys.stderr)
+        return 1
+    readme = options.readme or (README if README.is_file() and report.has_markers(README.read_text()) else None)
+    if readme is not None:
+        text = readme.read_text(encoding="utf-8")
+        if not report.has_markers(text):
+            return _refuse(f"--readme: wanted the markers {report.BEGIN} and {report.END} in {readme}")
+        readme.write_text(report.into_readme(text, runs), encoding="utf-8")
+        print(readme)
+    if not runs:
+        print(f"sfpk bench: --results: no results in {options.results}", file=sys.stderr)
+        return 1
+    written = [options.results / "report.md"]
+    written[0].write_text(report.report(runs), encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("sfpk bench: no charts: they need matplotlib (pip install matplotlib)", file=sys.stderr)
+    else:
+        from . import charts
+
+        written += charts.draw(report.shown(runs), options.results)
+    print("\n".join(str(path) for path in written))
+    return 0

@@ -1,0 +1,275 @@
+"""Markdown from recorded results: the README's table, and the full report. Nothing here is typed by hand."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .record import Line, Run
+from .registry import NAIVE, TARGETS, all_ops
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+FEWEST_POINTS = 3  # of a fit
+
+
+def shown(runs: Sequence[Run]) -> list[Run]:
+    """The latest complete run of each device, or its latest one. Quick runs only if there is nothing else."""
+    latest: dict[str, Run] = {}
+    for run in runs:  # oldest first
+        name = run.facts["device_name"]
+        if name not in latest or _weight(run) >= _weight(latest[name]):
+            latest[name] = run
+    return list(latest.values())
+
+
+def _weight(run: Run) -> int:
+    return 0 if run.facts["size"] == "quick" else 1 + run.facts["complete"]
+
+
+def has_markers(text: str) -> bool:
+    """Whether a README has the place for the table."""
+    return 0 <= text.find(BEGIN) < text.find(END)
+
+
+def into_readme(text: str, runs: Sequence[Run]) -> str:
+    """The README with its table renewed.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    if not has_markers(text):
+        raise ValueError(f"wanted the markers {BEGIN} and {END}, got a text without")
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    return f"{text[:begin]}\n{readme_table(runs)}\n{text[end:]}"
+
+
+def readme_table(runs: Sequence[Run]) -> str:
+    """What stands between the README's markers: the latest complete runs, not quick ones, a part per device."""
+    complete = [run for run in shown(runs) if _weight(run) == 2]
+    if not complete:
+        return "No complete run of the benchmark suite is recorded yet; `make bench` makes one."
+    return "\n\n".join("\n\n".join(filter(None, _short(run))) for run in complete)
+
+
+def _short(run: Run) -> list[str]:
+    parts = [machine(run), op_table(run), end_to_end_table(run), scaling_table(run)]
+    return [*parts, target_table(run)]
+
+
+def machine(run: Run) -> str:
+    """One paragraph: what was measured where, with what."""
+    facts = run.facts
+    if facts["device"] == "cuda":
+        on = f"{facts['device_name']} (driver {facts['driver'] or 'unknown'}, CUDA {facts['cuda']}), {facts['cpu']}"
+    else:
+        on = f"{facts['cpu']}; no GPU was used"
+    versions = f"torch {facts['torch']}" + (f", Triton {facts['triton']}" if facts["triton"] else "")
+    limits = "; ".join(f"{name} {rate(limit['rate'], limit['unit'])}" for name, limit in facts["ceilings"].items())
+    return (
+        f"`{facts['command']}`, {facts['date'][:10]}, commit {facts['commit'] or 'unknown'}: {on}, "
+        f"{facts['threads']} threads, {versions}, Python {facts['python']}. Ceilings in the same run: {limits}."
+    )
+
+
+def op_table(run: Run) -> str:
+    """One line per op and shape: ours, naive and the best of the others."""
+    lines = [
+        "| | size | ours | share of copy bandwidth | naive | fastest other |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (op, _), rows in _cases(run, "ops").items():
+        timed = [row for row in rows if row["status"] == "ok"]
+        ours = _best(row for row in timed if row["provider"].startswith("ours"))
+        if ours is None:
+            continue
+        naive = _best(row for row in timed if row["provider"] == NAIVE)
+        other = _best(row for row in timed if row["provider"] != NAIVE and not row["provider"].startswith("ours"))
+        cells = [
+            what(op), size(ours["shape"]), f"**{duration(ours['median_s'])}** ({_inner(ours)})",
+            percent(ours["ceiling_share"]), _against(naive, ours), _against(other, ours, named=True),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def end_to_end_table(run: Run) -> str:
+    """One line per model: seconds per step and peak memory, naive and ours."""
+    lines = [
+        "| one pruning step | weights | batch, particles | ours | naive | ratio | peak memory, ours and naive |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for rows in _cases(run, "end_to_end").values():
+        ours = _best(row for row in rows if row["provider"] == "ours" and row["status"] == "ok")
+        naive = _best(row for row in rows if row["provider"] == NAIVE and row["status"] == "ok")
+        if ours is None:
+            continue
+        shape, ratio = ours["shape"], ours["ratio_to_naive"]
+        cells = [
+            str(shape["model"]), f"{shape.get('coordinates', 0):,}",
+            f"{shape.get('batch', '–')}, {shape.get('particles', '–')}", f"**{duration(ours['median_s'])}**",
+            duration(naive["median_s"]) if naive else "–", f"{number(ratio)} ×" if ratio else "–",
+            f"{_memory(ours)}, {_memory(naive)}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _memory(row: Line | None) -> str:
+    peak = row["extra"].get("peak_bytes") if row else None
+    return "–" if peak is None else f"{peak / 1e9:.2f} GB"
+
+
+def fits(run: Run) -> list[dict[str, Any]]:
+    """Exponents of time over size, by least squares in the logarithms, per scaling op and provider."""
+    series: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for row in run.rows:
+        if row["group"] == "scaling" and row["status"] == "ok":
+            axis = row["extra"]["axis"]
+            key = (row["op"], row["provider"], axis)
+            series.setdefault(key, []).append((row["shape"][axis], row["median_s"]))
+    found = []
+    for (op, provider, axis), points in series.items():
+        points.sort()
+        fit: dict[str, Any] = {"op": op, "provider": provider, "axis": axis, "points": points, "exponent": None}
+        if len(points) >= FEWEST_POINTS:
+            logs = [[math.log(value) for value in values] for values in zip(*points, strict=True)]
+            fit["exponent"] = statistics.linear_regression(*logs).slope
+        found.append(fit)
+    return found
+
+
+def scaling_table(run: Run) -> str:
+    """One line per series: its range and the fitted exponent."""
+    lines = ["| how time grows | provider | from | to | exponent |", "|---|---|---|---|---|"]
+    for fit in fits(run):
+        if fit["exponent"] is None:
+            continue
+        (first, start), (last, end) = fit["points"][0], fit["points"][-1]
+        lines.append(
+            f"| {what(fit['op'])} | {fit['provider']} | {duration(start)} at {first:,} | {duration(end)} at {last:,} | "
+            f"{fit['axis']}^{fit['exponent']:.2f} |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def target_table(run: Run) -> str:
+    """What a GPU run should reach, and whether it does; nothing for runs on a CPU."""
+    if run.facts["device"] != "cuda":
+        return ""
+    lines = ["| target | reached | met |", "|---|---|---|"]
+    for target in TARGETS:
+        rows = [row for row in run.rows if target.judges(row)]
+        if not rows:
+            lines.append(f"| {target.name} | not measured | – |")
+            continue
+        best = min(rows, key=lambda row: row["median_s"])
+        value = target.reached(best)
+        text = percent(value) if target.measure == "ceiling_share" else number(value)
+        lines.append(f"| {target.name} | {text} ({best['provider']}) | {'yes' if target.met(best) else 'no'} |")
+    return "\n".join(lines)
+
+
+def tables(run: Run) -> str:
+    """Every row of one run, with its machine, fits and targets."""
+    parts = [machine(run)]
+    for (op, _), rows in _cases(run, None).items():
+        lines = [
+            f"**{what(op)}**, {size(rows[0]['shape'])}"
+            + (f": {rows[0]['bytes'] / 1e6:,.1f} MB to move" if rows[0]["bytes"] else ""),
+            "",
+            "| provider | median | p20 … p80 | rounds | share of copy bandwidth | ratio to naive |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            if row["status"] != "ok":
+                lines.append(f"| {row['provider']} | {row['status']}: {_cell(row['reason'])} | | | | |")
+                continue
+            spread = f"{duration(row['p20_s'])} … {duration(row['p80_s'])}" if row["p20_s"] else "–"
+            share, ratio = row["ceiling_share"], row["ratio_to_naive"]
+            lines.append(
+                f"| {row['provider']} | {duration(row['median_s'])} | {spread} | {row['rounds'] or '–'} | "
+                f"{percent(share) if share else '–'} | {number(ratio) + ' ×' if ratio else '–'} |"
+            )
+        parts.append("\n".join(lines))
+    parts += [scaling_table(run), target_table(run)]
+    return "\n\n".join(filter(None, parts))
+
+
+def report(runs: Sequence[Run]) -> str:
+    """The whole report: every row of the runs shown."""
+    intro = (
+        "# Benchmark report\n\nGenerated by `sfpk bench --report` from the `*.jsonl` files in this folder: the latest "
+        "run of each device. The ratio to naive says how many times as fast as the naive provider of the case; the "
+        "share is the bytes an op has to move, over its time, by the bandwidth of a copy that took turns with it."
+    )
+    parts = [f"## {run.facts['device_name']}\n\n{tables(run)}" for run in shown(runs)]
+    return "\n\n".join([intro, *parts]) + "\n"
+
+
+def _cases(run: Run, group: str | None) -> dict[tuple[str, str], list[Line]]:
+    cases: dict[tuple[str, str], list[Line]] = {}
+    for row in run.rows:
+        if group is None or row["group"] == group:
+            cases.setdefault((row["op"], size(row["shape"])), []).append(row)
+    return cases
+
+
+def _best(rows: Iterable[Line]) -> Line | None:
+    return min(rows, key=lambda row: row["median_s"], default=None)
+
+
+def _against(row: Line | None, ours: Line, named: bool = False) -> str:
+    if row is None:
+        return "–"
+    factor = row["median_s"] / ours["median_s"]
+    name = f", {row['provider']}" if named else ""
+    return f"{duration(row['median_s'])} ({number(factor)} ×{name})"
+
+
+def _inner(row: Line) -> str:
+    """ "cpp, warm" of "ours[cpp] warm"."""
+    return str(row["provider"]).removeprefix("ours").replace("[", "").replace("] ", ", ").replace("]", "")
+
+
+def what(op: str) -> str:
+    """An op in words."""
+    known = all_ops()
+    return known[op].what if op in known else op.replace("_", " ")
+
+
+def size(shape: Line) -> str:
+    """A shape in words."""
+    return ", ".join(
+        f"{value:.0%} kept" if name == "kept"
+        else str(value) if isinstance(value, str)
+        else f"{name} = {value:,}"
+        for name, value in shape.items()
+    )  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """Seconds with three digits and a unit."""
+    unit, factor = next(((u, f) for u, f in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if seconds * f >= 1), ("µs", 1e6))
+    return f"{number(seconds * factor)} {unit}"
+
+
+def number(value: float) -> str:
+    """Three digits, at least the integer part."""
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{min(digits, 4)}f}"
+
+
+def percent(share: float) -> str:
+    """A share in per cent."""
+    return f"{100 * share:.0f} %"
+
+
+def rate(value: float, unit: str) -> str:
+    """A rate in GB/s or Tflop/s."""
+    return f"{value / 1e9:,.1f} GB/s" if unit == "bytes/s" else f"{value / 1e12:,.0f} Tflop/s"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
