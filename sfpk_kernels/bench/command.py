@@ -33,7 +33,12 @@ def add_command(subparsers: Any) -> None:
     bench.add_argument("--report", action="store_true",
                        help="measure nothing: render the results to report.md and PNGs beside them, and the README's "
                             "table between its markers")  # fmt: skip
-    bench.add_argument("--readme", type=Path, metavar="FILE", help=f"default: {README} where it has the markers")
+    bench.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help=f"whose table to renew (default, with the default --results: {README})",
+    )
     bench.add_argument("--list", action="store_true", help="print ops, shapes and providers")
     bench.set_defaults(run=bench_command)
 
@@ -131,7 +136,9 @@ def _report(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"sfpk bench: --results: {error}", file=sys.stderr)
         return 1
-    readme = options.readme or (README if README.is_file() and report.has_markers(README.read_text()) else None)
+    readme = options.readme
+    if readme is None and options.results == RESULTS and README.is_file() and report.has_markers(README.read_text()):
+        readme = README  # the checkout's own
     if readme is not None:
         text = readme.read_text(encoding="utf-8")
         if not report.has_markers(text):
