@@ -43,8 +43,7 @@ SPILLS = re.compile(r"\d+ bytes spill stores, \d+ bytes spill loads")
 PROBE = """
 import importlib.util, json, platform
 has = lambda name: importlib.util.find_spec(name) is not None
-found = {name: has(name) for name in
-         ("torch", "numpy", "safetensors", "tqdm", "triton", "pytest", "hypothesis", "setuptools", "ninja", "matplotlib")}
+found = {name: has(name) for name in ("torch", "numpy", "safetensors", "tqdm", "triton", "pytest", "hypothesis")}
 found["python"] = platform.python_version()
 if found["torch"]:
     import torch
@@ -159,22 +158,13 @@ def test_stage(machine: Machine, out: Path, dry: bool, seconds: float) -> tuple[
     if not machine.facts.get("pytest"):
         rows.append(Row("test", "pytest", "skipped", note="pytest is not installed; each op is run once instead"))
         return [smoke_command(machine, dry, environment)], rows
-    ignored = [] if machine.facts.get("hypothesis") else sorted(
-        path for path in (ROOT / "tests").glob("test_*.py") if re.search(r"^(from|import) hypothesis", path.read_text(), re.M)
-    )  # fmt: skip
+    ignored = [] if machine.facts.get("hypothesis") else tests_with_hypothesis()
     if ignored:
         names = " ".join(path.stem for path in ignored)
         rows.append(Row("test", names, "skipped", note="hypothesis is not installed; each op is run once instead"))
         commands.append(smoke_command(machine, dry, environment))
-    pytest = (
-        machine.python,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *(f"--ignore=tests/{p.name}" for p in ignored),
-    )
+    skips = [f"--ignore=tests/{path.name}" for path in ignored]
+    pytest = (machine.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *skips)
     files = [f"tests/{name}.py" for name in KERNEL_TESTS if f"{name}.py" not in {path.name for path in ignored}]
     if dry:
         chosen = [file for file in files if "selection" in file or "row" in file]
@@ -184,6 +174,12 @@ def test_stage(machine: Machine, out: Path, dry: bool, seconds: float) -> tuple[
         Command("kernel tests", (*pytest, "-m", "not slow and not gpu", *files), environment),
     ]
     return commands, rows
+
+
+def tests_with_hypothesis() -> list[Path]:
+    """Test files that cannot be imported without it."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [path for path in files if re.search(r"^(from|import) hypothesis", path.read_text(), re.MULTILINE)]
 
 
 def smoke_command(machine: Machine, dry: bool, environment: dict) -> Command:
@@ -201,9 +197,7 @@ def sanitize_stage(machine: Machine, out: Path, dry: bool, seconds: float) -> tu
         rows = [Row("sanitize", "compute-sanitizer", "skipped", note=f"it needs a GPU; {note}")]
         return [smoke_command(machine, dry, {"TRITON_INTERPRET": "1"})], rows
     if machine.sanitizer is None:
-        return [], [
-            Row("sanitize", "compute-sanitizer", "not run", note="it was not found: install the CUDA toolkit's")
-        ]
+        return [], [Row("sanitize", "compute-sanitizer", "not run", note="it was not found; the CUDA toolkit has it")]
     smoke = smoke_command(machine, dry, {})
     # Each allocation its own, so that one past the end is seen.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

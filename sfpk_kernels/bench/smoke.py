@@ -41,10 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verdict: Verdict = judge(case, provider, device)
             ran += verdict.status == "ok"
             wrong += verdict.status == "wrong"
-            print(
-                f"{op.name:<20} {provider.name:<22} {verdict.status}"
-                + (f": {verdict.reason}" if verdict.reason else "")
-            )
+            reason = f": {verdict.reason}" if verdict.reason else ""
+            print(f"{op.name:<20} {provider.name:<22} {verdict.status}{reason}")
     print(f"{ran} ran and agree with the reference, {wrong} wrong")
     return 1 if wrong or not ran else 0
 
