@@ -24,8 +24,10 @@ EFFORTS = {
 }
 COPIES = 16  # of the inputs, at most
 PAST_CACHES = 3  # times the L2
-KEPT_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}  # of inputs that wait between gate and clock
+GATE_SHARE = 0.6  # of the time limit: what was judged by then still gets timed
 COPY = "copy ceiling"
+
+OK = Verdict("ok")
 
 Say = Callable[[str], None]
 
@@ -39,6 +41,12 @@ class Job:
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     case: Case | None = None  # kept between gate and clock where memory allows
     bytes_moved: int = 0
+
+    def refuse(self, reason: str) -> None:
+        """Time none of its providers; those already found wrong stay wrong."""
+        for provider in self.op.providers:
+            if self.verdicts.get(provider.name, OK) == OK:
+                self.verdicts[provider.name] = Verdict("missing", reason)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,8 @@ class Plan:
 
 def run(plan: Plan, command: Sequence[str], say: Say = lambda text: None) -> list[Line]:
     """Measure; the run's line and its rows, ready to be appended."""
-    deadline = time.monotonic() + plan.time_limit
+    started = time.monotonic()
+    deadline = started + plan.time_limit
     say(f"ceilings of {plan.device}")
     limits = ceilings.measure(plan.device, plan.size == "quick", plan.effort)
     facts = record.facts(
@@ -76,13 +85,18 @@ def run(plan: Plan, command: Sequence[str], say: Say = lambda text: None) -> lis
     )  # fmt: skip
     rows: list[Line] = []
     jobs = [Job(op, shape) for op in plan.chosen() for shape in op.shapes_for(plan.size, plan.device)]
-    gate_jobs(jobs, plan.device, deadline, say)
+    gate_jobs(jobs, plan.device, started + GATE_SHARE * plan.time_limit, say)
     copy = ceilings.copy_ceiling(plan.device, plan.size == "quick")
     for job in jobs:
         say(f"time {job.op.name} {_words(job.shape)}")
         if time.monotonic() > deadline:
-            job.verdicts = {p.name: Verdict("missing", "the time limit was reached") for p in job.op.providers}
-        rows += rows_of(job, measure(job, plan, copy), facts["id"])
+            job.refuse("the time limit was reached")
+        try:
+            times = measure(job, plan, copy)
+        except (torch.OutOfMemoryError, MemoryError):
+            job.refuse("out of memory")
+            times = {}
+        rows += rows_of(job, times, facts["id"])
         job.case = None
     # Without --op, and as one of the ops by name.
     if "end_to_end" in plan.groups and (plan.ops is None or "end_to_end" in plan.ops):
@@ -92,25 +106,36 @@ def run(plan: Plan, command: Sequence[str], say: Say = lambda text: None) -> lis
 
 def gate_jobs(jobs: Sequence[Job], device: torch.device, deadline: float, say: Say) -> None:
     """Judge every provider of every job, which also warms all shapes before the first is timed."""
-    kept = 0
+    kept, most = 0, kept_bytes(device)
     for job in jobs:
         if time.monotonic() > deadline:
             break
         say(f"gate {job.op.name} {_words(job.shape)}")
-        case = job.op.build(job.shape, device)
+        try:
+            case = job.op.build(job.shape, device)
+        except (torch.OutOfMemoryError, MemoryError):
+            job.refuse("out of memory")
+            continue
         job.shape, job.bytes_moved = case.shape, case.bytes_moved
         job.verdicts = gate.judge_all(case, job.op.providers, device)
         for name, verdict in job.verdicts.items():
             if verdict.status == "wrong":
                 say(f"  {name}: WRONG, not timed: {verdict.reason}")
-        if kept + case.input_bytes < KEPT_BYTES[device.type]:
+        if kept + case.input_bytes < most:
             kept += case.input_bytes
             job.case = case
 
 
+def kept_bytes(device: torch.device) -> int:
+    """How many bytes of inputs may wait between gate and clock."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // 5
+    return 2 << 30
+
+
 def measure(job: Job, plan: Plan, copy: ceilings.Ceiling) -> dict[str, list[float]]:
     """Seconds per round of the providers that passed the gate, and of the copy that took turns with them."""
-    passed = [p for p in job.op.providers if job.verdicts.get(p.name) == Verdict("ok")]
+    passed = [p for p in job.op.providers if job.verdicts.get(p.name) == OK]
     if not passed:
         return {}
     cases = [job.case or job.op.build(job.shape, plan.device)]
