@@ -242,7 +242,7 @@ def what(op: str) -> str:
 def size(shape: Line) -> str:
     """A shape in words."""
     return ", ".join(
-        f"{value:.0%} kept" if name == "kept"
+        f"{percent(value)} kept" if name == "kept"
         else str(value) if isinstance(value, str)
         else f"{name} = {value:,}"
         for name, value in shape.items()
