@@ -135,6 +135,8 @@ def test_the_registry_has_what_each_op_needs():
     for op in ops.values():
         for size in ("quick", "default", "full"):
             assert op.shapes_for(size, CPU)
+            assert op.shapes_for(size, torch.device("cuda"))
+        assert set(map(str, op.shapes_for("default", CPU))) <= set(map(str, op.shapes_for("full", CPU)))
         names = [provider.name for provider in op.providers]
         assert len(set(names)) == len(names)
         assert any(name.startswith("ours") for name in names)

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from sfpk_kernels.bench import record, report, suite
-from sfpk_kernels.bench.registry import TARGETS
+from sfpk_kernels.bench.registry import TARGETS, all_ops
 from sfpk_kernels.bench.suite import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,8 +18,12 @@ LINES = [json.loads(text) for text in SAMPLE.read_text().splitlines()]
 
 @pytest.fixture
 def run():
-    """The sample's run, as if it had been a whole one."""
+    """The sample's run, as if it had been a whole one of the usual shapes."""
     facts, *rows = copy.deepcopy(LINES)
+    for row in rows:
+        if row["group"] == "ops":
+            op = all_ops()[row["op"]]
+            row["shape"] = dict(op.shapes_for("default", torch.device("cpu"))[0])
     return record.Run({**facts, "size": "default"}, rows)
 
 
@@ -87,8 +92,6 @@ def test_files_are_appended_to_and_read_back(tmp_path, run):
 
 
 def test_facts_say_who_measured_where():
-    import torch
-
     facts = record.facts(torch.device("cpu"), command=["sfpk", "bench"], size="quick", complete=False, ceilings={})
     assert facts["device"] == "cpu"
     assert facts["driver"] is None
@@ -137,6 +140,14 @@ def test_the_table_says_machine_command_and_figures(run):
     for block in table.split("\n\n"):
         if block.startswith("|"):
             assert len({text.count("|") for text in block.splitlines()}) == 1
+
+
+def test_the_readme_leaves_out_shapes_of_full_runs(run):
+    row = next(r for r in run.rows if r["op"] == "transition" and r["provider"] == "ours[cpp]")
+    run.rows.append({**row, "shape": {"n": 4, "d": 10_000_000}})
+    assert "n = 4, d = 10,000,000" in report.report([run])
+    assert "n = 4, d = 10,000,000" not in report.readme_table([run])
+    assert "n = 10, d = 1,000,000" in report.readme_table([run])
 
 
 def test_the_readme_keeps_everything_but_the_table(run):
@@ -219,8 +230,6 @@ def test_end_to_end_rows(run, monkeypatch):
 
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: name == suite.END_TO_END)
     monkeypatch.setattr(suite.importlib, "import_module", lambda name: Module)
-    import torch
-
     naive, ours, broken = map(
         record.check_line, suite.end_to_end("id", Plan(torch.device("cpu"), "quick"), float("inf"), print)
     )

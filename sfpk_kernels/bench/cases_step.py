@@ -94,7 +94,7 @@ def build_step(shape: Shape, device: torch.device) -> Case:
             return f"{int(differs.sum()):,} of {n * d:,} masked weights differ"
         return wrong_move(inputs.moves, moved)
 
-    return Case(shape, inputs, 32 * n * d + 8 * d, check, 13 * n * d + 8 * d)
+    return Case(shape, inputs, 32 * n * d + 8 * d, check, 13 * n * d + 8 * d, inputs.moves.forget)
 
 
 def _step(warm: bool) -> Callable[[Case, str], Call]:

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from .record import Line, Run
 from .registry import NAIVE, TARGETS, all_ops
 
@@ -54,8 +56,14 @@ def readme_table(runs: Sequence[Run]) -> str:
 
 
 def _short(run: Run) -> list[str]:
-    parts = [machine(run), op_table(run), end_to_end_table(run), scaling_table(run)]
-    return [*parts, target_table(run)]
+    usual = Run(run.facts, [row for row in run.rows if row["group"] != "ops" or _is_usual(row, run.facts["device"])])
+    return [machine(run), op_table(usual), end_to_end_table(run), scaling_table(run), target_table(run)]
+
+
+def _is_usual(row: Line, device: str) -> bool:
+    """Whether a default run has the row's shape: the README leaves out what only a full one has."""
+    op = all_ops().get(row["op"])
+    return op is None or row["shape"] in op.shapes_for("default", torch.device(device))
 
 
 def machine(run: Run) -> str:

@@ -118,6 +118,7 @@ def gate_jobs(jobs: Sequence[Job], device: torch.device, deadline: float, say: S
             continue
         job.shape, job.bytes_moved = case.shape, case.bytes_moved
         job.verdicts = gate.judge_all(case, job.op.providers, device)
+        case.forget()
         for name, verdict in job.verdicts.items():
             if verdict.status == "wrong":
                 say(f"  {name}: WRONG, not timed: {verdict.reason}")
