@@ -42,7 +42,11 @@ def op_of(**results):
 def run_toy(monkeypatch, op, **options):
     monkeypatch.setattr(suite, "all_ops", lambda: {op.name: op})
     said = []
-    lines = suite.run(Plan(CPU, "quick", groups=("ops",), **options), ["sfpk", "bench"], said.append)
+    kept = []
+    plan = Plan(CPU, "quick", groups=("ops",), **options)
+    lines = suite.run(plan, ["sfpk", "bench"], said.append, lambda facts, new: kept.append(new))
+    assert [line for new in kept for line in new] == lines
+    assert len(kept) == 2, "a case at a time"
     assert record.check_line(lines[0])["kind"] == "run"
     return {row["provider"]: record.check_line(row) for row in lines[1:]}, said
 

@@ -106,12 +106,17 @@ def _measure(options: argparse.Namespace) -> int:
     plan = suite.Plan(device, _size(options), ops, groups, options.time_limit)
     if not plan.chosen() and "end_to_end" not in (ops or ()):
         return _refuse(f"--op, --group: wanted at least one op, got none of {', '.join(ops or ())} in these groups")
-    lines = suite.run(plan, command_line(options), lambda text: print(text, file=sys.stderr, flush=True))
-    path = options.results / record.file_of(lines[0])
-    record.append(path, lines)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def keep(facts: record.Line, lines: list[record.Line]) -> None:
+        record.append(options.results / record.file_of(facts), lines)
+
+    lines = suite.run(plan, command_line(options), say, keep)
     run = record.Run(lines[0], lines[1:])
     print(report.tables(run))
-    print(f"appended to {path}")
+    print(f"appended to {options.results / record.file_of(run.facts)}")
     wrong = [row for row in run.rows if row["status"] == "wrong"]
     for row in wrong:
         print(f"sfpk bench: {row['op']}, {row['provider']}: wrong: {row['reason']}", file=sys.stderr)

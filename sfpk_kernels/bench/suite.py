@@ -74,8 +74,17 @@ class Plan:
         return [op for op in all_ops().values() if op.group in self.groups and (not self.ops or op.name in self.ops)]
 
 
-def run(plan: Plan, command: Sequence[str], say: Say = lambda text: None) -> list[Line]:
-    """Measure; the run's line and its rows, ready to be appended."""
+def run(
+    plan: Plan,
+    command: Sequence[str],
+    say: Say = lambda text: None,
+    keep: Callable[[Line, list[Line]], None] = lambda facts, lines: None,
+) -> list[Line]:
+    """Measure; the run's line and its rows.
+
+    ``keep`` gets the run's line and the lines that are new, as they come, so that a run that is cut short has not been
+    in vain.
+    """
     started = time.monotonic()
     deadline = started + plan.time_limit
     say(f"ceilings of {plan.device}")
@@ -83,7 +92,13 @@ def run(plan: Plan, command: Sequence[str], say: Say = lambda text: None) -> lis
     facts = record.facts(
         plan.device, command=command, size=plan.size, complete=plan.complete, ceilings=limits
     )  # fmt: skip
+    keep(facts, [facts])
     rows: list[Line] = []
+
+    def add(new: list[Line]) -> None:
+        keep(facts, new)
+        rows.extend(new)
+
     jobs = [Job(op, shape) for op in plan.chosen() for shape in op.shapes_for(plan.size, plan.device)]
     gate_jobs(jobs, plan.device, started + GATE_SHARE * plan.time_limit, say)
     copy = ceilings.copy_ceiling(plan.device, plan.size == "quick")
@@ -96,11 +111,11 @@ def run(plan: Plan, command: Sequence[str], say: Say = lambda text: None) -> lis
         except (torch.OutOfMemoryError, MemoryError):
             job.refuse("out of memory")
             times = {}
-        rows += rows_of(job, times, facts["id"])
+        add(rows_of(job, times, facts["id"]))
         job.case = None
     # Without --op, and as one of the ops by name.
     if "end_to_end" in plan.groups and (plan.ops is None or "end_to_end" in plan.ops):
-        rows += end_to_end(facts["id"], plan, deadline, say)
+        add(end_to_end(facts["id"], plan, deadline, say))
     return [facts, *rows]
 
 
