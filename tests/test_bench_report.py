@@ -145,6 +145,8 @@ def test_the_table_says_machine_command_and_figures(run):
 def test_the_readme_leaves_out_shapes_of_full_runs(run):
     row = next(r for r in run.rows if r["op"] == "transition" and r["provider"] == "ours[cpp]")
     run.rows.append({**row, "shape": {"n": 4, "d": 10_000_000}})
+    assert "n = 4, d = 10,000,000" in report.readme_table([run]), "measured in a default run"
+    run.facts["size"] = "full"
     assert "n = 4, d = 10,000,000" in report.report([run])
     assert "n = 4, d = 10,000,000" not in report.readme_table([run])
     assert "n = 10, d = 1,000,000" in report.readme_table([run])

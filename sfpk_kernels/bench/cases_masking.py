@@ -154,7 +154,7 @@ def _by_cut(inputs: Inputs, backend: str) -> Tensor:
 
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "quick": ({"n": 4, "d": 100_000},),
-    "default": ({"n": 10, "d": 4_000_000},),
+    "default": ({"n": 10, "d": 2_000_000},),
     "full": tuple({"n": n, "d": d} for d in (10**5, 10**6, 4_000_000) for n in (1, 10)),
     "cuda default": ({"n": 10, "d": 1_000_000}, RESNET50),
     "cuda full": (*({"n": n, "d": d} for d in (10**5, 10**6, 10**7) for n in (1, 10)), RESNET50),

@@ -129,7 +129,7 @@ def _naive_step(case: Case) -> Call:
 
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "quick": ({"n": 4, "d": 100_000},),
-    "default": ({"n": 10, "d": 4_000_000},),
+    "default": ({"n": 10, "d": 2_000_000},),
     "full": ({"n": 10, "d": 1_000_000}, {"n": 10, "d": 4_000_000}, {"n": 32, "d": 1_000_000}),
     "cuda default": (RESNET50,),
     "cuda full": ({"n": 10, "d": 1_000_000}, RESNET50),

@@ -124,7 +124,7 @@ def ours(
     make: Callable[[Case, str], Call],  # the call with a given backend
     variant: str = "",  # e.g. "warm"
     backends: tuple[str, ...] = ("cpp", "cuda", "triton", "reference"),
-    largest_reference: int = 20_000_000,  # n·d
+    largest_reference: int = 5_000_000,  # n·d
 ) -> tuple[Provider, ...]:
     """One provider per backend of an op."""
 

@@ -56,7 +56,10 @@ def readme_table(runs: Sequence[Run]) -> str:
 
 
 def _short(run: Run) -> list[str]:
-    usual = Run(run.facts, [row for row in run.rows if row["group"] != "ops" or _is_usual(row, run.facts["device"])])
+    usual = run
+    if run.facts["size"] == "full":
+        rows = [row for row in run.rows if row["group"] != "ops" or _is_usual(row, run.facts["device"])]
+        usual = Run(run.facts, rows)
     return [machine(run), op_table(usual), end_to_end_table(run), scaling_table(run), target_table(run)]
 
 

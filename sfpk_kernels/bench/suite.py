@@ -19,7 +19,7 @@ from .timing import Effort, clock_of, interleave, quantiles, rotating
 
 END_TO_END = "sfpk_kernels.bench.end_to_end"
 EFFORTS = {
-    "cpu": {"quick": Effort(3, 0.05), "default": Effort(9, 1.5), "full": Effort(15, 4.0)},
+    "cpu": {"quick": Effort(3, 0.05), "default": Effort(9, 1.0), "full": Effort(15, 4.0)},
     "cuda": {"quick": Effort(5, 0.05), "default": Effort(50, 0.5), "full": Effort(100, 2.0)},
 }
 COPIES = 16  # of the inputs, at most
