@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from .coordinates import Coordinates
-
-_FORMAT = "sfpk-masks-1"
+from .enforce import MaskEnforcer
+from .files import atomic_write
+from .mask_files import decode, encode, json_dict
+from .ops import popcount
+from .torch_prune import to_torch_prune
 
 
 class MaskSet:
@@ -25,13 +26,16 @@ class MaskSet:
 
     Args:
         masks: bool tensors by parameter name, each in its parameter's shape.
+        metadata: any JSON values by name, kept with the masks and in their files; they play no part in equality and
+            fingerprint.
 
     Raises:
-        TypeError: a mask that is no bool tensor.
+        TypeError: a mask that is no bool tensor, or metadata that are no JSON values.
         ValueError: no mask at all.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor]):
+    def __init__(self, masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None):
+        self._metadata = json_dict(metadata)
         if not masks:
             raise ValueError("masks: wanted at least one mask, got none")
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -57,10 +61,24 @@ class MaskSet:
         """The masks of a flat vector over ``coordinates``."""
         return cls({t.name: m for t, m in zip(coordinates.tensors, coordinates.split(flat), strict=True)})
 
+    @classmethod
+    def from_model(cls, model: nn.Module, **coordinate_options: Any) -> MaskSet:
+        """The masks a pruned model shows: False where a prunable weight is exactly 0.
+
+        ``coordinate_options`` are those of :class:`~sfpk_kernels.Coordinates`: those the model was pruned with, so that
+        the same tensors are covered.
+
+        Raises:
+            ValueError: nothing prunable.
+        """
+        coordinates = Coordinates(model, **coordinate_options)
+        parameters = zip(coordinates.tensors, coordinates.parameters(model), strict=True)
+        return cls({tensor.name: parameter.detach() != 0 for tensor, parameter in parameters})
+
     def __getitem__(self, name: str) -> Tensor:
         """The bool mask of one parameter, in its shape, on the CPU."""
         shape = self._shapes[name]
-        count = int(np.prod(shape, dtype=np.int64))
+        count = _count(shape)
         bits = np.unpackbits(self._bits[name], count=count, bitorder="little")
         return torch.from_numpy(bits.view(np.bool_)).view(shape)
 
@@ -81,7 +99,7 @@ class MaskSet:
     @property
     def prunable(self) -> int:
         """How many weights the masks cover."""
-        return sum(int(np.prod(shape, dtype=np.int64)) for shape in self._shapes.values())
+        return sum(_count(shape) for shape in self._shapes.values())
 
     @property
     def kept(self) -> int:
@@ -95,7 +113,7 @@ class MaskSet:
 
     def layer_densities(self) -> dict[str, float]:
         """Fraction kept by parameter name."""
-        return {name: self._kept[name] / int(np.prod(shape, dtype=np.int64)) for name, shape in self._shapes.items()}
+        return {name: self._kept[name] / _count(shape) for name, shape in self._shapes.items()}
 
     def flat(self) -> Tensor:
         """All masks flattened and joined in order, bool (d,)."""
@@ -108,6 +126,71 @@ class MaskSet:
             digest.update(json.dumps([name, list(shape)]).encode())
             digest.update(self._bits[name].tobytes())
         return digest.hexdigest()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """A copy of the JSON values kept with the masks."""
+        return json_dict(self._metadata)
+
+    def with_metadata(self, metadata: Mapping[str, Any]) -> MaskSet:
+        """The same masks with other metadata."""
+        return self._like(self._bits, metadata)
+
+    def __and__(self, other: MaskSet) -> MaskSet:
+        """Kept in both. Raises ValueError where the two do not cover the same tensors, like all set operations."""
+        return self._combine(other, np.bitwise_and)
+
+    def __or__(self, other: MaskSet) -> MaskSet:
+        """Kept in one or both."""
+        return self._combine(other, np.bitwise_or)
+
+    def __xor__(self, other: MaskSet) -> MaskSet:
+        """Kept in exactly one."""
+        return self._combine(other, np.bitwise_xor)
+
+    def __invert__(self) -> MaskSet:
+        """Kept where this one removes, and the other way round."""
+        flipped = {}
+        for name, bits in self._bits.items():
+            flipped[name] = ~bits
+            flipped[name][-1] &= 0xFF >> (-_count(self._shapes[name]) % 8)  # the bits behind the last weight stay 0
+        return self._like(flipped)
+
+    def iou(self, other: MaskSet) -> float:
+        """Intersection over union of the kept weights, in [0, 1]; 1 for two empty masks."""
+        union = (self | other).kept
+        return (self & other).kept / union if union else 1.0
+
+    def hamming(self, other: MaskSet) -> int:
+        """In how many weights the two differ."""
+        return (self ^ other).kept
+
+    def _combine(self, other: MaskSet, operation: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> MaskSet:
+        if not isinstance(other, MaskSet):
+            return NotImplemented
+        if self._shapes != other._shapes:
+            differing = [name for name in {**self._shapes, **other._shapes} if not self._same(other, name)]
+            of = ", ".join(f"{n}: {self._shapes.get(n, 'none')} and {other._shapes.get(n, 'none')}" for n in differing[:5])
+            more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
+            raise ValueError(f"masks: wanted two over the same tensors, got different ones: {of}{more}")
+        return self._like({name: operation(bits, other._bits[name]) for name, bits in self._bits.items()})
+
+    def _same(self, other: MaskSet, name: str) -> bool:
+        return self._shapes.get(name) == other._shapes.get(name)
+
+    def _like(self, bits: dict[str, np.ndarray], metadata: Mapping[str, Any] | None = None) -> MaskSet:
+        return self._from_bits(bits, self._shapes, metadata)
+
+    @classmethod
+    def _from_bits(
+        cls, bits: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], metadata: Mapping[str, Any] | None
+    ) -> MaskSet:
+        masks = cls.__new__(cls)
+        masks._metadata = json_dict(metadata)
+        masks._shapes = dict(shapes)
+        masks._bits = bits
+        masks._kept = {name: int(popcount(torch.from_numpy(packed))) for name, packed in bits.items()}
+        return masks
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MaskSet):
@@ -127,20 +210,35 @@ class MaskSet:
         """That every mask fits a parameter of ``model``.
 
         Raises:
-            ValueError: it does not; the message says which names are missing or which shapes differ.
+            TypeError: no module.
+            ValueError: one does not fit; the message says which names are missing, which shapes differ, and what is
+                prunable in the model but has no mask (which alone is no error: layers may have been ignored).
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
         parameters = dict(model.named_parameters(remove_duplicate=False))
         problems = []
         for name, shape in self._shapes.items():
-            if name not in parameters:
+            if f"{name}_orig" in parameters:
+                problems.append(f"{name} is under torch.nn.utils.prune: call prune.remove first")
+            elif name not in parameters:
                 problems.append(f"{name} is not in the model")
             elif tuple(parameters[name].shape) != shape:
                 problems.append(f"{name} is {tuple(parameters[name].shape)} in the model, {shape} in the masks")
         if problems:
-            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise ValueError(
-                f"model: wanted the model these masks were made for, got another: {'; '.join(problems[:5])}{more}"
+                f"model: wanted the model these masks were made for, got another: {_some(problems, '; ')}"
+                f"{self._unmasked(model)}"
             )
+
+    def _unmasked(self, model: nn.Module) -> str:
+        """For the message: what could be pruned in the model but has no mask."""
+        try:
+            tensors = Coordinates(model).tensors
+        except ValueError:
+            return ""
+        extra = [tensor.name for tensor in tensors if not {tensor.name, *tensor.aliases} & set(self._shapes)]
+        return f"; prunable but without a mask: {_some(extra, ', ')}" if extra else ""
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> nn.Module:
@@ -158,25 +256,56 @@ class MaskSet:
             parameter.masked_fill_(~self[name].to(parameter.device), 0)
         return model
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: one packed uint8 tensor per mask, shapes and fingerprint as metadata.
+    def enforce(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module | None = None, *, strict: bool = True
+    ) -> MaskEnforcer:
+        """Keep the removed weights at exactly 0 through training: masked now, and again after every optimizer step.
 
-        The file is written beside its place and then moved there, so that no half-written file is ever read.
+        No hooks on the forward pass, no change to the model; an optimizer hook does it, until ``remove()`` of what is
+        returned, or the end of the block where that is used as a context manager. Optimizer state (momentum) is not
+        masked. Optimizers that keep copies of their own (fp32 master weights, sharded parameters) are not covered.
+
+        Args:
+            optimizer: that trains the model.
+            model: whose parameters the masks name; may be left out if the optimizer was made from
+                ``model.named_parameters()``.
+            strict: refuse an optimizer that lacks masked parameters; False enforces those it holds, such as one of
+                several optimizers.
+
+        Raises:
+            TypeError: no torch optimizer.
+            ValueError: an optimizer without some masked parameter, or the masks of another model.
         """
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"path: wanted a file in an existing folder, got {os.fspath(path)!r}")
-        metadata = {
-            "format": _FORMAT,
-            "shapes": json.dumps({name: list(shape) for name, shape in self._shapes.items()}),
-            "fingerprint": self.fingerprint(),
-        }
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            save_file(self._bits, str(temporary), metadata=metadata)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        return MaskEnforcer(self, optimizer, model, strict)
+
+    def to_torch_prune(self, model: nn.Module) -> nn.Module:
+        """Hand the masks to ``torch.nn.utils.prune``, in place, and return the model.
+
+        Every masked ``weight`` becomes the parameter ``weight_orig`` (the same nn.Parameter object, values untouched)
+        and the buffer ``weight_mask``; ``weight`` is their product, made before each forward pass.
+        ``prune.remove(module, "weight")`` makes it permanent: the same parameter under its old name, with zeros. Tied
+        weights are handed over in every module that uses them. Modules whose weight is read without calling them
+        (``out_proj`` of nn.MultiheadAttention) cannot be trained so; that is a limit of torch.nn.utils.prune.
+
+        Raises:
+            ValueError: the masks belong to another model; nothing is changed then.
+        """
+        return to_torch_prune(self, model)
+
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
+        """Write a safetensors file: one packed uint8 tensor per mask; shapes, counts, fingerprint, metadata beside.
+
+        Args:
+            path: the file, written atomically: a half-written one never takes its place.
+            metadata: JSON values by name to keep in the file; ``None`` for those of the masks.
+
+        Raises:
+            FileNotFoundError: no such folder.
+            TypeError: metadata that are no JSON values.
+        """
+        content = self.to_bytes(metadata)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:
@@ -188,24 +317,40 @@ class MaskSet:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"path: wanted a mask file, got {os.fspath(path)!r}, which is no file")
-        try:
-            with safe_open(str(path), framework="numpy") as file:
-                metadata: dict[str, Any] = file.metadata() or {}
-                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"path: {os.fspath(path)!r} is no readable safetensors file: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(
-                f"path: {os.fspath(path)!r}: wanted a file of format {_FORMAT}, got {metadata.get('format')!r}"
-            )
-        try:
-            shapes, fingerprint = json.loads(metadata["shapes"]), metadata["fingerprint"]
-        except (KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"path: {os.fspath(path)!r} was altered: its metadata is broken") from error
-        masks = cls.__new__(cls)
-        masks._shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        masks._bits = {name: packed.get(name, np.empty(0, np.uint8)) for name in shapes}
+        return cls._decode(Path(path).read_bytes(), f"path: {os.fspath(path)!r}")
+
+    def to_bytes(self, metadata: Mapping[str, Any] | None = None) -> bytes:
+        """The content of a mask file, to be kept inside another one."""
+        facts = {
+            "kept": self.kept,
+            "prunable": self.prunable,
+            "sparsity": self.sparsity,
+            "metadata": self._metadata if metadata is None else json_dict(metadata),
+        }
+        return encode(self._bits, self._shapes, self.fingerprint(), facts)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> MaskSet:
+        """The inverse of :meth:`to_bytes`.
+
+        Raises:
+            ValueError: no mask file, or one that was cut or altered.
+        """
+        return cls._decode(content, "content: this")
+
+    @classmethod
+    def _decode(cls, content: bytes, source: str) -> MaskSet:
+        bits, shapes, fingerprint, facts = decode(content, source)
+        masks = cls._from_bits(bits, shapes, facts.get("metadata"))
         if masks.fingerprint() != fingerprint:
-            raise ValueError(f"path: {os.fspath(path)!r} was altered: its fingerprint does not match its masks")
-        masks._kept = {name: int(np.unpackbits(bits).sum()) for name, bits in masks._bits.items()}
+            raise ValueError(f"{source} was altered: its fingerprint does not match its masks")
         return masks
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _some(items: list[str], separator: str) -> str:
+    more = f" (and {len(items) - 5} more)" if len(items) > 5 else ""
+    return separator.join(items[:5]) + more

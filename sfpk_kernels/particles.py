@@ -22,27 +22,44 @@ class ParticleSystem:
         config: schedule, transition and particle count.
         theta: dense weights (d,); gives dtype and device.
         saliency: a_e (d,) for the weighted kernel, else None.
+        start: (n, d) particles to go on from, copied; None for all at 1. The schedule begins at their mean density.
+
+    Raises:
+        ValueError: ``start`` of another shape, not finite, or at or below the target density.
 
     Attributes:
         masks: (n, d) in ``config.particle_dtype``, the particles. May be written between steps; the
             statistics are then measured anew.
         step: steps done, 0 … K.
-        schedule: K + 1 soft densities, ρ_0 = 1 … ρ_K = 1 - sparsity.
+        schedule: K + 1 soft densities, ρ_0 = 1 (or that of ``start``) … ρ_K = 1 - sparsity.
     """
 
-    def __init__(self, d: int, config: SFPKConfig, theta: Tensor, saliency: Tensor | None):
+    def __init__(
+        self, d: int, config: SFPKConfig, theta: Tensor, saliency: Tensor | None, start: Tensor | None = None
+    ):
         dtype = theta.dtype if config.particle_dtype == "float32" else getattr(torch, config.particle_dtype)
         pinned = config.offload == "cpu" and theta.device.type == "cpu" and torch.cuda.is_available()
         self.masks = torch.ones(config.n_particles, d, dtype=dtype, device=theta.device, pin_memory=pinned)
         # What rounding took from bf16 particles.
         self._residual = torch.zeros_like(self.masks) if dtype == torch.bfloat16 else None
         self.step = 0
-        self.schedule = density_schedule(config.schedule, config.target_density, config.n_steps)
         self._config = config
         self._theta = theta
         self._saliency = saliency
         self._stats: TransitionStats | None = None
         self._version = self.masks._version
+        first = 1.0 if start is None else self._begin(start)
+        self.schedule = density_schedule(config.schedule, config.target_density, config.n_steps, first)
+
+    def _begin(self, start: Tensor) -> float:
+        """Take over given particles and return their mean density."""
+        if tuple(start.shape) != tuple(self.masks.shape):
+            raise ValueError(f"start: wanted shape {tuple(self.masks.shape)}, got {tuple(start.shape)}")
+        self.masks.copy_(start)
+        density, target = float(self.densities.mean()), self._config.target_density
+        if not target < density < float("inf"):
+            raise ValueError(f"start: wanted particles of a mean density above the target {target:g}, got {density:g}")
+        return density
 
     @property
     def done(self) -> bool:

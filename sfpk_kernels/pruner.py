@@ -81,6 +81,8 @@ class SFPKPruner:
         ignored_layers, include_embeddings, include_biases, include_norms: what is prunable, see
             :class:`Coordinates`.
         callbacks: called with the :class:`StepRecord` of every step.
+        start: (n, d) particles to go on from, such as those of an earlier run; the schedule begins at their mean
+            density. ``None``: at 1, nothing removed.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -99,6 +101,7 @@ class SFPKPruner:
         include_biases: bool = False,
         include_norms: bool = False,
         callbacks: Sequence[Callable[[StepRecord], None]] = (),
+        start: Tensor | None = None,
     ):
         if not isinstance(config, SFPKConfig):
             raise TypeError(f"config: wanted an SFPKConfig, got {type(config).__name__}")
@@ -122,7 +125,7 @@ class SFPKPruner:
         backend = None if config.backend is None else f"{config.backend}?"
         self._polarizer = Polarizer(self.coordinates, self._theta, config.selection, backend)
         saliency = self._polarizer.saliency if config.kernel == "weighted_rbf" else None
-        self._system = ParticleSystem(self.coordinates.d, config, self._theta, saliency)
+        self._system = ParticleSystem(self.coordinates.d, config, self._theta, saliency, start)
         self._energy = make_energy(model, loss_fn, self.coordinates, self._theta, config)
         self._vote = Vote(
             self._polarizer,

@@ -1,0 +1,86 @@
+"""Files that are whole or not there: atomic writing, and checked state files."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file so that ``path`` holds either what it held before or all of the new content, at every moment.
+
+    Yields the path of a temporary file in the same folder, to be written by the caller. When the block ends without
+    an error the file is synced to disk, renamed to ``path``, and the folder synced. After an error the temporary file
+    is deleted and ``path`` untouched. A process killed in between leaves a hidden ``.NAME.*.tmp`` beside it. A
+    symbolic link at ``path`` stays, and the file it points to is replaced.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        IsADirectoryError: ``path`` is a folder.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: wanted a file in an existing folder, got {os.fspath(path)!r}")
+    if target.is_dir():
+        raise IsADirectoryError(f"path: wanted a file, got the folder {os.fspath(path)!r}")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield temporary
+        _sync(temporary, os.O_RDWR)
+        os.replace(temporary, target)
+        _sync(target.parent, os.O_RDONLY)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_state(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]) -> None:
+    """Write a state dict of tensors and plain values atomically, with its SHA-256 before it.
+
+    Args:
+        path: the file.
+        kind: names format and version; :func:`load_state` wants the same.
+        state: what ``torch.load(weights_only=True)`` can read.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    content = buffer.getbuffer()
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.write(f"{kind}\n{hashlib.sha256(content).hexdigest()}\n".encode())
+        file.write(content)
+
+
+def load_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """Read what :func:`save_state` wrote, tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, or one that was cut or altered.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: wanted a file of format {kind}, got {os.fspath(path)!r}, which is no file")
+    with open(path, "rb") as file:
+        found = file.readline(len(kind) + 1)
+        if found != f"{kind}\n".encode():
+            raise ValueError(f"path: {os.fspath(path)!r}: wanted a file of format {kind}, got {found!r}")
+        digest, content = file.readline(65), file.read()
+    if digest != f"{hashlib.sha256(content).hexdigest()}\n".encode():
+        raise ValueError(f"path: {os.fspath(path)!r} was cut or altered: its checksum does not match")
+    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return state

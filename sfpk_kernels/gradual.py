@@ -1,0 +1,381 @@
+"""Gradual pruning: the search in several shots, the model retrained after each."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import numbers
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .config import SFPKConfig
+from .coordinates import Coordinates
+from .energy import LossFn
+from .files import load_state, save_state
+from .masks import MaskSet
+from .model_state import seeded
+from .polarizer import budget
+from .pruner import PruneResult, SFPKPruner, StepRecord
+from .retrain import RetrainConfig, check_label_smoothing, retrain
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "sfpk-gradual-1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shot:
+    """What one shot does."""
+
+    number: int  # 1 … T
+    shots: int  # T
+    start_density: float  # fraction kept before it
+    density: float  # fraction kept after it
+    n_steps: int  # of the search
+    share: float  # of the retraining budget; those of all shots add up to 1
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed after it."""
+        return 1.0 - self.density
+
+
+@dataclasses.dataclass(frozen=True)
+class ShotRecord:
+    """What happened in one shot."""
+
+    shot: Shot
+    kept: int  # weights
+    returned: int  # weights that an earlier shot had removed and this one kept
+    search: list[StepRecord]
+    losses: list[float]  # of every retraining step; empty where a function of your own retrains
+
+
+@dataclasses.dataclass(frozen=True)
+class GradualResult:
+    """Outcome of a gradual run; the model holds the retrained weights."""
+
+    mask: MaskSet  # the final mask
+    masks: list[MaskSet]  # after every shot; its weights were those retrained up to there
+    history: list[ShotRecord]
+    particles: Tensor  # (n, d), on the CPU
+    config: SFPKConfig
+
+
+RetrainFn = Callable[[nn.Module, MaskSet, Shot], Any]
+
+
+def plan_shots(
+    config: SFPKConfig,
+    shots: int,
+    growth: float | None = None,
+) -> list[Shot]:
+    """Densities, search steps and retraining shares of T shots to sparsity s.
+
+    Density after shot i: ρ_i = (1 - s)^(i/T), so every shot keeps the same fraction of what was left. Search steps: K
+    in all, spread evenly. Retraining: shot i gets g^(i-1)·(g - 1)/(g^T - 1) of the total budget, which rises
+    exponentially and adds up to 1; with the default g = (1 - s)^(-1/T) it is inversely proportional to the density.
+
+    Args:
+        config: of the whole run; K = ``n_steps``.
+        shots: T ≥ 1, at most K.
+        growth: g ≥ 1 (1: the same budget for every shot); ``None`` for the default.
+
+    Raises:
+        TypeError, ValueError: a bad ``shots`` or ``growth``.
+    """
+    if isinstance(shots, bool) or not isinstance(shots, numbers.Integral):
+        raise TypeError(f"shots: wanted an integer ≥ 1, got {shots!r}")
+    if not 1 <= shots <= config.n_steps:
+        raise ValueError(f"shots: wanted 1 … {config.n_steps} (at most config.n_steps), got {shots!r}")
+    if growth is not None and (isinstance(growth, bool) or not isinstance(growth, numbers.Real)):
+        raise TypeError(f"growth: wanted a number ≥ 1 or None, got {growth!r}")
+    if growth is not None and not 1 <= growth < float("inf"):
+        raise ValueError(f"growth: wanted a number ≥ 1 or None, got {growth!r}")
+    total, kept = int(shots), config.target_density
+    g = kept ** (-1 / total) if growth is None else float(growth)
+    densities = [kept ** (i / total) for i in range(total)] + [kept]
+    steps = [round(config.n_steps * i / total) for i in range(total + 1)]
+    weights = [g ** (i - total) for i in range(total)]
+    return [
+        Shot(i + 1, total, densities[i], densities[i + 1], steps[i + 1] - steps[i], weights[i] / sum(weights))
+        for i in range(total)
+    ]
+
+
+class GradualPruner:
+    """Prunes a model in T shots and retrains it after each (gradual pruning of the SFPK paper).
+
+    Shot i searches on from the particles of shot i - 1, from density ρ_{i-1} to ρ_i (:func:`plan_shots`), applies the
+    mask and retrains with the mask enforced. Together the shots take the n · K forward/backward passes of a one-shot
+    run with the same config.
+
+    Unlike :func:`~sfpk_kernels.prune` this CHANGES the model: :meth:`run` leaves it pruned and retrained, in place
+    (parameters keep their identity). After an exception it is as after the last finished shot.
+
+    A removed weight stays in the search with the value it had when it was removed, as removed coordinates do within
+    one run of the method: they get a gradient, and a later shot may keep them again. So the masks need not be nested.
+
+    Args:
+        model: the trained model, on one device.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, for search and retraining; ``None`` for the default loss.
+        loader: batches of the search, as for :meth:`SFPKPruner.run`.
+        config: final sparsity, search steps of all shots together, everything else of the search.
+        shots: T.
+        retrain: epochs over all shots together; or a :class:`RetrainConfig`, whose ``epochs`` are those; or a function
+            ``retrain(model, masks, shot)``, which trains in place, to spend ``shot.share`` of its budget, with masks
+            enforced (``masks.enforce(optimizer, model)``). The model is masked once more after it.
+        retrain_loader: batches of the built-in retraining, with a length; ``None`` for ``loader``.
+        growth: of the retraining budget from shot to shot, see :func:`plan_shots`.
+        progress: show bars; ``None`` for only on a terminal.
+        coordinate_options: those of :class:`~sfpk_kernels.Coordinates`.
+
+    Raises:
+        TypeError, ValueError: a bad argument; as for :class:`SFPKPruner`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None,
+        loader: Iterable[Any],
+        config: SFPKConfig,
+        *,
+        shots: int = 10,
+        retrain: float | RetrainConfig | RetrainFn,
+        retrain_loader: Iterable[Any] | None = None,
+        growth: float | None = None,
+        progress: bool | None = None,
+        **coordinate_options: Any,
+    ):
+        if not isinstance(config, SFPKConfig):
+            raise TypeError(f"config: wanted an SFPKConfig, got {type(config).__name__}")
+        if isinstance(retrain, numbers.Real) and not isinstance(retrain, bool):
+            retrain = RetrainConfig(epochs=float(retrain))
+        if not isinstance(retrain, RetrainConfig) and not callable(retrain):
+            raise TypeError(f"retrain: wanted epochs, a RetrainConfig or a function, got {retrain!r}")
+        self.plan = plan_shots(config, shots, growth)
+        self.config = config
+        self.coordinates = Coordinates(model, **coordinate_options)
+        budget(config.sparsity, self.coordinates.d)
+        self._steps: list[int] | None = None  # of the built-in retraining
+        self._retrain_loader = loader if retrain_loader is None else retrain_loader
+        if isinstance(retrain, RetrainConfig):
+            check_label_smoothing(loss_fn, retrain)
+            self._steps = _spread(retrain.total_steps(self._retrain_loader), [shot.share for shot in self.plan])
+        self._model, self._loss_fn, self._loader = model, loss_fn, loader
+        self._retrain = retrain
+        self._progress = progress
+        self._options = coordinate_options
+        self._particles: Tensor | None = None  # (n, d), on the CPU
+        self._values = self.coordinates.flatten(model)  # (d,): those of removed weights from before their removal
+        self._masks: list[MaskSet] = []
+        self._history: list[ShotRecord] = []
+
+    @property
+    def finished(self) -> int:
+        """Shots done, 0 … T."""
+        return len(self._history)
+
+    @property
+    def done(self) -> bool:
+        """Whether all shots are done."""
+        return self.finished == len(self.plan)
+
+    def run(
+        self, *, save: str | os.PathLike[str] | None = None, resume: str | os.PathLike[str] | None = None
+    ) -> GradualResult:
+        """All remaining shots.
+
+        Args:
+            save: a file written after every shot, atomically: a run killed at any moment finds there the last finished
+                shot.
+            resume: a file written so, to go on from; the model takes over the weights in it. With a named
+                ``energy_mode``, and loaders that draw their order from torch's global generator (or have a fixed one),
+                the outcome is that of an uninterrupted run, bit for bit.
+
+        Raises:
+            FileNotFoundError: ``resume`` is no file, or ``save`` in no folder.
+            ValueError: ``resume`` belongs to another run, or was cut or altered. Nothing has changed then.
+            FloatingPointError: a loss that is not finite, in search or retraining.
+        """
+        if resume is not None:
+            self.load_state_dict(load_state(resume, FORMAT))
+        while not self.done:
+            self.shot()
+            if save is not None:
+                save_state(save, FORMAT, self.state_dict())
+        return self.result()
+
+    def shot(self) -> ShotRecord:
+        """The next shot: search, mask, retrain.
+
+        Raises:
+            RuntimeError: all shots are done. Others as for :meth:`run`.
+        """
+        if self.done:
+            raise RuntimeError(f"shot: the run is over after {self.finished} shots")
+        shot = self.plan[self.finished]
+        seed = self.config.seed * 10_007 + shot.number
+        found = self._search(shot, seed)
+        before = _tensors(self._model)
+        saved = {name: tensor.detach().clone() for name, tensor in before.items()}
+        modes = [(module, module.training) for module in self._model.modules()]
+        try:
+            self._write(self._values)  # those that return bring their values along
+            found.mask.apply_(self._model)
+            losses = self._train(shot, found.mask, seed)
+            found.mask.apply_(self._model)
+            trained = self.coordinates.flatten(self._model)  # refuses weights that are not finite
+        except BaseException:
+            _copy(saved, before)
+            raise
+        finally:
+            for module, training in modes:
+                module.training = training
+        mask = found.mask.flat().to(trained.device)
+        returned = int((mask & ~self._masks[-1].flat().to(mask.device)).sum()) if self._masks else 0
+        record = ShotRecord(shot, found.mask.kept, returned, found.history, losses)
+        self._values = torch.where(mask, trained, self._values)
+        self._particles = self._on_schedule(found.particles.detach().cpu().clone(), shot.density)
+        self._masks.append(found.mask)
+        self._history.append(record)
+        logger.info(
+            "shot %d of %d: %.4f of the weights kept, %d returned, loss %s",
+            shot.number, shot.shots, shot.density, returned, f"{losses[-1]:.4f}" if losses else "not known",
+        )  # fmt: skip
+        return record
+
+    def result(self) -> GradualResult:
+        """What the finished shots gave.
+
+        Raises:
+            RuntimeError: no shot is finished.
+        """
+        if self._particles is None:
+            raise RuntimeError("result: wanted at least one shot done, got none")
+        return GradualResult(self._masks[-1], list(self._masks), list(self._history), self._particles, self.config)
+
+    def _search(self, shot: Shot, seed: int) -> PruneResult:
+        config = self.config.replace(sparsity=shot.sparsity, n_steps=shot.n_steps, seed=seed)
+        if shot.number == shot.shots:  # without the rounding of 1 - (1 - s)
+            config = config.replace(sparsity=self.config.sparsity)
+        held = self.coordinates.flatten(self._model)
+        try:
+            self._write(self._values)
+            pruner = SFPKPruner(self._model, self._loss_fn, config, start=self._particles, **self._options)
+        finally:
+            self._write(held)
+        return pruner.run(self._loader, progress=self._progress)
+
+    def _train(self, shot: Shot, masks: MaskSet, seed: int) -> list[float]:
+        if isinstance(self._retrain, RetrainConfig):
+            steps = None if self._steps is None else self._steps[shot.number - 1]
+            return retrain(
+                self._model,
+                self._loss_fn,
+                self._retrain_loader,
+                masks,
+                self._retrain,
+                steps=steps,
+                seed=seed,
+                progress=self._progress,
+            )
+        with seeded(seed, self.coordinates.device):
+            self._retrain(self._model, masks, shot)  # type: ignore[operator]
+        return []
+
+    @torch.no_grad()
+    def _write(self, flat: Tensor) -> None:
+        for parameter, values in zip(
+            self.coordinates.parameters(self._model), self.coordinates.split(flat), strict=True
+        ):
+            parameter.copy_(values)
+
+    def _on_schedule(self, particles: Tensor, density: float) -> Tensor:
+        """Particles that were not retracted have drifted: put on the density that the next shot starts from."""
+        if self.config.retract:
+            return particles
+        share = particles.double().square().mean(dim=1)
+        return particles.mul_((_square(density, self.config.density) / share).sqrt().unsqueeze(1).to(particles.dtype))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to go on from the last finished shot: tensors (copies, on the CPU) and plain values."""
+        return {
+            "settings": self._settings(),
+            "model": {name: tensor.detach().cpu().clone() for name, tensor in _tensors(self._model).items()},
+            "particles": None if self._particles is None else self._particles.clone(),
+            "values": self._values.cpu().clone(),
+            "masks": [torch.from_numpy(np.frombuffer(mask.to_bytes(), np.uint8).copy()) for mask in self._masks],
+            "history": [dataclasses.asdict(record) for record in self._history],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, model weights included.
+
+        Raises:
+            ValueError: of a run with other settings or another model; the message says what differs. Nothing has
+                changed then.
+        """
+        mine, theirs = self._settings(), state["settings"]
+        differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        if differing:
+            of = "; ".join(f"{key}: {mine.get(key)!r} here, {theirs.get(key)!r} there" for key in differing)
+            raise ValueError(f"state: wanted one of a run with the same settings, got another: {of}")
+        tensors, given = _tensors(self._model), state["model"]
+        wrong = [
+            name
+            for name in {**tensors, **given}
+            if name not in tensors or name not in given or tensors[name].shape != given[name].shape
+        ]
+        if wrong:
+            raise ValueError(f"state: wanted one of the same model, got another: {', '.join(wrong[:5])} differ")
+        history = [
+            ShotRecord(**{
+                **record, "shot": Shot(**record["shot"]), "search": [StepRecord(**step) for step in record["search"]],
+            })
+            for record in state["history"]
+        ]  # fmt: skip
+        masks = [MaskSet.from_bytes(content.numpy().tobytes()) for content in state["masks"]]
+        _copy(given, tensors)
+        self._particles = None if state["particles"] is None else state["particles"].clone()
+        self._values = state["values"].to(self._values.device, copy=True)
+        self._masks, self._history = masks, history
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same to go on."""
+        built_in = isinstance(self._retrain, RetrainConfig)
+        return {
+            "config": self.config.to_dict(),
+            "plan": [dataclasses.asdict(shot) for shot in self.plan],
+            "retrain": dataclasses.asdict(self._retrain) if built_in else "function",  # type: ignore[call-overload]
+            "retraining steps": self._steps,
+            "prunable": [[tensor.name, list(tensor.shape)] for tensor in self.coordinates.tensors],
+        }
+
+
+def _spread(total: int, shares: list[float]) -> list[int]:
+    """Whole numbers with the sum ``total``, cumulatively rounded."""
+    ends = [round(total * sum(shares[: i + 1])) for i in range(len(shares))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _square(density: float, kind: str) -> float:
+    """Mean square of a particle with that soft density."""
+    return density**2 if kind == "l2" else density
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
