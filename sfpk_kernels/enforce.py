@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 if TYPE_CHECKING:
     from .masks import MaskSet
+
+
+class MaskedParameters:
+    """Parameters with the places where their weights are removed, ready to be masked often.
+
+    Args:
+        masks: one for each of ``parameters``, at least.
+        parameters: by the names of the masks, in the masks' shapes.
+    """
+
+    def __init__(self, masks: MaskSet, parameters: Mapping[str, nn.Parameter]):
+        self._removed = [(parameter, (~masks[name]).to(parameter.device)) for name, parameter in parameters.items()]
+
+    def __len__(self) -> int:
+        return len(self._removed)
+
+    @torch.no_grad()
+    def apply_(self) -> None:
+        """Set the removed weights to exactly 0, in place."""
+        for number, (parameter, removed) in enumerate(self._removed):
+            if removed.device != parameter.device:
+                removed = removed.to(parameter.device)
+                self._removed[number] = (parameter, removed)
+            parameter.masked_fill_(removed, 0)
 
 
 class MaskEnforcer:
@@ -34,17 +59,14 @@ class MaskEnforcer:
                 f"optimizer: wanted one that holds every masked parameter, got one without {', '.join(missing[:5])}"
                 f"{more} (strict=False enforces only those it holds)"
             )
-        self._removed: list[tuple[nn.Parameter, Tensor]] = []
-        for name in masks:
-            if name in missing:
-                continue
-            parameter, mask = named[name], masks[name]
-            if parameter.shape != mask.shape:
+        held = {name: named[name] for name in masks if name not in missing}
+        for name, parameter in held.items():
+            if parameter.shape != masks[name].shape:
                 raise ValueError(
-                    f"optimizer: wanted {name} in the shape of its mask, {tuple(mask.shape)}, "
+                    f"optimizer: wanted {name} in the shape of its mask, {tuple(masks[name].shape)}, "
                     f"got {tuple(parameter.shape)}"
                 )
-            self._removed.append((parameter, (~mask).to(parameter.device)))
+        self._masked = MaskedParameters(masks, held)
         self.apply_()
         self._handle: Any = optimizer.register_step_post_hook(self._after_step)
 
@@ -55,16 +77,11 @@ class MaskEnforcer:
 
     def __len__(self) -> int:
         """Masked parameters of this optimizer."""
-        return len(self._removed)
+        return len(self._masked)
 
-    @torch.no_grad()
     def apply_(self) -> None:
         """Mask now, such as after weights were loaded between two steps."""
-        for number, (parameter, removed) in enumerate(self._removed):
-            if removed.device != parameter.device:
-                removed = removed.to(parameter.device)
-                self._removed[number] = (parameter, removed)
-            parameter.masked_fill_(removed, 0)
+        self._masked.apply_()
 
     def remove(self) -> None:
         """Stop enforcing; the weights stay as they are. A second call does nothing."""

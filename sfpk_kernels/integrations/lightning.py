@@ -1,0 +1,91 @@
+"""SFPKCallback: masks that hold through training with Lightning. Needs ``pip install 'sfpk_kernels[lightning]'``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from ..enforce import MaskEnforcer
+from ..masks import MaskSet
+from ._restore import check_masks, restored
+
+__all__ = ["SFPKCallback"]
+
+
+class SFPKCallback(Callback):
+    """Keeps removed weights at exactly 0 while a Lightning Trainer fits, and saves the masks in its checkpoints.
+
+    The weights are masked before the first step and after every step of every optimizer (accumulated batches, manual
+    optimization and mixed precision included). Resuming from a checkpoint restores its masks. Strategies that shard
+    parameters or keep copies of them (FSDP, DeepSpeed) are not covered.
+
+    Args:
+        masks: of the module, named as in its ``named_parameters()``; ``None`` to take those of the checkpoint that
+            ``fit(ckpt_path=…)`` resumes from.
+        submodule: name of the part of the LightningModule that the masks were made for, such as ``"model"``; empty for
+            the whole.
+
+    Raises:
+        TypeError: no MaskSet, or no name.
+        ValueError: at the start of a fit: masks of another model, none at all, or others than those of the checkpoint.
+    """
+
+    def __init__(self, masks: MaskSet | None = None, submodule: str = ""):
+        check_masks(masks)
+        if not isinstance(submodule, str):
+            raise TypeError(f"submodule: wanted a name, got {submodule!r:.80}")
+        self.masks = masks
+        self.submodule = submodule
+        self._enforcers: list[MaskEnforcer] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check and mask, before the sanity check validates."""
+        if self.masks is not None:
+            self.masks.apply_(self._model(pl_module))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mask what was restored, and from now on after every optimizer step."""
+        if self.masks is None:
+            raise ValueError("masks: wanted a MaskSet, or a checkpoint with masks to resume from, got neither")
+        model = self._model(pl_module)
+        self.masks.apply_(model)
+        self._release()
+        self._enforcers = [self.masks.enforce(optimizer, model, strict=False) for optimizer in trainer.optimizers]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop enforcing."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop enforcing."""
+        self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks as the bytes of a mask file, for the checkpoint."""
+        if self.masks is None:
+            return {}
+        return {"masks": torch.frombuffer(bytearray(self.masks.to_bytes()), dtype=torch.uint8)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the masks of a checkpoint.
+
+        Raises:
+            ValueError: others were given, or they were altered.
+        """
+        if "masks" in state_dict:
+            found = MaskSet.from_bytes(state_dict["masks"].cpu().numpy().tobytes())
+            self.masks = restored(self.masks, found, "the checkpoint")
+
+    def _model(self, pl_module: LightningModule) -> nn.Module:
+        try:
+            return pl_module.get_submodule(self.submodule)
+        except AttributeError as error:
+            raise ValueError(f"submodule: wanted a part of the module, got {self.submodule!r}: {error}") from error
+
+    def _release(self) -> None:
+        for enforcer in self._enforcers:
+            enforcer.remove()
+        self._enforcers = []

@@ -1,0 +1,143 @@
+"""SFPKCallback with the real Lightning."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sfpk_kernels import MaskSet
+from sfpk_kernels.baselines import magnitude
+
+pytest.importorskip("lightning")
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from sfpk_kernels.integrations.lightning import SFPKCallback
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+class Plain(LightningModule):
+    def __init__(self, manual=False):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
+        self.automatic_optimization = not manual
+        self.steps = 0
+
+    def training_step(self, batch, _):
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        if not self.automatic_optimization:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+        return loss
+
+    def validation_step(self, batch, _):
+        self.seen_in_validation = MaskSet.from_model(self)
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.steps += 1
+
+    def configure_optimizers(self):
+        if self.automatic_optimization:
+            return torch.optim.AdamW(self.parameters(), 0.05)
+        return [torch.optim.SGD(self.net[i].parameters(), 0.1, momentum=0.9) for i in (0, 2)]
+
+
+class Watch(SFPKCallback):
+    """Looks at the weights after every batch."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.exact = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.exact.append(MaskSet.from_model(pl_module.get_submodule(self.submodule)) == self.masks)
+
+
+@pytest.fixture
+def loader():
+    torch.manual_seed(1)
+    return DataLoader(TensorDataset(torch.randn(40, 8), torch.randint(4, (40,))), 8)
+
+
+def trainer(tmp_path, *callbacks, **options):
+    return Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, callbacks=list(callbacks), **{"max_epochs": 2, **options},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_exact_sparsity_saved_reloaded_resumed(tmp_path, loader, accumulate):
+    model = Plain()
+    masks = magnitude(model, None, None, 0.7)
+    dense = copy.deepcopy(model.state_dict())
+    callback = Watch(masks)
+    saved = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    first = trainer(tmp_path, callback, saved, accumulate_grad_batches=accumulate)
+    first.fit(model, loader, loader)
+    assert model.steps == 2 * (5 if accumulate == 1 else 3)
+    assert callback.exact == [True] * 10
+    assert MaskSet.from_model(model) == masks
+    assert model.seen_in_validation == masks
+    assert not torch.equal(model.net[0].weight[masks["net.0.weight"]], dense["net.0.weight"][masks["net.0.weight"]])
+
+    loaded = Plain.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert MaskSet.from_model(loaded) == masks
+
+    again = Watch()  # takes the masks of the checkpoint
+    resumed = Plain()
+    trainer(tmp_path, again, max_epochs=3).fit(resumed, loader, ckpt_path=tmp_path / "last.ckpt")
+    assert again.masks == masks
+    assert again.exact == [True] * 5
+    assert MaskSet.from_model(resumed) == masks
+
+
+def test_it_ends_with_the_fit(tmp_path, loader):
+    model = Plain()
+    masks = magnitude(model, None, None, 0.7)
+    fitted = trainer(tmp_path, SFPKCallback(masks))
+    fitted.fit(model, loader)
+    optimizer = fitted.optimizers[0]
+    nn.functional.cross_entropy(model.net(torch.randn(8, 8)), torch.randint(4, (8,))).backward()
+    optimizer.step()
+    assert MaskSet.from_model(model).kept > masks.kept
+
+
+def test_several_optimizers_by_hand_and_a_submodule(tmp_path, loader):
+    model = Plain(manual=True)
+    masks = magnitude(model.net, None, None, 0.6)
+    callback = Watch(masks, "net")
+    trainer(tmp_path, callback).fit(model, loader)
+    assert callback.exact == [True] * 10
+    assert MaskSet.from_model(model.net) == masks
+
+
+def test_refusals(tmp_path, loader):
+    model = Plain()
+    masks = magnitude(model, None, None, 0.7)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError, match="masks: wanted a MaskSet or None, got dict"):
+        SFPKCallback({})
+    with pytest.raises(TypeError, match="submodule: wanted a name"):
+        SFPKCallback(masks, model.net)
+    with pytest.raises(ValueError, match=r"net.0.weight is not in the model"):
+        trainer(tmp_path, SFPKCallback(masks, "net")).fit(model, loader)
+    with pytest.raises(ValueError, match="submodule: wanted a part of the module, got 'nothing'"):
+        trainer(tmp_path, SFPKCallback(masks, "nothing")).fit(model, loader)
+    with pytest.raises(ValueError, match="masks: wanted a MaskSet, or a checkpoint with masks"):
+        trainer(tmp_path, SFPKCallback()).fit(model, loader)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    trainer(tmp_path, SFPKCallback(masks), ModelCheckpoint(dirpath=tmp_path, save_last=True)).fit(model, loader)
+    other = SFPKCallback(magnitude(Plain(), None, None, 0.5))
+    with pytest.raises(ValueError, match="masks: wanted those of the checkpoint"):
+        trainer(tmp_path, other, max_epochs=3).fit(Plain(), loader, ckpt_path=tmp_path / "last.ckpt")
