@@ -8,7 +8,9 @@ from .config import SFPKConfig
 from .coordinates import Coordinates
 from .masks import MaskSet
 from .planning import Plan, plan
-from .pruner import PruneResult, SFPKPruner, StepRecord, prune
+from .pruner import SFPKPruner, prune
+from .records import StepRecord
+from .result import PruneResult
 
 __all__ = [
     "Coordinates",

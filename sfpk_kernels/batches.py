@@ -44,6 +44,11 @@ class BatchStream:
         """The next ``count`` batches."""
         return [move_to(self._next(), self._device) for _ in range(count)]
 
+    def skip(self, count: int) -> None:
+        """Pass over ``count`` batches."""
+        for _ in range(count):
+            self._next()
+
     def _next(self) -> Any:
         try:
             batch = next(self._iterator)

@@ -55,6 +55,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": ("bf16", "fp16", None),
     "memory": ("auto", "fast", "lean"),
     "offload": ("cpu", None),
+    "nonfinite": ("raise", "skip_particle"),
     "backend": (*BACKENDS, None),
     "particle_dtype": ("float32", "float16", "bfloat16"),
 }
@@ -109,6 +110,8 @@ class SFPKConfig:
             cross over, one particle at a time. ``None``: on the model's device.
         memory_limit: bytes a run may take beyond what the process holds before; ``None`` for what the device has left.
             A run that will not fit is refused.
+        nonfinite: what to do about a loss or gradient that is not finite: ``"raise"``, or ``"skip_particle"``: that
+            particle stands still in this step, which is logged and recorded; a step in which none can move raises.
         backend: kernel backend of the ops that have it, ``None`` for the fastest available.
         particle_dtype: how particles are kept. ``"float16"``: half the memory, rounded stochastically, masks a little
             different (on long runs too). ``"bfloat16"``: with its rounding error beside it, the memory of fp32.
@@ -148,6 +151,7 @@ class SFPKConfig:
     memory: str = "auto"
     offload: str | None = None
     memory_limit: int | None = None
+    nonfinite: str = "raise"
     backend: str | None = None
     particle_dtype: str = "float32"
     seed: int = 0

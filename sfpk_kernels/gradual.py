@@ -20,7 +20,9 @@ from .files import load_state, save_state
 from .masks import MaskSet
 from .model_state import seeded
 from .polarizer import budget
-from .pruner import PruneResult, SFPKPruner, StepRecord
+from .pruner import SFPKPruner
+from .records import StepRecord
+from .result import PruneResult
 from .retrain import RetrainConfig, check_label_smoothing, retrain
 
 logger = logging.getLogger(__name__)

@@ -170,7 +170,9 @@ class MaskSet:
             return NotImplemented
         if self._shapes != other._shapes:
             differing = [name for name in {**self._shapes, **other._shapes} if not self._same(other, name)]
-            of = ", ".join(f"{n}: {self._shapes.get(n, 'none')} and {other._shapes.get(n, 'none')}" for n in differing[:5])
+            of = ", ".join(
+                f"{n}: {self._shapes.get(n, 'none')} and {other._shapes.get(n, 'none')}" for n in differing[:5]
+            )
             more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
             raise ValueError(f"masks: wanted two over the same tensors, got different ones: {of}{more}")
         return self._like({name: operation(bits, other._bits[name]) for name, bits in self._bits.items()})

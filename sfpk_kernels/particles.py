@@ -34,9 +34,7 @@ class ParticleSystem:
         schedule: K + 1 soft densities, ρ_0 = 1 (or that of ``start``) … ρ_K = 1 - sparsity.
     """
 
-    def __init__(
-        self, d: int, config: SFPKConfig, theta: Tensor, saliency: Tensor | None, start: Tensor | None = None
-    ):
+    def __init__(self, d: int, config: SFPKConfig, theta: Tensor, saliency: Tensor | None, start: Tensor | None = None):
         dtype = theta.dtype if config.particle_dtype == "float32" else getattr(torch, config.particle_dtype)
         pinned = config.offload == "cpu" and theta.device.type == "cpu" and torch.cuda.is_available()
         self.masks = torch.ones(config.n_particles, d, dtype=dtype, device=theta.device, pin_memory=pinned)
@@ -115,6 +113,7 @@ class ParticleSystem:
             seed=config.seed,
             step_index=self.step,
             row=row,
+            nonfinite="skip" if config.nonfinite == "skip_particle" else "raise",
             backend=None if config.backend is None else f"{config.backend}?",
         )
         self._stats, self._version = stats, self.masks._version
@@ -122,10 +121,16 @@ class ParticleSystem:
             self.step += 1
         return stats
 
-    def state_dict(self) -> dict[str, Any]:
-        """Particles and step, to go on from later."""
-        residual = None if self._residual is None else self._residual.clone()
-        return {"masks": self.masks.clone(), "residual": residual, "step": self.step}
+    def state_dict(self, copy: bool = True) -> dict[str, Any]:
+        """Particles, what rounding took from them, statistics and step: all that decides the next step."""
+        stats, residual = self.stats, self._residual
+        return {
+            "masks": self.masks.clone() if copy else self.masks,
+            "residual": residual.clone() if copy and residual is not None else residual,
+            "stats": None if stats is None else stats._asdict(),
+            "step": self.step,
+            "schedule": list(self.schedule),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave.
@@ -133,14 +138,19 @@ class ParticleSystem:
         Raises:
             ValueError: particles of another shape or dtype, or a step outside the schedule.
         """
-        masks, step = state["masks"], state["step"]
+        masks, step, schedule = state["masks"], state["step"], state["schedule"]
         if tuple(masks.shape) != tuple(self.masks.shape):
             raise ValueError(f"masks: wanted shape {tuple(self.masks.shape)}, got {tuple(masks.shape)}")
         if masks.dtype != self.masks.dtype:
             raise ValueError(f"masks: wanted {self.masks.dtype}, got {masks.dtype}")
         if not 0 <= step <= self._config.n_steps:
             raise ValueError(f"step: wanted 0 … {self._config.n_steps}, got {step}")
+        if len(schedule) != self._config.n_steps + 1:
+            raise ValueError(f"schedule: wanted {self._config.n_steps + 1} densities, got {len(schedule)}")
         self.masks.copy_(masks)
         if self._residual is not None:
             self._residual.copy_(state["residual"])
-        self.step = step
+        self.step, self.schedule = step, list(schedule)
+        self._stats, self._version = None, self.masks._version
+        if state["stats"] is not None:
+            self._stats = TransitionStats(**{k: v.to(self.masks.device) for k, v in state["stats"].items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,12 @@ class Plan:
         head = f"{self.particles} particles of {self.coordinates:,} weights, memory={self.memory!r}"
         how = f"energies: {self.choice.mode} ({self.choice.reason})"
         return "\n".join([head, how, *(f"  {name:<{width}}  {text}" for name, text in rows)])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """From the fields' plain values."""
+        known = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        return cls(**{**known, "choice": Choice(**known["choice"])})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings."""

@@ -4,66 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import checkpoint
+from .anytime import Waypoint, sparsities
 from .batches import BatchStream, move_to
 from .config import SFPKConfig
 from .coordinates import Coordinates, Ignored
+from .diagnostics import Alarms, Diagnostics
 from .energy import LossFn
+from .files import load_state, save_state
 from .masks import MaskSet
 from .model_state import guarded, seeded
+from .ops import pack_mask, unpack_mask
 from .particles import ParticleSystem
 from .planning import Plan, check_state, make_energy, plan_run, state_device
 from .polarizer import Polarizer, budget
+from .records import StepRecord
+from .result import PruneResult
 from .vote import Vote
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class StepRecord:
-    """What happened in one step; plain numbers, one value per particle in the lists."""
-
-    step: int  # 1 … K
-    scheduled_density: float  # ρ_k
-    densities: list[float]  # soft density after the step
-    energies: list[float]  # loss at the step's start, at the density of the step before
-    cosines: list[float]  # cosine between the move and -∂L/∂m
-    seconds: float
-
-    @property
-    def energy(self) -> float:
-        """Mean energy of the particles."""
-        return sum(self.energies) / len(self.energies)
-
-    @property
-    def density(self) -> float:
-        """Mean soft density of the particles."""
-        return sum(self.densities) / len(self.densities)
-
-
-@dataclasses.dataclass(frozen=True)
-class PruneResult:
-    """Outcome of a run."""
-
-    mask: MaskSet  # the final mask
-    history: list[StepRecord]  # one entry per step done
-    particles: Tensor  # (n, d) final particles (of a finished run the live ones, not a copy)
-    score: Tensor  # (d,) the vote behind the mask
-    config: SFPKConfig
-    coordinates: Coordinates
-    plan: Plan  # memory, and how particles went through the model
-
-    def apply_(self, model: nn.Module) -> nn.Module:
-        """Apply the mask to ``model``; see :meth:`MaskSet.apply_`."""
-        return self.mask.apply_(model)
 
 
 class SFPKPruner:
@@ -83,6 +52,8 @@ class SFPKPruner:
         callbacks: called with the :class:`StepRecord` of every step.
         start: (n, d) particles to go on from, such as those of an earlier run; the schedule begins at their mean
             density. ``None``: at 1, nothing removed.
+        checkpoints: sparsities at which to take an exact mask on the way (``result.waypoints``, ``result.mask_at``).
+        keep_scores: keep the scores behind them, too (d fp32 numbers each), for the masks of sparsities in between.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -102,6 +73,8 @@ class SFPKPruner:
         include_norms: bool = False,
         callbacks: Sequence[Callable[[StepRecord], None]] = (),
         start: Tensor | None = None,
+        checkpoints: Iterable[float] = (),
+        keep_scores: bool = False,
     ):
         if not isinstance(config, SFPKConfig):
             raise TypeError(f"config: wanted an SFPKConfig, got {type(config).__name__}")
@@ -134,7 +107,15 @@ class SFPKPruner:
             config.vote_ratio,
             config.momentum,
         )
+        self._diagnostics = Diagnostics(self.coordinates, config)
+        self._alarms = Alarms(config, [tensor.name for tensor in self.coordinates.tensors])
+        self._due = sparsities(checkpoints, 1.0 - self._system.schedule[0], config.sparsity)
+        self._keep_scores = keep_scores
+        self._waypoints: list[Waypoint] = []
         self._last_energies: Tensor | None = None
+        self._taken = 0  # batches of the loader that were used by runs
+        self._skip = 0  # those of them a resumed run passes over
+        self._fingerprint: str | None = None
         self._broken: str | None = None  # why no step can follow
 
     @property
@@ -150,19 +131,40 @@ class SFPKPruner:
         reached = float(self._system.densities.mean()) <= self.config.target_density
         return self.config.early_stop and reached
 
-    def run(self, loader: Iterable[Any], *, progress: bool | None = None) -> PruneResult:
+    def run(
+        self,
+        loader: Iterable[Any],
+        *,
+        progress: bool | None = None,
+        save_every: int | None = None,
+        save_path: str | os.PathLike[str] | None = None,
+        resume: str | os.PathLike[str] | bool | None = None,
+    ) -> PruneResult:
         """All remaining steps; every particle takes its own batch in every step.
 
         Args:
             loader: batches, cycled; n · K are used by a whole run. Its order is drawn under ``config.seed``
-                where it uses torch's global generator.
+                where it uses torch's global generator. A resumed run passes over the batches used before: give it the
+                same loader from its beginning (a list, or a DataLoader whose order and augmentation come from torch's
+                global generator).
             progress: show a bar; ``None`` for only on a terminal.
+            save_every: write ``save_path`` after so many steps, and at the end.
+            save_path: the file; ``None`` for that of ``resume``.
+            resume: a file that a run with the same model, settings and loader has written (:meth:`load_state_dict`);
+                True for ``save_path`` if it exists.
 
         Raises:
-            ValueError: an empty loader or a one-shot iterator that runs out.
+            FileNotFoundError: no file ``resume``.
+            ValueError: an empty loader or a one-shot iterator that runs out; a file that is damaged, or of another
+                model or other settings.
             FloatingPointError: a loss that is not finite; the message names step and particle.
             MemoryError: the run will not fit; the message holds the plan, and what would fit.
         """
+        target = _save_path(save_every, save_path, resume)
+        if resume is True:
+            resume = target if target is not None and os.path.exists(target) else None
+        if resume:
+            self.load(resume)
         n, remaining = self.config.n_particles, self.config.n_steps - self._system.step
         with (
             self._guard(),
@@ -170,6 +172,8 @@ class SFPKPruner:
             tqdm(total=remaining, desc="SFPK", disable=None if progress is None else not progress) as bar,
         ):
             stream = BatchStream(loader, self.coordinates.device, n * remaining)  # draws the data order: seeded
+            stream.skip(self._skip)
+            self._skip = 0
             while not self.done:
                 batches = stream.take(n)
                 if self.plan is None:
@@ -177,6 +181,9 @@ class SFPKPruner:
                     if not bar.disable:
                         bar.write(str(plan), file=sys.stderr)
                 record = self._step(batches)
+                self._taken += n
+                if save_every and target is not None and (record.step % save_every == 0 or self.done):
+                    self.save(target)
                 bar.set_postfix(loss=f"{record.energy:.4f}", density=f"{record.density:.4f}", refresh=False)
                 bar.update()
             self._energy.release()
@@ -210,23 +217,26 @@ class SFPKPruner:
         plan = self.plan or self._make_plan(batches[0])
         started = time.perf_counter()
         system, number = self._system, self._system.step + 1
+        densities = system.densities
         # 1. polarize
-        keep = self._polarizer.polarize(system.masks, system.densities, self.config.polarizer)
+        keep = self._polarizer.polarize(system.masks, densities, self.config.polarizer)
+        seen = self._diagnostics.see(keep)
         # 2. energies, each particle on its own batch; 3.-7. repulsion, transition, retraction, consensus
         moved = 0
         try:
             with seeded(self._step_seed(number), self.coordinates.device):
                 if plan.memory == "fast":
                     energies, grads = self._energy(keep, batches)
-                    self._check_finite(energies, grads, number)
+                    skipped = self._check_finite(energies, grads, number)
                     stats = system.move_(grads)
                 else:
                     energies = torch.empty(len(keep), dtype=torch.float64, device=self._theta.device)
                     cosines, grad = torch.zeros_like(energies), self._energy.buffer(1)
+                    skipped = []
                     with self._energy.one_by_one():
                         for i in range(len(keep)):
                             energies[i] = self._energy.single(i, keep.rows(slice(i, i + 1)), batches[i], grad[0])
-                            self._check_finite(energies[i : i + 1], grad, number, first=i)
+                            skipped += self._check_finite(energies[i : i + 1], grad, number, first=i)
                             stats = system.move_(grad, row=i)
                             cosines[i] = stats.cosines[i]
                             moved = i + 1
@@ -241,6 +251,7 @@ class SFPKPruner:
         self._last_energies = energies
         if self._vote.remembers:
             self._vote.update(system.masks, stats.densities, energies)
+        self._pass_waypoints(number)
         record = StepRecord(
             step=number,
             scheduled_density=system.schedule[number],
@@ -248,11 +259,31 @@ class SFPKPruner:
             energies=energies.tolist(),
             cosines=stats.cosines.tolist(),
             seconds=time.perf_counter() - started,
+            start_density=float(densities.mean()),
+            deviation=self._diagnostics.deviation(system.masks, stats),
+            overlaps=seen.overlaps,
+            layer_densities=seen.layer_densities,
+            skipped=skipped,
         )
+        record.alarms.extend(self._alarms.check(self.history, record))
         self.history.append(record)
         for callback in self._callbacks:
             callback(record)
         return record
+
+    def _pass_waypoints(self, number: int) -> None:
+        """Take the masks of the sparsities that the schedule has just passed."""
+        density = self._system.schedule[number]
+        while self._due and density <= 1.0 - self._due[0] + 1e-12:
+            sparsity = self._due.pop(0)
+            score = self._current_score()
+            mask = MaskSet.from_flat(self._polarizer.final(score, sparsity), self.coordinates)
+            kept = score.to("cpu", torch.float32, copy=True) if self._keep_scores else None
+            self._waypoints.append(Waypoint(sparsity, number, mask, kept))
+
+    def _current_score(self) -> Tensor:
+        assert self._last_energies is not None
+        return self._vote.current(self._system.masks, self._system.densities, self._last_energies)
 
     def result(self) -> PruneResult:
         """The final mask from the particles as they stand.
@@ -262,7 +293,7 @@ class SFPKPruner:
         """
         if self._last_energies is None or self.plan is None:
             raise RuntimeError("result: wanted at least one step done, got none")
-        score = self._vote.current(self._system.masks, self._system.densities, self._last_energies)
+        score = self._current_score()
         mask = self._polarizer.final(score, self.config.sparsity)
         return PruneResult(
             mask=MaskSet.from_flat(mask, self.coordinates),
@@ -272,7 +303,100 @@ class SFPKPruner:
             config=self.config,
             coordinates=self.coordinates,
             plan=self.plan,
+            densities=self._system.densities.clone(),
+            energies=self._last_energies.clone(),
+            waypoints=list(self._waypoints),
+            _polarizer=self._polarizer,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the rest of the run; copies of tensors, and plain values.
+
+        Particles, step, statistics, votes, masks along the way, history, how many batches of the loader were used, how
+        energies are computed, and which model and settings all that belongs to. Random numbers are drawn anew in every
+        step from seed and step, so there is no random state to keep.
+
+        Raises:
+            RuntimeError: an error has left a lean step half done.
+        """
+        return self._state(copy=True)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; nothing is changed after an error.
+
+        The rest of the run is then bit for bit what it would have been. With another ``config.seed`` it is a branch:
+        the same particles, other random numbers and another order of the data from here on.
+
+        Raises:
+            ValueError: a state of another model, of other settings, or not of a run.
+        """
+        names = [tensor.name for tensor in self.coordinates.tensors]
+        checkpoint.check_same(state, self.config, self._model_fingerprint(), names)
+        self._system.load_state_dict(state["particles"])
+        device = self._theta.device
+        self._vote.score = None if state["vote"] is None else state["vote"].to(device)
+        self._last_energies = None if state["energies"] is None else state["energies"].to(device)
+        self.history[:] = [StepRecord(**record) for record in state["history"]]
+        self._waypoints = [
+            Waypoint(w["sparsity"], w["step"], MaskSet.from_flat(unpack_mask(w["bits"], self.coordinates.d),
+                     self.coordinates), w["score"])
+            for w in state["waypoints"]
+        ]  # fmt: skip
+        passed = {waypoint.sparsity for waypoint in self._waypoints}
+        self._due = [s for s in self._due if s not in passed and self._system.schedule[self._system.step] > 1.0 - s]
+        self._alarms.said = set(state["alarms"])
+        self._taken = self._skip = state["taken"]
+        self._energy.scale.value, self._energy.scale.calm = state["scale"]
+        if state["plan"] is not None:
+            self.plan = Plan.from_dict(state["plan"])
+            self._energy.choice = self.plan.choice
+        self._broken = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`state_dict` to a file, atomically: killed at any moment, it holds the old state or the new one.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+            RuntimeError: an error has left a lean step half done.
+        """
+        save_state(path, checkpoint.KIND, self._state(copy=False))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """:meth:`load_state_dict` from a file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file that was cut or altered, or of another kind, model or settings.
+        """
+        self.load_state_dict(load_state(path, checkpoint.KIND))
+
+    def _state(self, copy: bool) -> dict[str, Any]:
+        if self._broken is not None:
+            raise RuntimeError(f"state_dict: this run cannot go on: {self._broken}")
+        vote, energies, scale = self._vote.score, self._last_energies, self._energy.scale
+        return {
+            "model": self._model_fingerprint(),
+            "config": self.config.to_json(),
+            "names": [tensor.name for tensor in self.coordinates.tensors],
+            "step": self._system.step,
+            "particles": self._system.state_dict(copy=copy),
+            "vote": vote.clone() if copy and vote is not None and self._vote.remembers else vote,
+            "energies": None if energies is None else energies.clone(),
+            "history": [dataclasses.asdict(record) for record in self.history],
+            "waypoints": [
+                {"sparsity": w.sparsity, "step": w.step, "bits": pack_mask(w.mask.flat()), "score": w.score}
+                for w in self._waypoints
+            ],
+            "alarms": sorted(self._alarms.said),
+            "taken": self._taken,
+            "scale": (scale.value, scale.calm),
+            "plan": None if self.plan is None else dataclasses.asdict(self.plan),
+        }
+
+    def _model_fingerprint(self) -> str:
+        if self._fingerprint is None:
+            self._fingerprint = checkpoint.model_fingerprint(self._model)
+        return self._fingerprint
 
     def _make_plan(self, batch: Any) -> Plan:
         """Measure the first batch, decide what is left to decide, refuse what will not fit."""
@@ -295,19 +419,44 @@ class SFPKPruner:
     def _guard(self) -> Any:
         return guarded(self._model, bn=self.config.bn, dropout=self.config.dropout)
 
-    def _check_finite(self, energies: Tensor, grads: Tensor, number: int, first: int = 0) -> None:
+    def _check_finite(self, energies: Tensor, grads: Tensor, number: int, first: int = 0) -> list[int]:
+        """Particles to skip, their gradients made NaN; or an error, as ``config.nonfinite`` says."""
         finite = torch.isfinite(energies)
         what, value = "loss", energies
-        if bool(finite.all()):
+        if bool(finite.all()) or self.config.nonfinite != "raise":
             # Row by row: no (n, d) temporary, and all threads at work. A NaN is both lowest and highest.
             extremes = torch.stack([torch.stack(torch.aminmax(row)) for row in grads])
-            value = extremes.abs().amax(dim=1)
-            finite, what = torch.isfinite(value), "gradient"
-        if not bool(finite.all()):
-            bad = int((~finite).int().argmax())
-            raise FloatingPointError(
-                f"loss_fn: wanted a finite {what}, got {float(value[bad])} in step {number}, particle {first + bad}"
-            )
+            steep = extremes.abs().amax(dim=1)
+            if bool(finite.all()):
+                what, value = "gradient", steep
+            finite = finite & torch.isfinite(steep)
+        if bool(finite.all()):
+            return []
+        bad = torch.nonzero(~finite).flatten().tolist()
+        if self.config.nonfinite == "raise" or len(bad) == self.config.n_particles:
+            got = f"{float(value[bad[0]])} in step {number}, particle {first + bad[0]}"
+            raise FloatingPointError(f"loss_fn: wanted a finite {what}, got {got}")
+        grads[bad] = float("nan")
+        return [first + i for i in bad]
+
+
+def _save_path(
+    every: int | None,
+    path: str | os.PathLike[str] | None,
+    resume: str | os.PathLike[str] | bool | None,
+) -> str | os.PathLike[str] | None:
+    """Where to save, the arguments checked."""
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
+        raise TypeError(f"save_every: wanted a number of steps or None, got {every!r}")
+    if every is not None and every < 1:
+        raise ValueError(f"save_every: wanted ≥ 1, got {every}")
+    if path is None and not isinstance(resume, bool):
+        path = resume
+    if path is None and (every is not None or resume is True):
+        raise ValueError("save_path: wanted a file to write, got None")
+    if path is not None and every is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise FileNotFoundError(f"save_path: wanted a file in an existing folder, got {os.fspath(path)!r}")
+    return path
 
 
 def prune(
@@ -317,11 +466,15 @@ def prune(
     config: SFPKConfig,
     *,
     progress: bool | None = None,
+    save_every: int | None = None,
+    save_path: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | bool | None = None,
     **options: Any,
 ) -> PruneResult:
     """Search a mask for ``model`` in one run; the model itself is not changed.
 
-    ``options`` are those of :class:`SFPKPruner` (``ignored_layers``, ``include_embeddings``, ``callbacks``, …);
+    ``options`` are those of :class:`SFPKPruner` (``checkpoints``, ``ignored_layers``, ``callbacks``, …);
     arguments and errors as there and in :meth:`SFPKPruner.run`.
     """
-    return SFPKPruner(model, loss_fn, config, **options).run(loader, progress=progress)
+    pruner = SFPKPruner(model, loss_fn, config, **options)
+    return pruner.run(loader, progress=progress, save_every=save_every, save_path=save_path, resume=resume)

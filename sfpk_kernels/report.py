@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .pruner import StepRecord
+from .records import StepRecord
 
 # Distinct in greyscale, too: each series has its own marker and line style.
 _STYLES = [("#1b5e9e", "o", "-"), ("#c4541a", "s", "--"), ("#5b8c2a", "^", "-."), ("#7d3c98", "D", ":")]

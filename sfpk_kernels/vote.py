@@ -28,7 +28,7 @@ class Vote:
         self._rule = rule
         self._ratio = ratio
         self._momentum = momentum
-        self._score: Tensor | None = None
+        self.score: Tensor | None = None  # (d,) as of the last update
 
     @property
     def remembers(self) -> bool:
@@ -51,13 +51,13 @@ class Vote:
             fine = soft.double()  # fp32 would lose the order of small scores beside the counts
             low, high = fine.min(), fine.max()
             vote = kept + 0.5 * (fine - low) / (high - low).clamp_min(torch.finfo(fine.dtype).tiny)
-        if self._momentum > 0 and self._score is not None:
-            vote = vote + self._momentum * self._score
-        self._score = vote
+        if self._momentum > 0 and self.score is not None:
+            vote = vote + self._momentum * self.score
+        self.score = vote
         return vote
 
     def current(self, masks: Tensor, densities: Tensor, energies: Tensor) -> Tensor:
         """The score as it stands: the remembered one, else the vote of these particles alone."""
-        if self.remembers and self._score is not None:
-            return self._score
+        if self.remembers and self.score is not None:
+            return self.score
         return self.update(masks, densities, energies)

@@ -115,7 +115,9 @@ def test_refusals(tmp_path):
     trainer(tmp_path / "a", model, SFPKTrainerCallback(masks)).train()
     folder = tmp_path / "a" / "checkpoint-4"
     with pytest.raises(ValueError, match="masks: wanted those of the checkpoint checkpoint-4"):
-        trainer(tmp_path / "a", tiny(), SFPKTrainerCallback(others), max_steps=6).train(resume_from_checkpoint=str(folder))
+        trainer(tmp_path / "a", tiny(), SFPKTrainerCallback(others), max_steps=6).train(
+            resume_from_checkpoint=str(folder)
+        )
     elsewhere = tmp_path / "elsewhere" / "checkpoint-4"
     shutil.copytree(folder, elsewhere)
     with pytest.raises(ValueError, match="masks: wanted those of the checkpoint, with the fingerprint"):

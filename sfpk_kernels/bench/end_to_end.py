@@ -18,8 +18,8 @@ from .models import WORKLOADS
 
 NAMES = ("mlp", "resnet-demo", "resnet-20", "mobilenet-v1", "deit-t", "gpt-100m")
 
-# Of the particles after one long step, relative. Wide, because Algorithm 3 in fp32 is itself off: by 9e-4 on deit-t, where
-# ours differs from an fp64 run of it by 5e-7.
+# Of the particles after one long step, relative. Wide, because Algorithm 3 in fp32 is itself off: by 9e-4 on deit-t,
+# where ours differs from an fp64 run of it by 5e-7.
 _TOLERANCE = 5e-3
 _ROUNDS, _ROUNDS_QUICK = 9, 3
 _LONG = 20.0  # seconds of a naive step after which one is enough

@@ -16,7 +16,8 @@ from ..baselines import magnitude, snip
 from ..batchnorm import recalibrate_batchnorm
 from ..config import SFPKConfig
 from ..masks import MaskSet
-from ..pruner import StepRecord, prune
+from ..pruner import prune
+from ..records import StepRecord
 from .task import TRAINING_BATCH, Digits, accuracy, load_digits, train
 
 SPARSITIES = (0.80, 0.90, 0.95, 0.98)

@@ -1,0 +1,59 @@
+"""The file a run is resumed from: which model, which settings, and everything that decides what follows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import SFPKConfig
+
+KIND = "sfpk-run-1"  # format and version
+
+# Settings that may change between parts of a run: a new seed makes a branch; a limit decides nothing but refusal.
+_FREE = ("seed", "memory_limit")
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        value = value.detach().cpu().contiguous()
+        digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_same(state: Mapping[str, Any], config: SFPKConfig, fingerprint: str, names: list[str]) -> None:
+    """That a state belongs to this model and this run.
+
+    Raises:
+        ValueError: it does not; the message says what differs.
+    """
+    missing = {"config", "model", "names", "particles", "step"} - state.keys()
+    if missing:
+        raise ValueError(f"state: wanted what SFPKPruner.state_dict() returns, got one without {sorted(missing)}")
+    if state["names"] != names:
+        other = sorted(set(state["names"]) ^ set(names))
+        raise ValueError(
+            f"state: wanted one over the same prunable tensors, got one that differs in {other[:5] or 'order'}"
+        )
+    if state["model"] != fingerprint:
+        raise ValueError(
+            f"state: wanted one of this model (fingerprint {fingerprint[:12]}), got one of another or of other weights "
+            f"({state['model'][:12]})"
+        )
+    saved, now = json.loads(state["config"]), json.loads(config.to_json())
+    different = [name for name in {**saved, **now} if name not in _FREE and saved.get(name) != now.get(name)]
+    if different:
+        words = ", ".join(f"{name} {saved.get(name)!r} (now {now.get(name)!r})" for name in different)
+        raise ValueError(
+            f"config: wanted that of the saved run, got a difference in {words}; to go on with other settings, start a "
+            "run from its particles: start=result.particles"
+        )

@@ -1,0 +1,139 @@
+"""How the particles are doing, cheaply: distances from the step's own matrices, overlaps from a sample."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import SFPKConfig
+from .coordinates import Coordinates
+from .ops import TransitionStats, mask_iou, pack_mask
+from .polarizer import Polarized
+from .records import StepRecord
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE = 1 << 15  # coordinates that overlaps and layer densities are estimated from
+_FEW = 64  # sampled coordinates below which a tensor is counted whole
+_COLLAPSED = 1e-6  # relative deviation
+_DYING = 0.001  # share of a tensor's weights kept
+_WINDOW = 0.1  # of the run: energies averaged for "the loss falls"
+
+
+class Seen(NamedTuple):
+    """The binary masks of a step."""
+
+    overlaps: list[list[float]]
+    layer_densities: list[float]
+
+
+class Diagnostics:
+    """Measures each step.
+
+    Overlaps and layer densities are exact for up to 32,768 coordinates; beyond they come from an even sample of
+    about as many (tensors with few coordinates in it are counted whole).
+    """
+
+    def __init__(self, coordinates: Coordinates, config: SFPKConfig):
+        self._weighted = config.kernel == "weighted_rbf"
+        self._stride = math.ceil(coordinates.d / _SAMPLE)
+        places = torch.arange(0, coordinates.d, self._stride)
+        ends = torch.tensor([tensor.offset + tensor.numel for tensor in coordinates.tensors])
+        self._ends = torch.searchsorted(places, ends)
+        counts = self._ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+        self._counts = counts.clamp_min(1).double()
+        self._whole = [
+            (i, tensor.offset, tensor.offset + tensor.numel)
+            for i, tensor in enumerate(coordinates.tensors)
+            if counts[i] < min(_FEW, tensor.numel)
+        ]
+        self._places = places.to(coordinates.device)
+
+    @torch.no_grad()
+    def see(self, keep: Polarized) -> Seen:
+        """Overlaps and layer densities of the binary particles."""
+        kept = _kept(keep, slice(None, None, self._stride), self._places)
+        sums = torch.cat([torch.zeros(1, dtype=torch.float64), kept.sum(dim=0).double().cpu().cumsum(0)])
+        shares = sums[self._ends].diff(prepend=torch.zeros(1, dtype=torch.float64)) / (len(keep) * self._counts)
+        for i, begin, end in self._whole:
+            places = torch.arange(begin, end, device=kept.device)
+            shares[i] = float(_kept(keep, slice(begin, end), places).double().mean())
+        return Seen(mask_iou(pack_mask(kept)).tolist(), shares.tolist())
+
+    @torch.no_grad()
+    def deviation(self, masks: Tensor, stats: TransitionStats) -> float:
+        """sqrt(mean ‖m_i - m̄‖²) / sqrt(mean ‖m_i‖²), the paper's Figure 5."""
+        if self._weighted:  # its distances are weighted: from the sample
+            part = masks[:, :: self._stride].double()
+            spread, size = (part - part.mean(dim=0)).square().sum(dim=1).mean(), part.square().sum(dim=1).mean()
+        else:
+            spread, size = stats.sq_distances.mean() / 2, stats.norms.square().mean()
+        return float((spread / size).clamp_min(0).sqrt()) if float(size) > 0 else 0.0
+
+
+def _kept(keep: Polarized, columns: slice, places: Tensor) -> Tensor:  # (n, count) bool
+    """The binary masks at some coordinates, decided by the cut: the score, and ties by index."""
+    values = keep.values[:, columns]
+    if keep.cut is None:
+        return values != 0
+    score = values.to(torch.promote_types(values.dtype, torch.float32))
+    if keep.saliency is not None:
+        score = score.abs() * keep.saliency[columns]
+    threshold = keep.cut.threshold.to(score.dtype)
+    return (score > threshold) | ((score == threshold) & (places < keep.cut.tie_end))
+
+
+class Alarms:
+    """Says once each: particles that collapse, a layer about to die, a loss that falls when it should rise."""
+
+    def __init__(self, config: SFPKConfig, names: Sequence[str]):
+        self._config = config
+        self._names = names
+        self.said: set[str] = set()  # keys of alarms given
+
+    def check(self, history: Sequence[StepRecord], record: StepRecord) -> list[str]:
+        """What is new in this step; also logged as warnings."""
+        found = {
+            **self._collapse(record),
+            **self._dying(record),
+            **self._falling([*history, record]),
+            **{f"skipped {i}": f"particle {i} had no finite loss and gradient and stood still" for i in record.skipped},
+        }
+        new = [words for key, words in found.items() if key not in self.said]
+        self.said.update(found)
+        for words in new:
+            logger.warning("step %d: %s", record.step, words)
+        return new
+
+    def _collapse(self, record: StepRecord) -> dict[str, str]:
+        """Particles on top of each other explore nothing. The pull to their mean does not make them so."""
+        if self._config.n_particles < 2 or record.deviation >= _COLLAPSED:
+            return {}
+        return {"collapse": f"the particles have collapsed: they lie within {record.deviation:.1e} of their mean"}
+
+    def _dying(self, record: StepRecord) -> dict[str, str]:
+        return {
+            f"dying {name}": f"{name} is about to die: {100 * share:.2g} % of its weights are kept"
+            for name, share in zip(self._names, record.layer_densities, strict=False)
+            if share < min(_DYING, 0.1 * self._config.target_density)
+        }
+
+    def _falling(self, history: Sequence[StepRecord]) -> dict[str, str]:
+        """A.1 of the paper: removing weights from a trained model raises its loss; batches differ by chance."""
+        window = max(3, math.ceil(_WINDOW * self._config.n_steps))
+        if len(history) <= window or self._config.n_particles < 2:
+            return {}
+        first = history[0]
+        recent = sum(record.energy for record in history[-window:]) / window
+        fallen = first.energy - recent
+        if not (fallen > 2.0 * first.energy_std and fallen > 0.1 * abs(first.energy)):
+            return {}
+        return {
+            "falling": f"the loss falls ({first.energy:.3g} at the start, {recent:.3g} now) while weights are removed: "
+            "is the model trained, and is this its loss?"
+        }

@@ -1,0 +1,179 @@
+"""What a run leaves: the mask, masks along the way, other votes, the curve."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .anytime import Waypoint
+from .config import SFPKConfig
+from .coordinates import Coordinates
+from .masks import MaskSet
+from .planning import Plan
+from .polarizer import Polarizer, budget
+from .records import StepRecord
+from .vote import Vote
+
+VOTES = ("mean", "soft", "hard", "best", "top_ratio")
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """Outcome of a run."""
+
+    mask: MaskSet  # the final mask
+    history: list[StepRecord]  # one entry per step done
+    particles: Tensor  # (n, d) final particles (of a finished run the live ones, not a copy)
+    score: Tensor  # (d,) the vote behind the mask
+    config: SFPKConfig
+    coordinates: Coordinates
+    plan: Plan  # memory, and how particles went through the model
+    densities: Tensor  # (n,) soft densities of the particles
+    energies: Tensor  # (n,) of the last step
+    waypoints: list[Waypoint]  # masks along the way, by rising sparsity
+    _polarizer: Polarizer = field(repr=False)
+
+    def apply_(self, model: nn.Module) -> nn.Module:
+        """Apply the mask to ``model``; see :meth:`MaskSet.apply_`."""
+        return self.mask.apply_(model)
+
+    @property
+    def alarms(self) -> list[str]:
+        """What looked wrong on the way, with its step."""
+        return [f"step {record.step}: {words}" for record in self.history for words in record.alarms]
+
+    def mask_at(self, sparsity: float) -> MaskSet:
+        """The mask of exactly round((1 - sparsity)·d) weights for a sparsity the run has passed.
+
+        For one of ``checkpoints`` that taken on the way. For any other, where the run kept scores
+        (``keep_scores=True``), the exact selection from the score nearest in sparsity, the final one included.
+
+        Raises:
+            ValueError: a sparsity the run has not passed, or one between checkpoints without kept scores.
+        """
+        if sparsity == self.config.sparsity:
+            return self.mask
+        for waypoint in self.waypoints:
+            if waypoint.sparsity == sparsity:
+                return waypoint.mask
+        known = [waypoint.sparsity for waypoint in self.waypoints] + [self.config.sparsity]
+        scores = [(w.sparsity, w.score) for w in self.waypoints if w.score is not None]
+        if not 0 < sparsity < self.config.sparsity:
+            raise ValueError(f"sparsity: wanted one up to the run's {self.config.sparsity:g}, got {sparsity!r}")
+        if not scores:
+            raise ValueError(
+                f"sparsity: wanted one of {', '.join(f'{value:g}' for value in known)}, got {sparsity!r}; for others "
+                "run with checkpoints=[…], keep_scores=True"
+            )
+        scores.append((self.config.sparsity, self.score))
+        _, score = min(scores, key=lambda pair: abs(pair[0] - sparsity))
+        return self._select(score, sparsity)
+
+    def vote(self, rule: str = "soft", *, ratio: float = 0.5, sparsity: float | None = None) -> MaskSet:
+        """Another vote of the same particles.
+
+        Args:
+            rule: ``"mean"``: the score of the mean particle. ``"soft"``: the mean of the particles' scores.
+                ``"hard"``: in how many of the binary particles a weight is kept, equal counts ranked by the soft
+                score. ``"best"``: the particle of lowest energy alone. ``"top_ratio"``: soft, the ``ratio`` of lowest
+                energy.
+            ratio: in (0, 1], for ``"top_ratio"``.
+            sparsity: of the mask; ``None`` for the run's.
+
+        Raises:
+            ValueError: an unknown rule, or a ratio or sparsity out of range.
+        """
+        if rule not in VOTES:
+            raise ValueError(f"rule: wanted one of {', '.join(VOTES)}, got {rule!r}")
+        if not 0 < ratio <= 1:
+            raise ValueError(f"ratio: wanted a fraction in (0, 1], got {ratio!r}")
+        sparsity = self.config.sparsity if sparsity is None else sparsity
+        if not 0 < sparsity < 1:
+            raise ValueError(f"sparsity: wanted a fraction in (0, 1), got {sparsity!r}")
+        kind = self.config.final_score or self.config.polarizer
+        with torch.no_grad():
+            if rule == "mean":
+                return self._select(self._polarizer.score(self.particles.float().mean(dim=0), kind), sparsity)
+            share = {"best": 1 / len(self.particles), "top_ratio": ratio}.get(rule, 1.0)
+            rule = "hard" if rule == "hard" else "soft"
+            densities = torch.full_like(self.densities, 1.0 - sparsity) if rule == "hard" else self.densities
+            score = Vote(self._polarizer, kind, rule, share, 0.0).update(self.particles, densities, self.energies)
+            return self._select(score, sparsity)
+
+    def keep_probability(self) -> dict[str, Tensor]:
+        """The share of the binary particles (at the run's sparsity) that keep a weight: fp32, by prunable tensor."""
+        kind = self.config.final_score or self.config.polarizer
+        densities = torch.full_like(self.densities, self.config.target_density)
+        with torch.no_grad():
+            share = self._polarizer.keeps(self.particles, densities, kind, range(len(self.particles)))
+            share /= len(self.particles)
+        tensors = self.coordinates.tensors
+        return {t.name: part for t, part in zip(tensors, self.coordinates.split(share), strict=True)}
+
+    def agreement(self) -> dict[str, Tensor]:
+        """By prunable tensor: the share of the binary particles on the majority's side, from 0.5 to 1."""
+        return {name: torch.maximum(share, 1 - share) for name, share in self.keep_probability().items()}
+
+    def stable_core(self) -> MaskSet:
+        """The weights that every binary particle keeps."""
+        return MaskSet({name: share > 1 - 0.5 / len(self.particles) for name, share in self.keep_probability().items()})
+
+    def curve(self) -> list[dict[str, float]]:
+        """Loss over sparsity: one point per step, ``sparsity`` at its start; each particle on its own batch."""
+        return [
+            {
+                "sparsity": 1.0 - record.start_density,
+                "energy": record.energy,
+                "std": record.energy_std,
+                "lowest": record.energy_min,
+                "highest": max((e for e in record.energies if math.isfinite(e)), default=math.nan),
+            }
+            for record in self.history
+        ]
+
+    def knee(self) -> float | None:
+        """The sparsity at which the loss turns up: farthest below the chord of the curve; None for too few points.
+
+        The curve is smoothed by a running median of five steps first; batches differ.
+        """
+        points = [point for point in self.curve() if math.isfinite(point["energy"])]
+        if len(points) < 8:
+            return None
+        x = torch.tensor([point["sparsity"] for point in points], dtype=torch.float64)
+        y = torch.tensor([point["energy"] for point in points], dtype=torch.float64)
+        y = torch.cat([y[:1].expand(2), y, y[-1:].expand(2)]).unfold(0, 5, 1).median(dim=1).values
+        if float(y[-1] - y[0]) <= 0 or float(x[-1] - x[0]) <= 0:
+            return None
+        below = (x - x[0]) / (x[-1] - x[0]) - (y - y[0]) / (y[-1] - y[0])
+        return float(x[int(below.argmax())])
+
+    def report(self, folder: str | os.PathLike[str], baselines: Any = ()) -> Path:
+        """Write report.json, report.html and its pictures; see :func:`sfpk_kernels.report.write`."""
+        from .report import write
+
+        return write(self, folder, baselines)
+
+    def summary(self) -> Mapping[str, Any]:
+        """The outcome in a few plain numbers."""
+        return {
+            "sparsity": self.mask.sparsity,
+            "kept": self.mask.kept,
+            "prunable": self.mask.prunable,
+            "fingerprint": self.mask.fingerprint(),
+            "steps": len(self.history),
+            "seconds": sum(record.seconds for record in self.history),
+            "energy": self.history[-1].energy if self.history else None,
+            "alarms": self.alarms,
+        }
+
+    def _select(self, score: Tensor, sparsity: float) -> MaskSet:
+        budget(sparsity, self.coordinates.d)
+        mask = self._polarizer.final(score.to(self.particles.device), sparsity)
+        return MaskSet.from_flat(mask, self.coordinates)

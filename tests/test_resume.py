@@ -1,0 +1,258 @@
+"""Saving and resuming: bit for bit, at any moment, only what belongs together."""
+
+import copy
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from sfpk_kernels import SFPKConfig, SFPKPruner, prune
+
+from .snapshot import Snapshot
+
+
+def quick(**overrides):
+    options = {"n_particles": 3, "n_steps": 8, "energy_mode": "sequential", **overrides}
+    return SFPKConfig(0.8, **options)
+
+
+class Killed(BaseException):
+    pass
+
+
+def stop_after(step):
+    def callback(record):
+        if record.step == step:
+            raise Killed
+
+    return callback
+
+
+VARIANTS = [
+    {},
+    {"memory": "lean"},
+    {"momentum": 0.1, "vote": "hard"},
+    {"particle_dtype": "float16"},
+    {"particle_dtype": "bfloat16", "kernel": "weighted_rbf"},
+    {"dropout": True, "dtype": "fp16"},
+    {"energy_mode": "vmap"},
+    {"selection": "threshold", "early_stop": True, "momentum": 0.1, "retract": False, "schedule": "exponential"},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("stop", [3, 6])
+def test_resumed_is_bit_for_bit_the_uninterrupted_run(mlp, vectors, tmp_path, options, stop):
+    config = quick(**options)
+    x, y = torch.cat([x for x, _ in vectors]), torch.cat([y for _, y in vectors])
+    loader = DataLoader(TensorDataset(x, y), 16, shuffle=True)
+    whole = prune(mlp, None, loader, config, checkpoints=[0.5, 0.7], keep_scores=True)
+    path = tmp_path / "run"
+    with pytest.raises(Killed):
+        prune(mlp, None, loader, config, checkpoints=[0.5, 0.7], keep_scores=True, save_every=2, save_path=path,
+              callbacks=[stop_after(stop)])  # fmt: skip
+    torch.manual_seed(99)
+    seen = []
+    again = prune(mlp, None, loader, config, checkpoints=[0.5, 0.7], keep_scores=True, resume=path,
+                  callbacks=[seen.append])  # fmt: skip
+    assert seen[0].step == (stop - 1) // 2 * 2 + 1, "it goes on where it was saved"
+    assert torch.equal(again.particles, whole.particles)
+    assert torch.equal(again.score, whole.score)
+    assert again.mask.fingerprint() == whole.mask.fingerprint()
+    assert [w.mask for w in again.waypoints] == [w.mask for w in whole.waypoints]
+    assert [w.step for w in again.waypoints] == [w.step for w in whole.waypoints]
+    assert torch.equal(again.waypoints[0].score, whole.waypoints[0].score)
+    assert len(again.history) == len(whole.history)
+    for a, b in zip(again.history, whole.history, strict=True):
+        assert (a.step, a.energies, a.densities, a.overlaps) == (b.step, b.energies, b.densities, b.overlaps)
+    assert again.alarms == whole.alarms
+
+
+def test_the_timed_choice_is_kept(mlp, vectors, tmp_path):
+    config = quick(energy_mode="auto")
+    pruner = SFPKPruner(mlp, None, config)
+    pruner.step(vectors[:3])
+    pruner.save(tmp_path / "run")
+    other = SFPKPruner(mlp, None, config)
+    other.load(tmp_path / "run")
+    assert other.plan == pruner.plan
+    assert other._energy.mode == pruner._energy.mode
+    pruner.step(vectors[3:6])
+    other.step(vectors[3:6])
+    assert torch.equal(pruner.particles, other.particles)
+
+
+def test_a_finished_run_is_reopened(mlp, vectors, tmp_path):
+    path = tmp_path / "run"
+    done = prune(mlp, None, vectors, quick(), save_every=5, save_path=path)
+    again = prune(mlp, None, vectors, quick(), resume=path)
+    assert again.mask == done.mask
+    assert again.vote("hard") == done.vote("hard")
+
+
+def test_resume_true_begins_or_goes_on(mlp, vectors, tmp_path):
+    path = tmp_path / "run"
+    first = prune(mlp, None, vectors, quick(), save_every=3, save_path=path, resume=True)
+    assert path.exists()
+    steps = []
+    again = prune(mlp, None, vectors, quick(), save_every=3, save_path=path, resume=True, callbacks=[steps.append])
+    assert again.mask == first.mask
+    assert not steps
+
+
+def test_state_dict_is_a_copy_and_a_branch_has_another_seed(mlp, vectors):
+    config = quick(dropout=False, particle_dtype="float16")
+    pruner = SFPKPruner(mlp, None, config)
+    for k in range(3):
+        pruner.step(vectors[3 * k :][:3])
+    state = pruner.state_dict()
+    before = copy.deepcopy(state["particles"]["masks"])
+    pruner.step(vectors[:3])
+    assert torch.equal(state["particles"]["masks"], before)
+    same, branch = SFPKPruner(mlp, None, config), SFPKPruner(mlp, None, config.replace(seed=7))
+    for other in (same, branch):
+        other.load_state_dict(state)
+        other.step(vectors[:3])
+    assert torch.equal(same.particles, pruner.particles)
+    assert not torch.equal(branch.particles, pruner.particles)
+
+
+def test_on_to_a_higher_sparsity(mlp, vectors):
+    first = prune(mlp, None, vectors, quick())
+    further = prune(mlp, None, vectors, quick().replace(sparsity=0.95), start=first.particles)
+    assert further.mask.kept == round(0.05 * 144)
+    assert further.history[0].start_density == pytest.approx(0.2, rel=1e-5)
+
+
+def test_what_does_not_belong_together_is_refused(mlp, vectors, tmp_path):
+    path = tmp_path / "run"
+    pruner = SFPKPruner(mlp, None, quick())
+    pruner.step(vectors[:3])
+    pruner.save(path)
+    with pytest.raises(ValueError, match=r"difference in radius 2.0 \(now 3.0\)"):
+        SFPKPruner(mlp, None, quick(radius=3.0)).load(path)
+    other = copy.deepcopy(mlp)
+    with torch.no_grad():
+        other[0].bias.add_(1)
+    fresh = SFPKPruner(other, None, quick())
+    before = fresh.state_dict()
+    with pytest.raises(ValueError, match="wanted one of this model"):
+        fresh.load(path)
+    assert torch.equal(fresh.state_dict()["particles"]["masks"], before["particles"]["masks"])
+    with pytest.raises(ValueError, match=r"differs in \['2.weight'\]"):
+        SFPKPruner(mlp, None, quick(), ignored_layers=["2"]).load(path)
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        prune(mlp, None, vectors, quick(), resume=tmp_path / "absent")
+    with pytest.raises(ValueError, match="save_path: wanted a file to write"):
+        prune(mlp, None, vectors, quick(), save_every=2)
+    with pytest.raises(ValueError, match="save_every: wanted ≥ 1"):
+        prune(mlp, None, vectors, quick(), save_every=0, save_path=path)
+    with pytest.raises(TypeError, match="save_every: wanted a number of steps"):
+        prune(mlp, None, vectors, quick(), save_every=1.5, save_path=path)
+    with pytest.raises(FileNotFoundError, match="save_path: wanted a file in an existing folder"):
+        prune(mlp, None, vectors, quick(), save_every=2, save_path=tmp_path / "no" / "run")
+
+
+def test_a_damaged_file_is_refused_whole(mlp, vectors, tmp_path):
+    path = tmp_path / "run"
+    pruner = SFPKPruner(mlp, None, quick())
+    pruner.step(vectors[:3])
+    pruner.save(path)
+    good = path.read_bytes()
+    draw = random.Random(0)
+    fresh = SFPKPruner(mlp, None, quick())
+    untouched = torch.ones_like(fresh.particles)
+    for _ in range(40):
+        place = draw.randrange(len(good))
+        if draw.random() < 0.5:
+            path.write_bytes(good[:place])
+        else:
+            path.write_bytes(good[:place] + bytes([good[place] ^ 1 << draw.randrange(8)]) + good[place + 1 :])
+        with pytest.raises(ValueError, match=r"was cut or altered|wanted a file of format"):
+            fresh.load(path)
+        assert torch.equal(fresh.particles, untouched)
+    path.write_bytes(good)
+    fresh.load(path)
+    assert torch.equal(fresh.particles, pruner.particles)
+
+
+def test_a_lean_step_that_stopped_half_way_is_not_saved(mlp, vectors, tmp_path):
+    batches = list(vectors)
+    batches[4] = (batches[4][0] * float("nan"), batches[4][1])
+    path = tmp_path / "run"
+    pruner = SFPKPruner(mlp, None, quick(memory="lean"))
+    with pytest.raises(FloatingPointError):
+        pruner.run(batches, save_every=1, save_path=path)
+    with pytest.raises(RuntimeError, match="step 2 stopped half-way"):
+        pruner.save(path)
+    resumed = prune(mlp, None, vectors, quick(memory="lean"), resume=path)
+    assert torch.equal(resumed.particles, prune(mlp, None, vectors, quick(memory="lean")).particles)
+
+
+def kill_and_resume(model, batches, path, kills, seed):
+    """Children that prune with a save after every step are killed at random moments; returns the last one's mask."""
+    config, draw = quick(n_steps=25), random.Random(seed)
+    outcome = path.with_name("mask")
+    longest, left = 0.4, kills
+    while not outcome.exists():
+        child = os.fork()
+        if child == 0:
+            try:
+                torch.set_num_threads(1)
+                result = prune(model, None, batches, config, save_every=1, save_path=path, resume=True, progress=False)
+                result.mask.save(outcome)
+            finally:
+                os._exit(0)
+        if left:
+            time.sleep(draw.uniform(0, longest))
+            os.kill(child, signal.SIGKILL)
+            left -= 1
+        os.waitpid(child, 0)
+        if left and outcome.exists():  # it was too quick for us: again from the start
+            outcome.unlink()
+            path.unlink(missing_ok=True)
+            longest /= 2
+    return outcome
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_the_mask_is_the_same(vectors, tmp_path, kills):
+    from sfpk_kernels import MaskSet
+
+    wide = torch.nn.Sequential(torch.nn.Linear(8, 300), torch.nn.Tanh(), torch.nn.Linear(300, 4))
+    whole = prune(wide, None, vectors, quick(n_steps=25))
+    snapshot = Snapshot(wide)
+    outcome = kill_and_resume(wide, vectors, Path(tmp_path) / "run", kills, seed=kills)
+    assert MaskSet.load(outcome).fingerprint() == whole.mask.fingerprint()
+    snapshot.check()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_while_writing_the_old_file_stays(mlp, vectors, tmp_path, monkeypatch):
+    """The child dies inside the write itself, at several places of it."""
+    path = tmp_path / "run"
+    pruner = SFPKPruner(mlp, None, quick())
+    pruner.step(vectors[:3])
+    pruner.save(path)
+    good = path.read_bytes()
+    pruner.step(vectors[3:6])
+    for call in ("fsync", "replace"):
+        child = os.fork()
+        if child == 0:
+            setattr(os, call, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+            pruner.save(path)
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status)
+        assert path.read_bytes() == good
+    fresh = SFPKPruner(mlp, None, quick())
+    fresh.load(path)
+    assert len(fresh.history) == 1
