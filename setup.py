@@ -76,6 +76,7 @@ setup(
         "sfpk_kernels",
         "sfpk_kernels.baselines",
         "sfpk_kernels.bench",
+        "sfpk_kernels.report",
         "sfpk_kernels.demo",
         "sfpk_kernels.energy",
         "sfpk_kernels.ops",

@@ -26,7 +26,7 @@ def model_fingerprint(model: nn.Module) -> str:
             continue
         value = value.detach().cpu().contiguous()
         digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -41,7 +41,9 @@ class Diagnostics:
 
     def __init__(self, coordinates: Coordinates, config: SFPKConfig):
         self._weighted = config.kernel == "weighted_rbf"
+        # Odd: rows of weights are often powers of two long, and only some columns would be seen.
         self._stride = math.ceil(coordinates.d / _SAMPLE)
+        self._stride += self._stride > 1 and self._stride % 2 == 0
         places = torch.arange(0, coordinates.d, self._stride)
         ends = torch.tensor([tensor.offset + tensor.numel for tensor in coordinates.tensors])
         self._ends = torch.searchsorted(places, ends)

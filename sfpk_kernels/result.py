@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,8 @@ class PruneResult:
         ]
 
     def knee(self) -> float | None:
-        """The sparsity at which the loss turns up: farthest below the chord of the curve; None for too few points.
+        """The sparsity at which the loss turns up: farthest below the chord of the curve; None for too few points, and for
+        a rise within what the particles' batches differ by.
 
         The curve is smoothed by a running median of five steps first; batches differ.
         """
@@ -149,16 +150,22 @@ class PruneResult:
         x = torch.tensor([point["sparsity"] for point in points], dtype=torch.float64)
         y = torch.tensor([point["energy"] for point in points], dtype=torch.float64)
         y = torch.cat([y[:1].expand(2), y, y[-1:].expand(2)]).unfold(0, 5, 1).median(dim=1).values
-        if float(y[-1] - y[0]) <= 0 or float(x[-1] - x[0]) <= 0:
+        noise = sum(point["std"] for point in points) / len(points)
+        if float(y[-1] - y[0]) <= noise or float(x[-1] - x[0]) <= 0:
             return None
         below = (x - x[0]) / (x[-1] - x[0]) - (y - y[0]) / (y[-1] - y[0])
         return float(x[int(below.argmax())])
 
-    def report(self, folder: str | os.PathLike[str], baselines: Any = ()) -> Path:
-        """Write report.json, report.html and its pictures; see :func:`sfpk_kernels.report.write`."""
+    def report(
+        self,
+        folder: str | os.PathLike[str],
+        baselines: Sequence[Mapping[str, Any]] = (),
+        dense_accuracy: float | None = None,
+    ) -> Path:
+        """Write report.json, report.html and its pictures; arguments and errors as :func:`sfpk_kernels.report.write`."""
         from .report import write
 
-        return write(self, folder, baselines)
+        return write(self, folder, baselines, dense_accuracy)
 
     def summary(self) -> Mapping[str, Any]:
         """The outcome in a few plain numbers."""

@@ -12,6 +12,7 @@ from sfpk_kernels.baselines import magnitude
 
 def train(model, optimizer, batches, after=lambda: None):
     for x, y in batches:
+
         def closure(x=x, y=y):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), y)

@@ -63,7 +63,9 @@ class SFPKTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if state.global_step > 0:
             self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
         if self.masks is None:
-            raise ValueError("masks: wanted a MaskSet, or a checkpoint with masks in output_dir to resume from, got neither")
+            raise ValueError(
+                "masks: wanted a MaskSet, or a checkpoint with masks in output_dir to resume from, got neither"
+            )
         model = kwargs["model"]
         self.masks.apply_(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -86,7 +88,9 @@ class SFPKTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         else:
             logger.warning("no checkpoint folder %s: the masks were not saved", folder)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Mask what ``load_best_model_at_end`` may have loaded, a last time."""
         if self._masked is not None:
             self._masked.apply_()

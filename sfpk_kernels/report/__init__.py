@@ -1,0 +1,133 @@
+"""Reports of runs: report.json, pictures, and a page that holds them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._version import __version__
+from ..files import atomic_write
+from .charts import plot_baselines, plot_layers, plot_loss, plot_loss_versus_sparsity, plot_particles
+from .page import page
+
+if TYPE_CHECKING:
+    from ..result import PruneResult
+
+__all__ = ["plot_loss_versus_sparsity", "render", "write"]
+
+_FORMAT = "sfpk-report-1"
+
+
+def write(
+    result: PruneResult,
+    folder: str | os.PathLike[str],
+    baselines: Sequence[Mapping[str, Any]] = (),
+    dense_accuracy: float | None = None,
+) -> Path:
+    """Write ``report.json``, its pictures and ``report.html`` into a folder, made if absent.
+
+    Args:
+        result: of a run.
+        folder: the folder.
+        baselines: rows to compare with: ``method``, ``sparsity``, ``accuracy_mean`` in [0, 1], and ``accuracy_std``
+            where known.
+        dense_accuracy: of the unpruned model, in [0, 1].
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ImportError: no matplotlib (``pip install 'sfpk_kernels[demo]'``).
+        ValueError: a row of ``baselines`` without what it needs.
+        NotADirectoryError: ``folder`` is a file.
+    """
+    for row in baselines:
+        missing = {"method", "sparsity", "accuracy_mean"} - row.keys()
+        if missing:
+            raise ValueError(
+                f"baselines: wanted rows with method, sparsity and accuracy_mean, got one without {missing}"
+            )
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"folder: wanted a folder, got the file {os.fspath(folder)!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    report = _numbers(_contents(result, baselines, dense_accuracy))
+    with atomic_write(folder / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    return render(folder)
+
+
+def render(folder: str | os.PathLike[str]) -> Path:
+    """Draw the pictures and the page of a folder again from its ``report.json``; returns the page's path.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no report.
+    """
+    source = Path(folder) / "report.json"
+    if not source.is_file():
+        raise FileNotFoundError(f"folder: wanted a folder with a report.json, got {os.fspath(folder)!r}")
+    try:
+        report = json.loads(source.read_text())
+        if report["format"] != _FORMAT:
+            raise ValueError(f"{source}: wanted format {_FORMAT}, got {report['format']!r}")
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{source}: wanted a report of format {_FORMAT}: {error}") from error
+    pictures = {"loss.png": plot_loss, "particles.png": plot_particles, "layers.png": plot_layers}
+    if report["baselines"]:
+        pictures["baselines.png"] = plot_baselines
+    for name, draw in pictures.items():
+        draw(source.with_name(name), report)
+    target = source.with_name("report.html")
+    with atomic_write(target) as temporary:
+        temporary.write_text(page(report, {name: source.with_name(name).read_bytes() for name in pictures}))
+    return target
+
+
+def _contents(
+    result: PruneResult, baselines: Sequence[Mapping[str, Any]], dense_accuracy: float | None
+) -> dict[str, Any]:
+    derived = ("energy", "energy_std", "energy_min", "mean_overlap", "effective_particles")
+    return {
+        "format": _FORMAT,
+        "version": __version__,
+        "summary": dict(result.summary()),
+        "config": result.config.to_dict(),
+        "plan": result.plan.to_dict(),
+        "curve": result.curve(),
+        "knee": result.knee(),
+        "waypoints": [
+            {
+                "sparsity": w.sparsity,
+                "step": w.step,
+                "kept": w.mask.kept,
+                "fingerprint": w.mask.fingerprint(),
+                "layer_densities": w.mask.layer_densities(),
+            }
+            for w in result.waypoints
+        ],
+        "layer_densities": result.mask.layer_densities(),
+        "layer_sizes": {tensor.name: tensor.numel for tensor in result.coordinates.tensors},
+        "history": [
+            {**dataclasses.asdict(record), **{name: getattr(record, name) for name in derived}}
+            for record in result.history
+        ],
+        "baselines": [dict(row) for row in baselines],
+        "dense_accuracy": dense_accuracy,
+    }
+
+
+def _numbers(value: Any) -> Any:
+    """What JSON knows: numbers that are not finite become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(entry) for entry in value]
+    return value

@@ -1,0 +1,170 @@
+"""Pictures of runs and comparisons. matplotlib is imported here alone, and only when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..records import StepRecord
+
+# Distinct in greyscale, too: each series has its own marker and line style.
+_STYLES = [("#1b5e9e", "o", "-"), ("#c4541a", "s", "--"), ("#5b8c2a", "^", "-."), ("#7d3c98", "D", ":")]
+_NAMED = 60  # layers whose names fit below a picture
+
+
+def plot_loss_versus_sparsity(
+    path: Path,
+    history: Sequence[StepRecord],
+    results: Sequence[Mapping[str, Any]],  # method, sparsity, accuracy_mean, accuracy_std
+    dense_accuracy: float,
+    title: str,
+) -> None:
+    """A PNG of two panels: energy over soft sparsity with the particles' spread, and accuracy by method.
+
+    Args:
+        path: the PNG to write.
+        history: of one run; the energy of a step belongs to the soft density at its start.
+        results: rows of the comparison.
+        dense_accuracy: of the unpruned model, in [0, 1].
+        title: above both panels.
+    """
+    figure, (left, right) = _figure(2)
+
+    sparsities = [100 * (1 - record.start_density) for record in history]
+    mean = [record.energy for record in history]
+    left.fill_between(
+        sparsities,
+        [min(record.energies) for record in history],
+        [max(record.energies) for record in history],
+        alpha=0.25,
+        color=_STYLES[0][0],
+        linewidth=0,
+        label="lowest to highest particle",
+    )
+    left.plot(sparsities, mean, color=_STYLES[0][0], label="mean of the particles")
+    left.set_yscale("log")
+    left.set_xlabel("soft sparsity (% removed)")
+    left.set_ylabel("mini-batch loss")
+    left.set_title("Loss along one SFPK run")
+    left.legend()
+    left.grid(alpha=0.3)
+
+    _accuracies(right, results, dense_accuracy)
+    right.set_title("One shot, no retraining")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+
+
+def plot_loss(path: Path, report: Mapping[str, Any]) -> None:
+    """Energy and spread of the particles over soft sparsity, the knee and the masks taken on the way."""
+    figure, axes = _figure(1)
+    points = [point for point in report["curve"] if point["energy"] is not None]
+    sparsity = [100 * point["sparsity"] for point in points]
+    low, high = [point["lowest"] for point in points], [point["highest"] for point in points]
+    axes.fill_between(
+        sparsity, low, high, alpha=0.25, color=_STYLES[0][0], linewidth=0, label="lowest to highest particle"
+    )
+    axes.plot(sparsity, [point["energy"] for point in points], color=_STYLES[0][0], label="mean of the particles")
+    if min(low, default=0) > 0 and max(high) > 20 * min(low):
+        axes.set_yscale("log")
+    if report["knee"] is not None:
+        axes.axvline(100 * report["knee"], color="black", linestyle="--", linewidth=1,
+                     label=f"knee: {100 * report['knee']:.0f} %")  # fmt: skip
+    for number, waypoint in enumerate(report["waypoints"]):
+        axes.axvline(100 * waypoint["sparsity"], color="0.6", linestyle=":", linewidth=1,
+                     label="mask taken" if number == 0 else None)  # fmt: skip
+    axes.set(xlabel="soft sparsity (% removed)", ylabel="mini-batch loss", title="Loss along the run")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def plot_particles(path: Path, report: Mapping[str, Any]) -> None:
+    """How far apart the particles are: their deviation (the paper's Figure 5), overlap and effective number."""
+    figure, (left, right) = _figure(2)
+    steps = report["history"]
+    sparsity = [100 * (1 - step["start_density"]) for step in steps]
+    after = [100 * (1 - sum(step["densities"]) / len(step["densities"])) for step in steps]
+    left.plot(after, [100 * step["deviation"] for step in steps], color=_STYLES[0][0])
+    left.set(xlabel="soft sparsity (% removed)", ylabel="distance from the mean particle\n(% of a particle's norm)",
+             title="Spread of the soft masks", ylim=(0, None))  # fmt: skip
+    overlaps = [step["mean_overlap"] for step in steps]
+    right.plot(sparsity, overlaps, color=_STYLES[0][0], label="mean IoU of two (left axis)")
+    right.set(
+        xlabel="soft sparsity (% removed)", ylabel="intersection over union", title="Binary masks", ylim=(0, 1.03)
+    )
+    count = right.twinx()
+    count.plot(sparsity, [step["effective_particles"] for step in steps], color=_STYLES[1][0], linestyle="--",
+               label="effective number (right axis)")  # fmt: skip
+    count.set(ylabel=f"effective particles of {report['config']['n_particles']}", ylim=(0, None))
+    lines = [*right.get_lines(), *count.get_lines()]
+    right.legend(lines, [str(line.get_label()) for line in lines], loc="lower left")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def plot_layers(path: Path, report: Mapping[str, Any]) -> None:
+    """Share of each tensor's weights that is kept (the paper's Figure 4), of the final mask and of those on the way."""
+    figure, axes = _figure(1)
+    final = report["layer_densities"]
+    names = list(final)
+    places = range(len(names))
+    axes.bar(places, [100 * final[name] for name in names], color="0.75", edgecolor="0.3",
+             label=f"{100 * report['summary']['sparsity']:.4g} % removed")  # fmt: skip
+    for number, waypoint in enumerate(report["waypoints"]):
+        if waypoint["sparsity"] == report["config"]["sparsity"]:
+            continue
+        colour, marker, line = _STYLES[number % len(_STYLES)]
+        values = [100 * waypoint["layer_densities"][name] for name in names]
+        axes.plot(places, values, color=colour, marker=marker, linestyle=line, markersize=4,
+                  label=f"{100 * waypoint['sparsity']:.4g} % removed")  # fmt: skip
+    axes.axhline(100 * (1 - report["summary"]["sparsity"]), color="black", linewidth=0.8, label="all weights together")
+    shown = list(places) if len(names) <= _NAMED else []
+    axes.set_xticks(shown, [names[i] for i in shown], rotation=60, ha="right", fontsize=7)
+    axes.set(ylabel="weights kept (%)", title="Density by layer",
+             xlabel="" if shown else f"{len(names)} prunable tensors, in the model's order")  # fmt: skip
+    axes.legend()
+    axes.grid(alpha=0.3, axis="y")
+    figure.savefig(path, dpi=130)
+
+
+def plot_baselines(path: Path, report: Mapping[str, Any]) -> None:
+    """Accuracy of several methods over sparsity, as given to the report."""
+    figure, axes = _figure(1)
+    _accuracies(axes, report["baselines"], report["dense_accuracy"])
+    figure.savefig(path, dpi=130)
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 + 5.5 * (panels - 1) if panels > 1 else 7.5, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, panels)
+
+
+def _accuracies(right: Any, results: Sequence[Mapping[str, Any]], dense_accuracy: float | None) -> None:
+    methods = list(dict.fromkeys(row["method"] for row in results))
+    for number, method in enumerate(methods):
+        colour, marker, line = _STYLES[number % len(_STYLES)]
+        rows = sorted((row for row in results if row["method"] == method), key=lambda row: row["sparsity"])
+        right.errorbar(
+            [100 * row["sparsity"] for row in rows],
+            [100 * row["accuracy_mean"] for row in rows],
+            yerr=[100 * row.get("accuracy_std", 0.0) for row in rows],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            capsize=3,
+            label=method,
+        )
+    right.set_xticks(sorted({100 * row["sparsity"] for row in results}))
+    if dense_accuracy is not None:
+        right.axhline(100 * dense_accuracy, color="black", linewidth=0.8, label="dense")
+    right.set_xlabel("sparsity (% removed)")
+    right.set_ylabel("test accuracy (%)")
+    right.legend()
+    right.grid(alpha=0.3)

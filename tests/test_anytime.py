@@ -1,0 +1,135 @@
+"""Masks along the way, votes after the run, the loss curve."""
+
+import math
+
+import pytest
+import torch
+
+from sfpk_kernels import MaskSet, SFPKConfig, SFPKPruner, prune
+from sfpk_kernels.records import StepRecord
+from sfpk_kernels.result import PruneResult
+
+
+def quick(**overrides):
+    options = {"n_particles": 4, "n_steps": 10, "energy_mode": "sequential", **overrides}
+    return SFPKConfig(0.8, **options)
+
+
+def test_masks_are_exact_and_taken_when_the_schedule_passes(mlp, vectors):
+    result = prune(mlp, None, vectors, quick(), checkpoints=[0.7, 0.3, 0.5, 0.8])
+    assert [w.sparsity for w in result.waypoints] == [0.3, 0.5, 0.7, 0.8]
+    schedule = [1.0] + [record.scheduled_density for record in result.history]
+    for waypoint in result.waypoints:
+        assert waypoint.mask.kept == round((1 - waypoint.sparsity) * 144)
+        assert schedule[waypoint.step] <= 1 - waypoint.sparsity + 1e-9 < schedule[waypoint.step - 1]
+        assert result.mask_at(waypoint.sparsity) == waypoint.mask
+        assert waypoint.score is None
+    assert result.waypoints[-1].mask == result.mask
+    with pytest.raises(ValueError, match="wanted one of 0.3, 0.5, 0.7, 0.8, 0.8, got 0.6; .* keep_scores=True"):
+        result.mask_at(0.6)
+    with pytest.raises(ValueError, match="wanted one up to the run's 0.8"):
+        result.mask_at(0.9)
+
+
+def test_taking_masks_does_not_change_the_run(mlp, vectors):
+    plain = prune(mlp, None, vectors, quick(momentum=0.1))
+    with_masks = prune(mlp, None, vectors, quick(momentum=0.1), checkpoints=[0.5], keep_scores=True)
+    assert torch.equal(plain.particles, with_masks.particles)
+    assert plain.mask == with_masks.mask
+
+
+def test_a_mask_is_the_vote_of_the_particles_of_that_step(mlp, vectors):
+    result = prune(mlp, None, vectors, quick(), checkpoints=[0.5])
+    pruner = SFPKPruner(mlp, None, quick())
+    for k in range(result.waypoints[0].step):
+        pruner.step([vectors[(4 * k + i) % 10] for i in range(4)])
+    assert pruner.result().vote("soft", sparsity=0.5) == result.waypoints[0].mask
+
+
+def test_kept_scores_give_every_sparsity_in_between(mlp, vectors):
+    result = prune(mlp, None, vectors, quick(), checkpoints=[0.3, 0.6], keep_scores=True)
+    for sparsity in (0.1, 0.35, 0.5, 0.62, 0.75):
+        assert result.mask_at(sparsity).kept == round((1 - sparsity) * 144)
+    nearest = result.waypoints[0].score.topk(round(0.65 * 144)).indices
+    assert set(torch.nonzero(result.mask_at(0.35).flat()).flatten().tolist()) == set(nearest.tolist())
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "error", "words"),
+    [
+        ([0.9], ValueError, "up to the run's 0.8, got 0.9"),
+        ([0.0], ValueError, "got 0.0"),
+        (["0.5"], TypeError, "wanted sparsities, got '0.5'"),
+        (0.5, TypeError, "wanted a list of sparsities"),
+    ],
+)
+def test_bad_checkpoints(mlp, checkpoints, error, words):
+    with pytest.raises(error, match=f"checkpoints: .*{words}"):
+        SFPKPruner(mlp, None, quick(), checkpoints=checkpoints)
+
+
+def test_votes(mlp, vectors):
+    result = prune(mlp, None, vectors, quick(consensus=0.0, polarizer="mask"))
+    particles, kept = result.particles, round(0.2 * 144)
+
+    def top(score):
+        return set(score.topk(kept).indices.tolist())
+
+    def chosen(mask):
+        return set(torch.nonzero(mask.flat()).flatten().tolist())
+
+    best = int(result.energies.argmin())
+    assert chosen(result.vote("best")) == top(particles[best])
+    assert chosen(result.vote("soft")) == top(particles.mean(dim=0)) == chosen(result.mask)
+    assert chosen(result.vote("mean")) == top(particles.mean(dim=0))
+    two = result.energies.argsort()[:2]
+    assert chosen(result.vote("top_ratio", ratio=0.5)) == top(particles[two].mean(dim=0))
+    counts = torch.zeros(144)
+    for particle in particles:
+        counts[particle.topk(kept).indices] += 1
+    hard = result.vote("hard").flat()
+    assert counts[hard].min() >= counts[~hard].max()
+    assert result.vote("soft", sparsity=0.5).kept == 72
+    with pytest.raises(ValueError, match="rule: wanted one of mean, soft, hard, best, top_ratio, got 'loud'"):
+        result.vote("loud")
+    with pytest.raises(ValueError, match="ratio"):
+        result.vote("top_ratio", ratio=0)
+    with pytest.raises(ValueError, match="sparsity"):
+        result.vote(sparsity=1.0)
+
+    probability = torch.cat([p.flatten() for p in result.keep_probability().values()])
+    assert torch.equal(probability, counts / 4)
+    agreement = torch.cat([p.flatten() for p in result.agreement().values()])
+    assert torch.equal(agreement, torch.maximum(counts / 4, 1 - counts / 4))
+    core = result.stable_core()
+    assert torch.equal(core.flat(), counts == 4)
+    assert isinstance(core, MaskSet)
+
+
+def record(step, density, energies):
+    return StepRecord(step, density, [density], energies, [0.0], 0.1, start_density=density)
+
+
+def with_history(result, history):
+    fields = {name: getattr(result, name) for name in result.__dataclass_fields__}
+    return PruneResult(**{**fields, "history": history})
+
+
+def test_curve_and_knee(mlp, vectors):
+    result = prune(mlp, None, vectors, quick())
+    curve = result.curve()
+    assert curve[0]["sparsity"] == 0.0
+    assert curve[3]["sparsity"] == pytest.approx(1 - result.history[2].density)
+    assert curve[3]["energy"] == pytest.approx(sum(result.history[3].energies) / 4)
+    assert curve[3]["lowest"] <= curve[3]["energy"] <= curve[3]["highest"]
+    bent = [record(k, 1 - k / 100, [max(0.0, k / 100 - 0.7) ** 2 + 0.1]) for k in range(1, 100)]
+    assert with_history(result, bent).knee() == pytest.approx(0.743, abs=0.02)
+    flat = [record(k, 1 - k / 100, [1.0 - k / 1000]) for k in range(1, 100)]
+    assert with_history(result, flat).knee() is None
+    assert with_history(result, bent[:5]).knee() is None
+
+
+def test_a_report_of_numbers(mlp, vectors):
+    summary = prune(mlp, None, vectors, quick()).summary()
+    assert summary["kept"] == round(0.2 * 144)
+    assert math.isfinite(summary["energy"])

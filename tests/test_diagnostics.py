@@ -1,0 +1,162 @@
+"""What each step says about the particles, alarms, and particles without a finite gradient."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from sfpk_kernels import SFPKConfig, SFPKPruner, prune
+from sfpk_kernels import diagnostics as module
+from sfpk_kernels.diagnostics import Alarms
+from sfpk_kernels.records import StepRecord
+
+
+def quick(**overrides):
+    options = {"n_particles": 4, "n_steps": 10, "energy_mode": "sequential", **overrides}
+    return SFPKConfig(0.8, **options)
+
+
+def measured_by_hand(pruner):
+    """Binary masks as the energies see them, from the definition."""
+    keep = pruner._polarizer.polarize(pruner.particles, pruner._system.densities, pruner.config.polarizer)
+    return keep.weights(torch.ones(pruner.coordinates.d)) != 0
+
+
+@pytest.mark.parametrize("polarizer", ["mask", "mask_normalized"])
+@pytest.mark.parametrize("kernel", ["rbf", "weighted_rbf"])
+def test_against_the_definitions(mlp, vectors, polarizer, kernel):
+    pruner = SFPKPruner(mlp, None, quick(polarizer=polarizer, kernel=kernel, consensus=0.0))
+    for k in range(4):
+        kept = measured_by_hand(pruner)
+        record = pruner.step(vectors[k : k + 4])
+    inter = (kept.double() @ kept.double().T).numpy()
+    for i in range(4):
+        for j in range(4):
+            union = inter[i, i] + inter[j, j] - inter[i, j]
+            assert record.overlaps[i][j] == pytest.approx(inter[i, j] / union)
+    assert record.layer_densities == pytest.approx(
+        [float(kept[:, :96].double().mean()), float(kept[:, 96:].double().mean())]
+    )
+    particles = pruner.particles.double()
+    spread = (particles - particles.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+    assert record.deviation == pytest.approx(float(spread / particles.square().sum(dim=1).mean().sqrt()), rel=1e-4)
+    n = 16 / sum(v * v for row in record.overlaps for v in row)
+    assert record.effective_particles == pytest.approx(n)
+    assert 1 <= n <= 4
+    assert record.mean_overlap == pytest.approx((sum(map(sum, record.overlaps)) - 4) / 12)
+    assert record.energy_min == min(record.energies)
+    assert record.energy_std == pytest.approx(float(torch.tensor(record.energies).double().std(correction=0)))
+
+
+def test_a_sample_of_many_coordinates_is_close(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 600), nn.Tanh(), nn.Linear(600, 5), nn.Tanh(), nn.Linear(5, 4))
+    batches = [(torch.randn(8, 64), torch.randint(4, (8,))) for _ in range(4)]
+    exact = prune(model, None, batches, quick(n_steps=4)).history[-1]
+    monkeypatch.setattr(module, "_SAMPLE", 4096)
+    sampled = prune(model, None, batches, quick(n_steps=4)).history[-1]
+    assert sampled.energies == exact.energies
+    for a, b in zip(sampled.overlaps, exact.overlaps, strict=True):
+        assert a == pytest.approx(b, abs=0.05)
+    assert sampled.layer_densities[:2] == pytest.approx(exact.layer_densities[:2], abs=0.08)
+    assert sampled.layer_densities[2] == exact.layer_densities[2], "20 weights: counted whole"
+
+
+def test_identical_particles_count_as_one(mlp, vectors):
+    record = SFPKPruner(mlp, None, quick()).step(vectors[:4])
+    assert record.effective_particles == pytest.approx(1.0)
+    assert record.mean_overlap == 1.0
+    assert record.start_density == 1.0
+
+
+def step(number, energies, **options):
+    return StepRecord(number, 0.5, [0.5] * len(energies), energies, [0.0] * len(energies), 0.1, **options)
+
+
+def test_alarms_are_given_once():
+    alarms = Alarms(quick(), ["first", "second"])
+    fine = step(1, [1.0, 1.1, 0.9, 1.0], deviation=0.1, layer_densities=[0.5, 0.5])
+    assert alarms.check([], fine) == []
+    bad = step(2, [1.0] * 4, deviation=1e-9, layer_densities=[0.5, 0.0001])
+    words = alarms.check([fine], bad)
+    assert len(words) == 2
+    assert "the particles have collapsed" in words[0]
+    assert "second is about to die: 0.01 % of its weights" in words[1]
+    assert alarms.check([fine, bad], bad) == []
+
+
+def test_a_falling_loss_is_an_alarm_and_chance_is_none():
+    def run(values, spread):
+        alarms, history = Alarms(quick(), []), []
+        for k, value in enumerate(values):
+            record = step(k + 1, [value - spread, value + spread, value - spread, value + spread], deviation=0.1)
+            for words in alarms.check(history, record):
+                return words
+            history.append(record)
+        return None
+
+    assert "the loss falls (2.3 at the start" in run([2.3, 2.0, 1.5, 1.2, 1.0, 0.8], 0.05)
+    assert run([2.3, 2.0, 1.5, 1.2, 1.0, 0.8], 1.0) is None, "within what batches differ by"
+    assert run([0.5, 0.5, 0.6, 0.7, 0.9, 1.2], 0.01) is None
+
+
+def test_an_untrained_model_is_noticed(caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4))
+    with torch.no_grad():
+        model[2].weight.mul_(20)  # confident, and wrong
+    x = torch.randn(256, 8)
+    batches = [(x, torch.randint(4, (256,)))] * 4
+    with caplog.at_level(logging.WARNING, logger="sfpk_kernels"):
+        result = prune(model, None, batches, quick(n_steps=20))
+    assert any("the loss falls" in words for words in result.alarms)
+    assert "is the model trained" in caplog.text
+
+
+def spoiled(vectors, what):
+    """Batch 5: the loss NaN, or finite with a gradient that is not."""
+
+    def loss_fn(model, batch):
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        if batch[0] is bad:
+            loss = loss * float("nan") if what == "loss" else loss + (loss - loss.detach()).abs().sqrt()
+        return loss
+
+    bad = vectors[5][0]
+    return loss_fn
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_a_particle_without_finite_gradient_is_skipped_and_named(mlp, vectors, what, memory, caplog):
+    config = quick(nonfinite="skip_particle", memory=memory)
+    pruner = SFPKPruner(mlp, spoiled(vectors, what), config)
+    pruner.step(vectors[:4])
+    before = pruner.particles.clone()
+    with caplog.at_level(logging.WARNING, logger="sfpk_kernels"):
+        record = pruner.step(vectors[4:8])
+    assert record.skipped == [1]
+    assert "particle 1 had no finite loss and gradient" in caplog.text
+    assert torch.equal(pruner.particles[1], before[1])
+    assert not torch.equal(pruner.particles[0], before[0])
+    assert torch.isfinite(pruner.particles).all()
+    assert record.energy == record.energy
+    strict = SFPKPruner(mlp, spoiled(vectors, what), quick(memory=memory))
+    strict.step(vectors[:4])
+    with pytest.raises(FloatingPointError, match=f"finite {what}, got nan in step 2, particle 1"):
+        strict.step(vectors[4:8])
+
+
+def test_a_skipped_particle_does_not_spoil_the_run(mlp, vectors):
+    result = prune(mlp, spoiled(vectors, "loss"), vectors, quick(nonfinite="skip_particle"))
+    assert result.mask.kept == round(0.2 * 144)
+    assert any("stood still" in words for words in result.alarms)
+
+
+def test_all_particles_without_finite_gradient_raise(mlp, vectors):
+    def loss_fn(model, batch):
+        return model(batch[0]).sum() * float("nan")
+
+    with pytest.raises(FloatingPointError, match="particle 0"):
+        prune(mlp, loss_fn, vectors, quick(nonfinite="skip_particle"))

@@ -1,0 +1,83 @@
+"""report.json, the pictures and the page."""
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from sfpk_kernels import SFPKConfig, prune
+from sfpk_kernels import report as reports
+
+PNG = b"\x89PNG\r\n\x1a\n"
+ROWS = [
+    {"method": "magnitude", "sparsity": 0.5, "accuracy_mean": 0.8},
+    {"method": "sfpk", "sparsity": 0.5, "accuracy_mean": 0.9, "accuracy_std": 0.01},
+]
+
+
+@pytest.fixture
+def result(mlp, vectors):
+    config = SFPKConfig(0.8, n_particles=3, n_steps=10, energy_mode="sequential")
+    return prune(mlp, None, vectors, config, checkpoints=[0.5])
+
+
+def test_contents(result, tmp_path):
+    page = result.report(tmp_path / "new" / "report", ROWS, dense_accuracy=0.95)
+    folder = page.parent
+    names = ["baselines.png", "layers.png", "loss.png", "particles.png", "report.html", "report.json"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    for name in names[:4]:
+        assert (folder / name).read_bytes().startswith(PNG)
+        assert (folder / name).stat().st_size > 5000
+    saved = json.loads((folder / "report.json").read_text())
+    assert saved["summary"]["kept"] == round(0.2 * 144)
+    assert saved["summary"]["fingerprint"] == result.mask.fingerprint()
+    assert len(saved["history"]) == len(saved["curve"]) == 10
+    assert saved["waypoints"][0]["kept"] == 72
+    assert saved["layer_densities"] == result.mask.layer_densities()
+    assert saved["config"]["n_particles"] == 3
+    html = page.read_text()
+    assert html.count("data:image/png;base64,") == 4
+    assert not re.search(r"(src|href)=\"(?!data:)", html), "nothing is loaded from elsewhere"
+    assert "0.weight" in html
+    assert f"{round(0.2 * 144):,} of 144" in html
+
+
+def test_rendered_again_from_json_alone(result, tmp_path):
+    page = result.report(tmp_path)
+    before = page.read_text()
+    assert not (tmp_path / "baselines.png").exists()
+    for path in tmp_path.glob("*"):
+        if path.name != "report.json":
+            path.unlink()
+    assert reports.render(tmp_path) == page
+    assert page.read_text() == before
+
+
+def test_numbers_that_are_not_finite(result, tmp_path):
+    result.history[3].energies[0] = float("nan")
+    result.report(tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["history"][3]["energies"][0] is None
+
+
+def test_markup_in_names_is_text(result, tmp_path):
+    result.history[0].alarms.append("<script>alert(1)</script>")
+    assert "<script>" not in result.report(tmp_path).read_text()
+
+
+def test_wrong_input(result, tmp_path):
+    with pytest.raises(ValueError, match="baselines: wanted method, sparsity and accuracy_mean, got a row without"):
+        result.report(tmp_path, [{"method": "x"}])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="folder: wanted a folder"):
+        result.report(tmp_path / "file")
+    with pytest.raises(FileNotFoundError, match="with a report.json"):
+        reports.render(tmp_path)
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match="wanted a report of format"):
+        reports.render(tmp_path)
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(ValueError, match="wanted a report of format"):
+        reports.render(tmp_path)
