@@ -139,8 +139,9 @@ class PruneResult:
         ]
 
     def knee(self) -> float | None:
-        """The sparsity at which the loss turns up: farthest below the chord of the curve; None for too few points, and for
-        a rise within what the particles' batches differ by.
+        """The sparsity at which the loss turns up: farthest below the chord of the curve.
+
+        None for too few points, and for a rise within what the particles' batches differ by.
 
         The curve is smoothed by a running median of five steps first; batches differ.
         """
@@ -162,7 +163,7 @@ class PruneResult:
         baselines: Sequence[Mapping[str, Any]] = (),
         dense_accuracy: float | None = None,
     ) -> Path:
-        """Write report.json, report.html and its pictures; arguments and errors as :func:`sfpk_kernels.report.write`."""
+        """Write report.json, report.html and pictures; see :func:`sfpk_kernels.report.write`."""
         from .report import write
 
         return write(self, folder, baselines, dense_accuracy)

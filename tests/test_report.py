@@ -68,7 +68,9 @@ def test_markup_in_names_is_text(result, tmp_path):
 
 
 def test_wrong_input(result, tmp_path):
-    with pytest.raises(ValueError, match="baselines: wanted method, sparsity and accuracy_mean, got a row without"):
+    with pytest.raises(
+        ValueError, match="baselines: wanted rows with method, sparsity and accuracy_mean, got one without"
+    ):
         result.report(tmp_path, [{"method": "x"}])
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="folder: wanted a folder"):
