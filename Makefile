@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := demo,test,bench,dev,gpu
+EXTRAS := demo,test,bench,dev,gpu,lightning,transformers,examples
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: setup demo demo-full test test-all bench bench-full gpu-check lint format clean

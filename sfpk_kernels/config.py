@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 POLARIZERS = ("mask_normalized", "mask_weight", "mask")
 
-_CHOICES: dict[str, tuple[str | None, ...]] = {
+CHOICES: dict[str, tuple[str | None, ...]] = {
     "kernel": ("rbf", "weighted_rbf"),
     "density": ("l2", "l2_squared"),
     "schedule": ("cubic", "exponential", "linear"),
@@ -177,7 +177,7 @@ class SFPKConfig:
         if self.energy_mode == "vmap" and (self.memory == "lean" or self.offload is not None):
             wanted = "memory other than 'lean'" if self.memory == "lean" else "offload None"
             raise ValueError(f"energy_mode: 'vmap' wanted {wanted}: particles go through the model one by one there")
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 wanted = ", ".join(repr(choice) for choice in choices)
                 raise ValueError(f"{name}: wanted one of {wanted}, got {getattr(self, name)!r}")

@@ -62,12 +62,13 @@ class ExportReport:
 
     def __str__(self) -> str:
         unknown = "not measured: no example batch"
+        where = f"median of {self.runs} ({self.device})"
         rows = [
             ("parameters", f"{self.parameters:,}, {self.nonzero:,} of them not zero"),
             ("prunable", f"{self.prunable:,}, {self.kept:,} kept (sparsity {self.sparsity:.4f})"),
             ("on disk", in_words(self.bytes_on_disk)),
             ("FLOPs", unknown if self.flops is None else f"{self.flops:,} per forward pass, zeros counted"),
-            ("latency", unknown if self.latency is None else f"{_time(self.latency)}, median of {self.runs} ({self.device})"),
+            ("latency", unknown if self.latency is None else f"{_time(self.latency)}, {where}"),
             ("verified", self.verified or "no"),
         ]  # fmt: skip
         if self.flops_nonzero is not None:
@@ -97,8 +98,8 @@ def export(
     Args:
         model: the pruned model, on one device.
         path: the safetensors file, written atomically.
-        verify: read the file back into a copy of the model whose own values were wiped out, and compare every tensor, and
-            the outputs on ``example``, exactly.
+        verify: read the file back into a copy of the model whose own values were wiped out, and compare every
+            tensor, and the outputs on ``example``, exactly.
         kind: ``"dense"``: the state dict, removed weights as zeros; tensors shared under several names are written once
             (``safetensors.torch.load_model`` loads it). ``"masks"``: the masks alone (:meth:`MaskSet.load`), 1 bit per
             prunable weight, to be applied to the dense model.

@@ -289,7 +289,7 @@ class GradualPruner:
                 progress=self._progress,
             )
         with seeded(seed, self.coordinates.device):
-            self._retrain(self._model, masks, shot)  # type: ignore[operator]
+            self._retrain(self._model, masks, shot)
         return []
 
     @torch.no_grad()
@@ -351,11 +351,11 @@ class GradualPruner:
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same to go on."""
-        built_in = isinstance(self._retrain, RetrainConfig)
+        how = self._retrain
         return {
             "config": self.config.to_dict(),
             "plan": [dataclasses.asdict(shot) for shot in self.plan],
-            "retrain": dataclasses.asdict(self._retrain) if built_in else "function",  # type: ignore[call-overload]
+            "retrain": dataclasses.asdict(how) if isinstance(how, RetrainConfig) else "function",
             "retraining steps": self._steps,
             "prunable": [[tensor.name, list(tensor.shape)] for tensor in self.coordinates.tensors],
         }

@@ -92,7 +92,7 @@ class SFPKPruner:
         self.config = config
         self.history: list[StepRecord] = []
         self._model = model
-        self._callbacks = tuple(callbacks)
+        self._callbacks = list(callbacks)
         self.plan: Plan | None = None  # made on the first batch
         self._theta = self.coordinates.flatten(model).to(state_device(self.coordinates, config))
         backend = None if config.backend is None else f"{config.backend}?"
@@ -117,6 +117,10 @@ class SFPKPruner:
         self._skip = 0  # those of them a resumed run passes over
         self._fingerprint: str | None = None
         self._broken: str | None = None  # why no step can follow
+
+    def add_callback(self, callback: Callable[[StepRecord], None]) -> None:
+        """Have it called with the :class:`StepRecord` of every further step."""
+        self._callbacks.append(callback)
 
     @property
     def particles(self) -> Tensor:

@@ -105,7 +105,8 @@ def retrain(
     Args:
         model: to be trained; masked first.
         loss_fn: ``loss_fn(model, batch) -> scalar``; ``None`` for the default loss.
-        loader: batches, with a length; cycled. Its order is drawn under ``seed`` where it uses torch's global generator.
+        loader: batches, with a length; cycled. Its order is drawn under ``seed`` where it uses
+            torch's global generator.
         masks: of ``model``.
         config: learning rate and the rest.
         steps: optimizer steps, 0 for none; ``None`` for ``config.epochs`` passes over the loader.

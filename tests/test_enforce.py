@@ -102,8 +102,8 @@ def test_an_optimizer_without_masked_parameters_is_refused(mlp, vectors):
         mask.enforce(torch.optim.SGD(copy.deepcopy(mlp).parameters(), 0.1), mlp)
     with pytest.raises(ValueError, match=r"its parameters have no names: pass the model too"):
         mask.enforce(some)
+    other = nn.Sequential(nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 4))
     with pytest.raises(ValueError, match=r"wanted 0.weight in the shape of its mask, \(12, 8\), got \(3, 8\)"):
-        other = nn.Sequential(nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 4))
         mask.enforce(torch.optim.SGD(other.named_parameters(), 0.1))
     with pytest.raises(ValueError, match="wanted the model these masks were made for"):
         mask.enforce(some, nn.Sequential(mlp[0]))

@@ -28,9 +28,14 @@ def test_a_file_is_replaced_whole(tmp_path):
 def test_after_an_error_all_is_as_before(tmp_path):
     path = tmp_path / "file"
     path.write_text("one")
-    with pytest.raises(RuntimeError, match="boom"), atomic_write(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("boom")
+
+    def fail():
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
     assert path.read_text() == "one"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     with pytest.raises(FileNotFoundError, match="existing folder"), atomic_write(tmp_path / "no" / "file"):

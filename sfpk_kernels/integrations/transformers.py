@@ -24,13 +24,13 @@ __all__ = ["MASK_FILE", "SFPKTrainerCallback"]
 MASK_FILE = "sfpk_masks.safetensors"  # in every checkpoint folder
 
 
-class SFPKTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class SFPKTrainerCallback(TrainerCallback, ExportableState):
     """Keeps removed weights at exactly 0 while a Hugging Face Trainer trains, and saves the masks with checkpoints.
 
     The weights are masked before the first step and after every optimizer step (not after every accumulated batch).
     Every checkpoint folder gets a file ``sfpk_masks.safetensors``, and the masks' fingerprint goes into its
-    ``trainer_state.json``. A run that resumes is refused if its masks are not those of the checkpoint. Sharded or offloaded
-    parameters (FSDP, DeepSpeed) are not covered.
+    ``trainer_state.json``. A run that resumes is refused if its masks are not those of the checkpoint. Sharded or
+    offloaded parameters (FSDP, DeepSpeed) are not covered.
 
     Args:
         masks: of the model. ``None`` when a run resumes: they are read from the checkpoint, if it lies in the
@@ -97,7 +97,7 @@ class SFPKTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             self._masked = None
 
     def _resume(self, checkpoint: Path, state: TrainerState) -> None:
-        """Masks of the checkpoint, if they are found; the fingerprint in the trainer's state decides what belongs to it."""
+        """Masks of the checkpoint, if they are found; the trainer's state says which belong to it."""
         saved: Any = (state.stateful_callbacks or {}).get(type(self).__name__) or {}
         saved = saved[0] if isinstance(saved, list) else saved
         expected = saved.get("attributes", {}).get("fingerprint")

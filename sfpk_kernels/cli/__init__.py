@@ -1,0 +1,25 @@
+"""The command ``sfpk``: one file per subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from .._version import __version__
+from ..bench.command import add_command as _add_bench
+from . import demo, info, masks, prune, report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code (0 done, 1 failed, 2 wrong usage, 130 interrupted)."""
+    parser = argparse.ArgumentParser(prog="sfpk", description="SFPK one-shot pruning for PyTorch models.")
+    parser.add_argument("--version", action="version", version=f"sfpk_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add_command in (demo.add_command, prune.add_command, masks.add_command, report.add_command, _add_bench,
+                        info.add_command):  # fmt: skip
+        add_command(commands)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    return options.run(options)

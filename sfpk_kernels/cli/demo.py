@@ -1,0 +1,39 @@
+"""``sfpk demo``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_command(commands: Any) -> None:
+    """Add ``demo``."""
+    demo = commands.add_parser(
+        "demo", help="train a small network on real digits, prune it, compare the methods (about two minutes)"
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="default: demo-out")
+    demo.add_argument(
+        "--full", action="store_true", help="three seeds at every sparsity, and the presets paper and authors"
+    )
+    demo.add_argument("--quiet", action="store_true", help="no progress bar")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"sfpk demo needs {' and '.join(missing)}: pip install 'sfpk_kernels[demo]'",
+            file=sys.stderr,
+        )
+        return 1
+    if options.out.exists() and not options.out.is_dir():
+        print(f"sfpk demo: --out: wanted a folder, got the file {options.out}", file=sys.stderr)
+        return 2
+    from ..demo.run import Demo
+
+    Demo(options.out, full=options.full, progress=False if options.quiet else None).run()
+    return 0

@@ -1,0 +1,202 @@
+"""``sfpk prune package.module:task``: a whole run from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config import CHOICES, PRESETS, SFPKConfig
+from ._words import FAILED, INTERRUPTED, refuse
+
+_TASK = "a function without arguments that returns (model, loss_fn, loader) or (model, loss_fn, loader, eval_fn)"
+
+
+def add_command(commands: Any) -> None:
+    """Add ``prune``, with an option for every field of :class:`SFPKConfig`."""
+    prune = commands.add_parser(
+        "prune",
+        help="prune the model that a function of yours returns",
+        description=f"TASK is package.module:function, {_TASK}; eval_fn(model) -> number is called before and after. "
+        "Writes mask.safetensors and a report; the model itself is not saved.",
+    )
+    prune.add_argument("task", metavar="TASK")
+    prune.add_argument(
+        "--preset", choices=sorted(PRESETS), default="default", help="what the other settings start from"
+    )
+    prune.add_argument("--out", type=Path, default=Path("sfpk-out"), metavar="DIR", help="default: sfpk-out")
+    prune.add_argument("--plan", action="store_true", help="only print memory and time of the run")
+    prune.add_argument("--checkpoints", type=float, nargs="+", default=(), metavar="S",
+                       help="sparsities at which to write a mask on the way")  # fmt: skip
+    prune.add_argument("--save-every", type=int, metavar="STEPS", help="write DIR/run.sfpk after so many steps")
+    prune.add_argument("--resume", nargs="?", const=True, metavar="FILE",
+                       help="go on from FILE (default: DIR/run.sfpk, if it exists)")  # fmt: skip
+    prune.add_argument("--json", action="store_true", help="the outcome as JSON on stdout")
+    prune.add_argument("--quiet", action="store_true", help="no progress, no text")
+    settings = prune.add_argument_group("settings", "fields of SFPKConfig; without the option the preset's value")
+    words = _descriptions()
+    for field in dataclasses.fields(SFPKConfig):
+        _add_field(settings, field, words[field.name])
+    prune.set_defaults(run=_prune)
+
+
+def _descriptions() -> dict[str, str]:
+    """What SFPKConfig's docstring says of its fields."""
+    text = (SFPKConfig.__doc__ or "").split("Args:", 1)[-1].split("Raises:", 1)[0]
+    parts = re.split(r"\n {8}(?=[a-z_]+: )", text)[1:]
+    pairs = (part.split(":", 1) for part in parts)
+    return {name.strip(): re.sub(r"\s+", " ", words).replace("``", "").strip() for name, words in pairs}
+
+
+def _add_field(settings: Any, field: dataclasses.Field[Any], words: str) -> None:
+    option, words = f"--{field.name.replace('_', '-')}", words.replace("%", "%%")
+    common = {"dest": f"config_{field.name}", "default": argparse.SUPPRESS, "help": words}
+    if field.type == "bool":
+        settings.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+        return
+    optional = str(field.type).endswith("| None")
+    kind = {"int": int, "float": float, "str": str}[str(field.type).removesuffix(" | None")]
+    choices = CHOICES.get(field.name)
+    if choices is not None:
+        settings.add_argument(option, choices=[c or "none" for c in choices], **common)
+    else:
+        settings.add_argument(option, type=_or_none(kind) if optional else kind,
+                              required=field.name == "sparsity", metavar=kind.__name__.upper(), **common)  # fmt: skip
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        return None if text == "none" else kind(text)
+
+    parse.__name__ = kind.__name__  # in argparse's message
+    return parse
+
+
+def _prune(options: argparse.Namespace) -> int:
+    given = {name.removeprefix("config_"): value for name, value in vars(options).items() if name.startswith("config_")}
+    given = {name: None if value == "none" else value for name, value in given.items()}
+    try:
+        config = SFPKConfig.preset(options.preset, **given)
+    except (TypeError, ValueError) as error:
+        return refuse("prune", f"--{error}")
+    if options.out.exists() and not options.out.is_dir():
+        return refuse("prune", f"--out: wanted a folder, got the file {options.out}")
+    if isinstance(options.resume, str) and not Path(options.resume).is_file():
+        return refuse("prune", f"--resume: wanted a file, got {options.resume!r}, which is none")
+    try:
+        task = _find(options.task)
+    except _Wrong as error:
+        return refuse("prune", f"TASK: {error}")
+    try:
+        return _run(task, config, options)
+    except _Wrong as error:
+        return refuse("prune", f"TASK: {error}")
+    except KeyboardInterrupt:
+        return refuse("prune", "interrupted", INTERRUPTED)
+    except Exception as error:
+        logging.getLogger(__name__).debug("", exc_info=True)
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        return refuse("prune", f"{type(error).__name__}: {error}{notes}", FAILED)
+
+
+class _Wrong(ValueError):
+    """The task is not what was wanted."""
+
+
+def _find(name: str) -> Callable[[], Any]:
+    module_name, colon, function_name = name.partition(":")
+    if not colon or not module_name or not function_name:
+        raise _Wrong(f"wanted package.module:function, got {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name + ".").startswith(error.name + "."):
+            raise _Wrong(f"wanted a module that can be imported from here, got {module_name!r}: {error}") from error
+        raise _Wrong(f"{module_name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        raise _Wrong(f"{module_name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    function = getattr(module, function_name, None)
+    if function is None:
+        raise _Wrong(f"wanted a function of {module_name}, got {function_name!r}, which it does not have")
+    if not callable(function):
+        raise _Wrong(f"wanted {_TASK}, got {name}, a {type(function).__name__}")
+    return function
+
+
+def _run(task: Callable[[], Any], config: SFPKConfig, options: argparse.Namespace) -> int:
+    from torch import nn
+
+    from ..planning import plan
+    from ..pruner import SFPKPruner
+
+    given = task()
+    if not isinstance(given, tuple) or len(given) not in (3, 4) or not isinstance(given[0], nn.Module):
+        got = f"a tuple of {len(given)}" if isinstance(given, tuple) else type(given).__name__
+        raise _Wrong(f"wanted {_TASK}, got one that returns {got}")
+    model, loss_fn, loader, eval_fn = (*given, None)[:4]
+    if options.plan:
+        found = plan(model, config, next(iter(loader)), loss_fn)
+        print(json.dumps(found.to_dict(), indent=1) if options.json else found)
+        return 0 if found.fits else FAILED
+    options.out.mkdir(parents=True, exist_ok=True)
+    pruner = SFPKPruner(model, loss_fn, config, checkpoints=options.checkpoints)
+    shows = not options.quiet and sys.stderr.isatty()
+    if not options.quiet and not shows:
+        pruner.add_callback(_log_line(config))
+    result = pruner.run(
+        loader, progress=shows, save_every=options.save_every, save_path=options.out / "run.sfpk", resume=options.resume
+    )
+    outcome: dict[str, Any] = {**result.summary(), "files": _write(result, options.out)}
+    if eval_fn is not None:
+        outcome["dense_eval"] = float(eval_fn(model))
+        result.apply_(model)
+        outcome["pruned_eval"] = float(eval_fn(model))
+    if options.json:
+        print(json.dumps(outcome, indent=1))
+    elif not options.quiet:
+        print(result.mask)
+        if eval_fn is not None:
+            print(f"eval: {outcome['dense_eval']:.6g} dense, {outcome['pruned_eval']:.6g} pruned")
+        print("\n".join(outcome["files"]))
+    return 0
+
+
+def _write(result: Any, folder: Path) -> list[str]:
+    """Masks, and the report where it can be drawn."""
+    metadata = {"sparsity": result.config.sparsity, "config": result.config.to_dict()}
+    files = [folder / "mask.safetensors"]
+    result.mask.save(files[0], metadata)
+    for waypoint in result.waypoints:
+        files.append(folder / f"mask-{waypoint.sparsity:g}.safetensors")
+        waypoint.mask.save(files[-1], {"sparsity": waypoint.sparsity, "step": waypoint.step})
+    try:
+        files.append(result.report(folder))
+    except ImportError as error:
+        logging.getLogger(__name__).warning("no report: %s: pip install 'sfpk_kernels[demo]'", error)
+    return [str(file) for file in files]
+
+
+def _log_line(config: SFPKConfig) -> Callable[[Any], None]:
+    """About twenty lines a run."""
+    every = max(1, config.n_steps // 20)
+
+    def callback(record: Any) -> None:
+        if record.step % every == 0 or record.step == config.n_steps:
+            print(
+                f"step {record.step} of {config.n_steps}: loss {record.energy:.4g}, density {record.density:.4f}, "
+                f"{record.seconds:.3g} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    return callback

@@ -1,0 +1,184 @@
+"""The command: prune, masks, report; exit codes and messages."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sfpk_kernels import MaskSet, SFPKConfig, prune
+from sfpk_kernels.cli import main
+
+from .cli_task import small
+
+TASK = "tests.cli_task:small"
+QUICK = ["--sparsity", "0.8", "--n-particles", "3", "--n-steps", "6", "--energy-mode", "sequential"]
+
+
+def test_prune_writes_masks_report_and_says_what(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    assert main(["prune", TASK, *QUICK, "--out", str(out), "--json", "--checkpoints", "0.5"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model, loss_fn, batches, _ = small()
+    config = SFPKConfig(0.8, n_particles=3, n_steps=6, energy_mode="sequential")
+    expected = prune(model, loss_fn, batches, config, checkpoints=[0.5])
+    assert found["fingerprint"] == expected.mask.fingerprint()
+    assert found["dense_eval"] == 0
+    assert found["pruned_eval"] > 0.5
+    assert MaskSet.load(out / "mask.safetensors") == expected.mask
+    assert MaskSet.load(out / "mask.safetensors").metadata["config"]["n_steps"] == 6
+    assert MaskSet.load(out / "mask-0.5.safetensors") == expected.waypoints[0].mask
+    assert (out / "report.html").is_file()
+    assert all(path in found["files"] for path in (str(out / "mask.safetensors"), str(out / "report.html")))
+    before = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").read_text() == before
+
+
+def test_lines_without_a_terminal_and_quiet(tmp_path, capsys):
+    assert main(["prune", "tests.cli_task:without_eval", *QUICK, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "step 6 of 6: loss" in said.err
+    assert said.out.startswith("MaskSet(29 of 144 weights kept")
+    assert main(["prune", "tests.cli_task:without_eval", *QUICK, "--out", str(tmp_path), "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.out == said.err == ""
+
+
+def test_plan_runs_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sfpk_kernels.pruner.SFPKPruner.run", lambda *a, **k: pytest.fail("ran"))
+    out = tmp_path / "out"
+    assert main(["prune", TASK, *QUICK, "--plan", "--out", str(out)]) == 0
+    assert "3 particles of 144 weights" in capsys.readouterr().out
+    assert main(["prune", TASK, *QUICK, "--plan", "--json", "--out", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out)["coordinates"] == 144
+    assert main(["prune", TASK, *QUICK, "--plan", "--memory-limit", "100", "--out", str(out)]) == 1
+    assert not out.exists()
+
+
+def test_save_and_resume(tmp_path, capsys):
+    arguments = ["prune", TASK, *QUICK, "--out", str(tmp_path), "--json"]
+    assert main([*arguments, "--save-every", "2", "--resume"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "run.sfpk").is_file()
+    for resume in (["--resume"], ["--resume", str(tmp_path / "run.sfpk")]):
+        assert main([*arguments, *resume]) == 0
+        assert json.loads(capsys.readouterr().out)["fingerprint"] == first["fingerprint"]
+    assert main(["prune", TASK, *QUICK, "--radius", "3", "--out", str(tmp_path), "--resume"]) == 1
+    assert "difference in radius" in capsys.readouterr().err
+
+
+def test_every_setting_is_an_option_with_its_description(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["prune", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(SFPKConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "fraction of the prunable weights that is REMOVED" in " ".join(text.split())
+
+
+def test_options_reach_the_config(tmp_path, capsys):
+    options = ["--preset", "paper", "--no-retract", "--final-score", "none", "--chunk-size", "2", "--radius", "1.7"]
+    assert main(["prune", TASK, *QUICK, *options, "--out", str(tmp_path), "--quiet"]) == 0
+    config = MaskSet.load(tmp_path / "mask.safetensors").metadata["config"]
+    assert (config["retract"], config["final_score"], config["chunk_size"], config["radius"]) == (False, None, 2, 1.7)
+    assert config["density"] == "l2_squared"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["tests.cli_task", *QUICK], 2, "TASK: wanted package.module:function, got 'tests.cli_task'"),
+        (["nowhere_at_all:task", *QUICK], 2, "TASK: wanted a module that can be imported from here"),
+        (["tests.cli_task:absent", *QUICK], 2, "'absent', which it does not have"),
+        (["tests.cli_task:NUMBER", *QUICK], 2, "a int"),
+        (["tests.cli_task:wrong", *QUICK], 2, "got one that returns str"),
+        (["tests.cli_task:broken", *QUICK], 1, "RuntimeError: the loss is broken"),
+        (["tests.cli_task:interrupted", *QUICK], 130, "interrupted"),
+        ([TASK, *QUICK, "--sparsity", "1.5"], 2, "--sparsity: wanted"),
+        ([TASK, *QUICK, "--resume", "no-such-file"], 2, "--resume: wanted a file"),
+        ([TASK, *QUICK, "--out", "README.md"], 2, "--out: wanted a folder"),
+        ([TASK, *QUICK, "--checkpoints", "0.9"], 1, "checkpoints: wanted sparsities above 0 and up to the run's 0.8"),
+    ],
+)
+def test_wrong_input(arguments, code, words, tmp_path, capsys):
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    assert main(["prune", *arguments, *out]) == code
+    said = capsys.readouterr()
+    assert words in said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
+
+
+def test_wrong_options(capsys):
+    for arguments in (["prune", TASK], ["prune", TASK, "--sparsity", "x"], ["prune", TASK, *QUICK, "--kernel", "y"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+
+
+@pytest.fixture
+def files(tmp_path):
+    torch.manual_seed(0)
+    for name in ("a", "b"):
+        MaskSet({"first": torch.rand(4, 3) > 0.5, "second": torch.rand(5) > 0.5}).save(tmp_path / name, {"who": name})
+    return tmp_path
+
+
+def test_masks_show_and_compare(files, capsys):
+    a, b = MaskSet.load(files / "a"), MaskSet.load(files / "b")
+    assert main(["masks", "show", str(files / "a")]) == 0
+    text = capsys.readouterr().out
+    assert "first" in text
+    assert "4 × 3" in text
+    assert "who: a" in text
+    assert main(["masks", "show", str(files / "a"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kept"] == a.kept
+    assert found["layers"]["first"]["density"] == a.layer_densities()["first"]
+    assert main(["masks", "compare", str(files / "a"), str(files / "b"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["differ"] == int((a.flat() ^ b.flat()).sum())
+    assert found["iou"] == pytest.approx(int((a.flat() & b.flat()).sum()) / int((a.flat() | b.flat()).sum()))
+    assert not found["equal"]
+    assert main(["masks", "compare", str(files / "a"), str(files / "a")]) == 0
+    assert "the same masks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_masks_apply(files, suffix, capsys):
+    a = MaskSet.load(files / "a")
+    state = {"first": torch.randn(4, 3), "second": torch.randn(5), "other": torch.randn(2)}
+    weights, out = files / f"weights{suffix}", files / f"out{suffix}"
+    save_file(state, weights) if suffix == ".safetensors" else torch.save(state, weights)
+    assert main(["masks", "apply", str(files / "a"), str(weights), "--out", str(out)]) == 0
+    found = load_file(out) if suffix == ".safetensors" else torch.load(out)
+    assert torch.equal(found["first"], state["first"] * a["first"])
+    assert torch.equal(found["other"], state["other"])
+    assert f"{17 - a.kept} of 17 weights" in capsys.readouterr().out
+
+
+def test_masks_wrong_input(files, capsys):
+    (files / "text").write_text("no mask")
+    save_file({"first": torch.randn(4, 2)}, files / "w.safetensors")
+    for arguments, words in [
+        (["show", str(files / "text")], "no readable safetensors file"),
+        (["show", str(files / "absent")], "which is no file"),
+        (["apply", str(files / "a"), str(files / "w.safetensors"), "--out", str(files / "o.pt")],
+         "--out: wanted the format"),
+        (["apply", str(files / "a"), str(files / "w.safetensors"), "--out", str(files / "o.safetensors")],
+         "wanted first in shape (4, 3), got (4, 2)"),
+        (["apply", str(files / "a"), str(files / "text"), "--out", str(files / "o.pt")], "WEIGHTS:"),
+    ]:  # fmt: skip
+        assert main(["masks", *arguments]) == 2
+        assert words in capsys.readouterr().err
+    assert not (files / "o.safetensors").exists()
+
+
+def test_report_wrong_input(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "with a report.json" in capsys.readouterr().err
