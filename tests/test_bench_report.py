@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -221,24 +222,26 @@ FIGURES = {"model": "mlp", "coordinates": 1000, "batch": 16, "particles": 10, "m
 
 def test_end_to_end_rows(run, monkeypatch):
     class Module:
-        NAMES = ("mlp", "broken")
+        NAMES: ClassVar = {"cpu": {"quick": ("mlp", "broken", "off")}}
 
         @staticmethod
-        def measure(name, *, particles=10, quick=False):
-            assert quick
+        def measure(name, *, particles=10, quick=False, device="cuda", memory=True):
+            assert (quick, device, memory) == (True, "cpu", False)
             if name == "broken":
                 raise ValueError("no such model")
-            return dict(FIGURES)
+            return {**FIGURES, "agrees": name != "off", "error": 0.25}
 
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: name == suite.END_TO_END)
     monkeypatch.setattr(suite.importlib, "import_module", lambda name: Module)
-    naive, ours, broken = map(
+    naive, ours, broken, off = map(
         record.check_line, suite.end_to_end("id", Plan(torch.device("cpu"), "quick"), float("inf"), print)
     )
     assert (naive["provider"], naive["median_s"]) == ("naive", 0.4)
     assert (ours["provider"], ours["median_s"], ours["ratio_to_naive"]) == ("ours", 0.1, 4.0)
     assert ours["shape"] == {"model": "mlp", "coordinates": 1000, "batch": 16, "particles": 10}
-    assert ours["extra"] == {"mode": "sequential", "peak_bytes": 10**9, "outside_share": 0.2}
+    assert ours["extra"] == {"mode": "sequential", "peak_bytes": 10**9, "outside_share": 0.2, "agrees": True,
+                             "error": 0.25}  # fmt: skip
+    assert (off["status"], off["reason"], off["median_s"]) == ("wrong", "differs from the naive step by 2.5e-01", None)
     assert (broken["status"], broken["reason"]) == ("missing", "raised ValueError: no such model")
     run.rows += [naive, ours, broken]
     assert "| mlp | 1,000 | 16, 10 | **100 ms** | 400 ms | 4.00 × | 1.00 GB, 2.00 GB |" in report.readme_table([run])

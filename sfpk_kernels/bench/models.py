@@ -53,6 +53,30 @@ def resnet(depth: int = 20, width: int = 16, classes: int = 10, channels: int = 
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, classes))
 
 
+class _Bottleneck(nn.Module):
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        out = 4 * width
+        first, middle = _conv(channels, width, 1, 1), _conv(width, width, 3, stride)
+        self.body = nn.Sequential(*first, nn.ReLU(), *middle, nn.ReLU(), *_conv(width, out, 1, 1))
+        changes = stride > 1 or out != channels
+        self.shortcut = nn.Sequential(*_conv(channels, out, 1, stride)) if changes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet50(classes: int = 1000) -> nn.Module:
+    """ResNet-50 for images of 224 × 224, 25.5 M prunable weights."""
+    layers: list[nn.Module] = [*_conv(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    inside = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        for block in range(blocks):
+            layers.append(_Bottleneck(inside, 64 * 2**stage, 2 if stage and not block else 1))
+            inside = 256 * 2**stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, classes))
+
+
 def vgg(plan: tuple[int, ...] = (64, 0, 128, 0, 256, 256, 0, 512, 512, 0), classes: int = 10) -> nn.Module:
     """Convolutions with batch-norm; 0 halves the image."""
     layers: list[nn.Module] = []
@@ -172,10 +196,10 @@ class Workload:
     name: str
     build: Callable[[], nn.Module]
     make_batch: Callable[[int], Any]
-    batch: int  # samples
+    batch: int  # samples, for two CPU cores
+    gpu_batch: int = 256
 
 
-# Sizes for two CPU cores; a GPU takes larger batches (see suite.py).
 WORKLOADS = {
     work.name: work
     for work in (
@@ -183,8 +207,9 @@ WORKLOADS = {
         Workload("resnet-demo", lambda: resnet(8, 16, channels=1), images(8, channels=1), 64),
         Workload("resnet-20", resnet, images(32), 8),
         Workload("mobilenet-v1", mobilenet, images(64), 4),
-        Workload("deit-t", Vit, images(224), 1),
-        Workload("gpt-100m", Gpt, texts(64, 32000), 1),
+        Workload("deit-t", Vit, images(224), 1, 128),
+        Workload("gpt-100m", Gpt, texts(64, 32000), 1, 32),
+        Workload("resnet-50", resnet50, images(224, classes=1000), 1),
         # Some hundred megabytes in seconds: for the tests of predicted memory.
         Workload("wide-mlp", lambda: mlp((64, 2048, 2048, 10)), images(8, channels=1), 64),
         Workload("wide-resnet-20", lambda: resnet(20, 64), images(32), 16),

@@ -54,7 +54,10 @@ def main() -> None:
     torch.manual_seed(0)
     work = WORKLOADS[name]
     model = work.build().to(device)
-    batches = [work.make_batch(work.batch) for _ in range(config.n_particles * config.n_steps)]
+    batches = [
+        work.make_batch(work.gpu_batch if device.type == "cuda" else work.batch)
+        for _ in range(config.n_particles * config.n_steps)
+    ]
     # What torch and the extension load once is none of the run's.
     tiny = mlp((64, 8, 10)).to(device)
     SFPKPruner(tiny, None, SFPKConfig(0.5, n_particles=2, n_steps=1)).run([images(8, 1)(4)])

@@ -195,13 +195,14 @@ def end_to_end(run_id: str, plan: Plan, deadline: float, say: Say) -> list[Line]
         return []
     module: Any = importlib.import_module(END_TO_END)
     rows = []
-    for name in module.NAMES:
+    for name in module.NAMES[plan.device.type][plan.size]:
         say(f"end to end {name}")
         shape: dict[str, Any] = {"model": name}
         try:
             if time.monotonic() > deadline:
                 raise TimeoutError("the time limit was reached")
-            found = dict(module.measure(name, quick=plan.size == "quick"))
+            quick = plan.size == "quick"
+            found = dict(module.measure(name, quick=quick, device=plan.device.type, memory=not quick))
         except Exception as error:
             reason = f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
             rows.append(record.row(run_id, "end_to_end", "end_to_end", shape, "ours", status="missing", reason=reason))
@@ -215,6 +216,9 @@ def end_to_end_rows(run_id: str, found: dict[str, Any]) -> list[Line]:
     shape: dict[str, Any] = {
         name: found.pop(name) for name in ("model", "coordinates", "batch", "particles") if name in found
     }
+    if not found.get("agrees", True):
+        reason = f"differs from the naive step by {found['error']:.1e}"
+        return [record.row(run_id, "end_to_end", "end_to_end", shape, "ours", status="wrong", reason=reason)]
     ours, naive = found.pop("seconds_per_step"), found.pop("naive_seconds_per_step", None)
     ratio = found.pop("ratio", naive / ours if naive else None)
     naive_extra = {"peak_bytes": found.pop("naive_peak_bytes", None)}
