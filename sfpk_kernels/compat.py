@@ -7,8 +7,8 @@
 
 **In the authors' code "sparsity" is the fraction KEPT**; so it is in :class:`SFPK`, and nowhere else in this package.
 
-What one gains is for you to measure on your model: ``sfpk bench --group end_to_end`` compares whole steps with a literal
-Algorithm 3.
+What one gains is for you to measure on your model: ``sfpk bench --group end_to_end`` compares whole steps with a
+literal Algorithm 3.
 """
 
 from __future__ import annotations
