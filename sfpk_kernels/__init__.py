@@ -6,25 +6,34 @@ from .batches import default_loss
 from .batchnorm import recalibrate_batchnorm
 from .config import SFPKConfig
 from .coordinates import Coordinates
+from .exporting import ExportReport, export
+from .gradual import GradualPruner, GradualResult
 from .masks import MaskSet
 from .planning import Plan, plan
 from .pruner import SFPKPruner, prune
 from .records import StepRecord
 from .result import PruneResult
+from .retraining import RetrainConfig, retrain
 
 __all__ = [
     "Coordinates",
+    "ExportReport",
+    "GradualPruner",
+    "GradualResult",
     "MaskSet",
     "Plan",
     "PruneResult",
+    "RetrainConfig",
     "SFPKConfig",
     "SFPKPruner",
     "StepRecord",
     "__version__",
     "baselines",
     "default_loss",
+    "export",
     "ops",
     "plan",
     "prune",
     "recalibrate_batchnorm",
+    "retrain",
 ]

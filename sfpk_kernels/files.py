@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -58,12 +58,28 @@ def save_state(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]
         kind: names format and version; :func:`load_state` wants the same.
         state: what ``torch.load(weights_only=True)`` can read.
     """
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    content = buffer.getbuffer()
+    header = f"{kind}\n".encode()
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        file.write(f"{kind}\n{hashlib.sha256(content).hexdigest()}\n".encode())
-        file.write(content)
+        file.write(header + 65 * b"\0")
+        hashing = _Hashing(file)
+        torch.save(dict(state), cast(IO[bytes], hashing))
+        file.seek(len(header))
+        file.write(f"{hashing.digest.hexdigest()}\n".encode())
+
+
+class _Hashing(io.RawIOBase):
+    """Passes on what is written and hashes it: a state is never in memory twice."""
+
+    def __init__(self, file: Any):
+        self.digest = hashlib.sha256()
+        self._file = file
+
+    def write(self, content: Any) -> int:
+        self.digest.update(content)
+        return self._file.write(content)
+
+    def writable(self) -> bool:
+        return True
 
 
 def load_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
@@ -79,8 +95,12 @@ def load_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         found = file.readline(len(kind) + 1)
         if found != f"{kind}\n".encode():
             raise ValueError(f"path: {os.fspath(path)!r}: wanted a file of format {kind}, got {found!r}")
-        digest, content = file.readline(65), file.read()
-    if digest != f"{hashlib.sha256(content).hexdigest()}\n".encode():
-        raise ValueError(f"path: {os.fspath(path)!r} was cut or altered: its checksum does not match")
-    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        digest = file.read(65)
+        start, found_digest = file.tell(), hashlib.sha256()
+        while part := file.read(1 << 20):
+            found_digest.update(part)
+        if digest != f"{found_digest.hexdigest()}\n".encode():
+            raise ValueError(f"path: {os.fspath(path)!r} was cut or altered: its checksum does not match")
+        file.seek(start)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return state

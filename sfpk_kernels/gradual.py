@@ -23,7 +23,7 @@ from .polarizer import budget
 from .pruner import SFPKPruner
 from .records import StepRecord
 from .result import PruneResult
-from .retrain import RetrainConfig, check_label_smoothing, retrain
+from .retraining import RetrainConfig, check_label_smoothing, retrain
 
 logger = logging.getLogger(__name__)
 

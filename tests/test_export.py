@@ -1,0 +1,106 @@
+"""Export: what is written loads and computes the same; what is reported is right; nothing half-written."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_model
+from torch import nn
+
+from sfpk_kernels import MaskSet, SFPKConfig, export, prune
+from sfpk_kernels.bench.models import Gpt, texts
+
+from .snapshot import Snapshot
+
+
+@pytest.fixture
+def pruned(convnet, images):
+    config = SFPKConfig(0.8, n_particles=2, n_steps=4, energy_mode="sequential")
+    return prune(convnet, None, images, config).apply_(convnet)
+
+
+def test_dense_with_zeros(pruned, images, tmp_path):
+    snapshot = Snapshot(pruned)
+    path = tmp_path / "model.safetensors"
+    report = export(pruned, path, example=images[0], runs=3)
+    snapshot.check()
+    other = copy.deepcopy(pruned)
+    for tensor in (*other.parameters(), *other.buffers()):
+        nn.init.zeros_(tensor)
+    load_model(other, path)
+    assert torch.equal(other(images[0][0]), pruned(images[0][0]))
+    assert report.bytes_on_disk == path.stat().st_size
+    assert report.parameters == sum(p.numel() for p in pruned.parameters())
+    assert report.nonzero == sum(int(p.count_nonzero()) for p in pruned.parameters())
+    assert report.kept == round(0.2 * report.prunable)
+    # Two multiplications and additions per weight and output place, of 16 images.
+    assert report.flops == 16 * 2 * (6 * 2 * 9 * 36 + 8 * 6 * 9 * 9 + 72 * 4)
+    places = {"0.weight": 36, "4.weight": 9, "8.weight": 1}
+    kept = sum(int(pruned.get_parameter(name).count_nonzero()) * n for name, n in places.items())
+    assert report.flops_nonzero == pytest.approx(kept * 32 / report.flops)
+    assert report.latency > 0
+    assert "outputs" in report.verified
+    assert json.loads(json.dumps(report.to_dict()))["kept"] == report.kept
+    assert "zeros counted" in str(report)
+
+
+def test_masks_only(pruned, images, tmp_path):
+    path = tmp_path / "masks"
+    report = export(pruned, path, kind="masks", example=images[0], runs=1, metadata={"note": 1})
+    masks = MaskSet.load(path)
+    assert masks == MaskSet.from_model(pruned)
+    assert masks.metadata["note"] == 1
+    assert report.bytes_on_disk < report.prunable  # bits, not bytes
+
+
+def test_masks_not_yet_applied(convnet, images, tmp_path):
+    masks = prune(convnet, None, images, SFPKConfig(0.8, n_particles=2, n_steps=4, energy_mode="sequential")).mask
+    snapshot = Snapshot(convnet)
+    export(convnet, tmp_path / "m", masks=masks)
+    snapshot.check()
+    other = copy.deepcopy(convnet)
+    load_model(other, tmp_path / "m")
+    assert MaskSet.from_model(other).kept <= masks.kept
+    assert all((other.get_parameter(name)[~masks[name]] == 0).all() for name in masks)
+
+
+def test_tied_weights(tmp_path):
+    model = Gpt(16, 1, 2, vocabulary=20, tokens=8).eval()
+    batch = texts(8, 20)(2)
+    export(model, tmp_path / "m", example=batch, runs=1)
+    other = copy.deepcopy(model)
+    nn.init.zeros_(other.embedding.weight)
+    load_model(other, tmp_path / "m")
+    assert torch.equal(other(**batch)["logits"], model(**batch)["logits"])
+
+
+def test_what_is_read_back_wrong_is_not_left(pruned, images, tmp_path, monkeypatch):
+    path = tmp_path / "m"
+    path.write_text("old")
+    real = export.__globals__["save_model"]
+
+    def spoil(model, *args, **kwargs):
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        real(model, *args, **kwargs)
+
+    monkeypatch.setitem(export.__globals__, "save_model", spoil)
+    with pytest.raises(RuntimeError, match="differ"):
+        export(pruned, path, example=images[0])
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_wrong_input(pruned, mlp, tmp_path):
+    with pytest.raises(ValueError, match="take structured pruning"):
+        export(pruned, tmp_path / "m", kind="shrunk")
+    with pytest.raises(ValueError, match="kind: wanted one of"):
+        export(pruned, tmp_path / "m", kind="onnx")
+    with pytest.raises(ValueError, match="wanted the model these masks were made for"):
+        export(mlp, tmp_path / "m", masks=MaskSet.from_model(pruned))
+    with pytest.raises(FileNotFoundError, match="existing folder"):
+        export(pruned, tmp_path / "no" / "m")
+    with pytest.raises(ValueError, match="runs"):
+        export(pruned, tmp_path / "m", runs=0)
