@@ -33,7 +33,7 @@ NAMES = {
 # where ours differs from an fp64 run of it by 5e-7.
 _TOLERANCE = 5e-3
 _ROUNDS, _ROUNDS_QUICK = 9, 3
-_LONG = 20.0  # seconds of a naive step after which one is enough
+_PATIENCE = 40.0  # seconds of naive steps
 _LEAN = ("gpt-100m",)  # where gradients of all particles are not worth their memory
 
 
@@ -94,7 +94,7 @@ def _times(name: str, particles: int, quick: bool, device: str, changes: dict[st
     pruner.step(batches)  # trial and warm-up
     passes = _Stopwatch(pruner)
     seconds, shares = [], []
-    rounds = 1 if naive_seconds[0] > _LONG else _ROUNDS_QUICK if quick else _ROUNDS
+    rounds = max(1, min(_ROUNDS_QUICK if quick else _ROUNDS, int(_PATIENCE / naive_seconds[0])))
     for turn in range(rounds):
         passes.seconds = 0.0
         took = _timed(lambda: pruner.step(batches), device)
