@@ -78,6 +78,7 @@ setup(
         "sfpk_kernels.bench",
         "sfpk_kernels.report",
         "sfpk_kernels.cli",
+        "sfpk_kernels.compat",
         "sfpk_kernels.demo",
         "sfpk_kernels.energy",
         "sfpk_kernels.integrations",

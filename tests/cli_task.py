@@ -32,6 +32,34 @@ def broken():
     return model, loss_fn, batches
 
 
+def needs_argument(path):
+    return path
+
+
+def bad_loss():
+    model, _, batches = without_eval()
+    return model, 3, batches
+
+
+def empty():
+    return (*without_eval()[:2], [])
+
+
+def bad_eval():
+    return *without_eval(), lambda net: "good"
+
+
+def named_numbers():
+    return *without_eval(), lambda net: {"zeros": torch.tensor(float((net[0].weight == 0).sum())), "one": 1}
+
+
+def batchnorm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 4))
+    batches = [(torch.randn(16, 8), torch.randint(4, (16,))) for _ in range(6)]
+    return model, None, batches, lambda net: float(net[1].running_mean.abs().sum())
+
+
 def interrupted():
     raise KeyboardInterrupt
 

@@ -97,7 +97,17 @@ def test_options_reach_the_config(tmp_path, capsys):
         (["tests.cli_task:absent", *QUICK], 2, "'absent', which it does not have"),
         (["tests.cli_task:NUMBER", *QUICK], 2, "a int"),
         (["tests.cli_task:wrong", *QUICK], 2, "got one that returns str"),
+        (["tests/cli_task.py:small", *QUICK], 2, "got the path 'tests/cli_task.py': try tests.cli_task:small"),
+        (["tests.cli_task:smal", *QUICK], 2, "did you mean small?"),
+        (["tests.cli_task:needs_argument", *QUICK], 2, "missing a required argument: 'path'"),
+        (["tests.cli_task:bad_loss", *QUICK], 2, "TASK: loss_fn: wanted a function (model, batch) -> scalar or None"),
+        (["tests.cli_task:empty", *QUICK, "--plan"], 2, "TASK: loader: wanted batches, got an empty iterable"),
+        (["tests.cli_task:bad_eval", *QUICK], 1, "eval_fn: wanted a number or a dict of numbers, got str"),
+        ([TASK, *QUICK, "--ignore", "nothing"], 2, "--ignore: 'nothing' matches no parameter"),
+        ([TASK, *QUICK, "--save-every", "0"], 2, "--save-every: wanted ≥ 1, got 0"),
+        ([TASK, *QUICK, "--bn-batches", "-1"], 2, "--bn-batches: wanted ≥ 0, got -1"),
         (["tests.cli_task:broken", *QUICK], 1, "RuntimeError: the loss is broken"),
+        (["tests.cli_task:broken", *QUICK], 1, "cli_task.py:"),
         (["tests.cli_task:interrupted", *QUICK], 130, "interrupted"),
         ([TASK, *QUICK, "--sparsity", "1.5"], 2, "--sparsity: wanted"),
         ([TASK, *QUICK, "--resume", "no-such-file"], 2, "--resume: wanted a file"),
@@ -112,6 +122,37 @@ def test_wrong_input(arguments, code, words, tmp_path, capsys):
     assert words in said.err
     assert "Traceback" not in said.err
     assert said.out == ""
+
+
+def test_traceback_on_request(tmp_path, capsys):
+    assert main(["prune", "tests.cli_task:broken", *QUICK, "--out", str(tmp_path), "--traceback"]) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_what_is_pruned_can_be_said(tmp_path, capsys):
+    arguments = ["prune", TASK, *QUICK, "--out", str(tmp_path), "--json", "--ignore", "re:2", "--include-biases"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["pruned_eval"] > 0.5
+    assert MaskSet.load(tmp_path / "mask.safetensors").shapes == {"0.weight": (12, 8), "0.bias": (12,)}
+    assert main([*arguments, "--plan"]) == 0
+    assert json.loads(capsys.readouterr().out)["coordinates"] == 108
+
+
+def test_evaluation_by_names(tmp_path, capsys):
+    assert main(["prune", "tests.cli_task:named_numbers", *QUICK, "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "zeros: 0 dense, " in text
+    assert "one: 1 dense, 1 pruned" in text
+
+
+def test_batchnorm_is_estimated_again_before_the_evaluation(tmp_path, capsys):
+    arguments = ["prune", "tests.cli_task:batchnorm", *QUICK, "--out", str(tmp_path), "--json"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dense_eval"] == 0
+    assert found["pruned_eval"] > 0
+    assert main([*arguments, "--bn-batches", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["pruned_eval"] == 0
 
 
 def test_wrong_options(capsys):
@@ -182,3 +223,11 @@ def test_masks_wrong_input(files, capsys):
 def test_report_wrong_input(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "with a report.json" in capsys.readouterr().err
+
+
+def test_info_as_json(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["torch"] == torch.__version__
+    assert facts["ops"]["selection"]["cpu"]["chosen"] in ("cpp", "reference")
+    assert "cpu" in facts["ops"]["transition"]

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import json
 import logging
-import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..batchnorm import recalibrate_batchnorm
 from ..config import CHOICES, PRESETS, SFPKConfig
+from ._task import WANTED, Task, WrongTask, call_task, find_task, place
 from ._words import FAILED, INTERRUPTED, refuse
 
-_TASK = "a function without arguments that returns (model, loss_fn, loader) or (model, loss_fn, loader, eval_fn)"
+_KINDS = ("embeddings", "biases", "norms")
 
 
 def add_command(commands: Any) -> None:
@@ -25,7 +26,8 @@ def add_command(commands: Any) -> None:
     prune = commands.add_parser(
         "prune",
         help="prune the model that a function of yours returns",
-        description=f"TASK is package.module:function, {_TASK}; eval_fn(model) -> number is called before and after. "
+        description=f"TASK is package.module:function, {WANTED}; eval_fn(model) -> number (or "
+        "numbers by name) is called before and after. "
         "Writes mask.safetensors and a report; the model itself is not saved.",
     )
     prune.add_argument("task", metavar="TASK")
@@ -39,6 +41,14 @@ def add_command(commands: Any) -> None:
     prune.add_argument("--save-every", type=int, metavar="STEPS", help="write DIR/run.sfpk after so many steps")
     prune.add_argument("--resume", nargs="?", const=True, metavar="FILE",
                        help="go on from FILE (default: DIR/run.sfpk, if it exists)")  # fmt: skip
+    prune.add_argument("--ignore", action="append", default=[], metavar="NAME",
+                       help="leave this module or parameter alone, or re:PATTERN; may be repeated")  # fmt: skip
+    for kind in _KINDS:
+        prune.add_argument(f"--include-{kind}", action="store_true", help=f"prune {kind}, too")
+    prune.add_argument("--bn-batches", type=int, default=50, metavar="INT",
+                       help="batches that re-estimate batch-norm before eval_fn sees the pruned model, 0 for none "
+                       "(default: 50)")  # fmt: skip
+    prune.add_argument("--traceback", action="store_true", help="show where an error came from in full")
     prune.add_argument("--json", action="store_true", help="the outcome as JSON on stdout")
     prune.add_argument("--quiet", action="store_true", help="no progress, no text")
     settings = prune.add_argument_group("settings", "fields of SFPKConfig; without the option the preset's value")
@@ -91,84 +101,76 @@ def _prune(options: argparse.Namespace) -> int:
         return refuse("prune", f"--out: wanted a folder, got the file {options.out}")
     if isinstance(options.resume, str) and not Path(options.resume).is_file():
         return refuse("prune", f"--resume: wanted a file, got {options.resume!r}, which is none")
+    for name in ("save_every", "bn_batches"):
+        value, least = getattr(options, name), 1 if name == "save_every" else 0
+        if value is not None and value < least:
+            return refuse("prune", f"--{name.replace('_', '-')}: wanted ≥ {least}, got {value}")
     try:
-        task = _find(options.task)
-    except _Wrong as error:
-        return refuse("prune", f"TASK: {error}")
-    try:
-        return _run(task, config, options)
-    except _Wrong as error:
+        return _run(call_task(find_task(options.task)), config, options)
+    except WrongTask as error:
         return refuse("prune", f"TASK: {error}")
     except KeyboardInterrupt:
         return refuse("prune", "interrupted", INTERRUPTED)
     except Exception as error:
-        logging.getLogger(__name__).debug("", exc_info=True)
+        if options.traceback:
+            traceback.print_exception(error)
+        if str(error).startswith("ignored_layers:"):
+            return refuse("prune", f"--ignore{str(error).removeprefix('ignored_layers')}")
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-        return refuse("prune", f"{type(error).__name__}: {error}{notes}", FAILED)
+        return refuse("prune", f"{type(error).__name__}: {error}{notes}{place(error)}", FAILED)
 
 
-class _Wrong(ValueError):
-    """The task is not what was wanted."""
-
-
-def _find(name: str) -> Callable[[], Any]:
-    module_name, colon, function_name = name.partition(":")
-    if not colon or not module_name or not function_name:
-        raise _Wrong(f"wanted package.module:function, got {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module_name + ".").startswith(error.name + "."):
-            raise _Wrong(f"wanted a module that can be imported from here, got {module_name!r}: {error}") from error
-        raise _Wrong(f"{module_name!r} cannot be imported: {error}") from error
-    except Exception as error:
-        raise _Wrong(f"{module_name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    function = getattr(module, function_name, None)
-    if function is None:
-        raise _Wrong(f"wanted a function of {module_name}, got {function_name!r}, which it does not have")
-    if not callable(function):
-        raise _Wrong(f"wanted {_TASK}, got {name}, a {type(function).__name__}")
-    return function
-
-
-def _run(task: Callable[[], Any], config: SFPKConfig, options: argparse.Namespace) -> int:
-    from torch import nn
-
+def _run(task: Task, config: SFPKConfig, options: argparse.Namespace) -> int:
     from ..planning import plan
     from ..pruner import SFPKPruner
 
-    given = task()
-    if not isinstance(given, tuple) or len(given) not in (3, 4) or not isinstance(given[0], nn.Module):
-        got = f"a tuple of {len(given)}" if isinstance(given, tuple) else type(given).__name__
-        raise _Wrong(f"wanted {_TASK}, got one that returns {got}")
-    model, loss_fn, loader, eval_fn = (*given, None)[:4]
+    which = {f"include_{kind}": getattr(options, f"include_{kind}") for kind in _KINDS}
+    which["ignored_layers"] = options.ignore
     if options.plan:
-        found = plan(model, config, next(iter(loader)), loss_fn)
+        batch = next(iter(task.loader), None)
+        if batch is None:
+            raise WrongTask("loader: wanted batches, got an empty iterable")
+        found = plan(task.model, config, batch, task.loss_fn, **which)
         print(json.dumps(found.to_dict(), indent=1) if options.json else found)
         return 0 if found.fits else FAILED
     options.out.mkdir(parents=True, exist_ok=True)
-    pruner = SFPKPruner(model, loss_fn, config, checkpoints=options.checkpoints)
+    pruner = SFPKPruner(task.model, task.loss_fn, config, checkpoints=options.checkpoints, **which)
     shows = not options.quiet and sys.stderr.isatty()
     if not options.quiet and not shows:
         pruner.add_callback(_log_line(config))
+    dense = task.evaluate()  # before the run: an eval_fn that does not work is known early
     result = pruner.run(
-        loader, progress=shows, save_every=options.save_every, save_path=options.out / "run.sfpk", resume=options.resume
+        task.loader,
+        progress=shows,
+        save_every=options.save_every,
+        save_path=options.out / "run.sfpk",
+        resume=options.resume,
     )
     outcome: dict[str, Any] = {**result.summary(), "files": _write(result, options.out)}
-    if eval_fn is not None:
-        outcome["dense_eval"] = float(eval_fn(model))
-        result.apply_(model)
-        outcome["pruned_eval"] = float(eval_fn(model))
+    if dense is not None:
+        result.apply_(task.model)
+        _recalibrate(task, options.bn_batches)
+        outcome |= {"dense_eval": dense, "pruned_eval": task.evaluate()}
     if options.json:
         print(json.dumps(outcome, indent=1))
     elif not options.quiet:
         print(result.mask)
-        if eval_fn is not None:
-            print(f"eval: {outcome['dense_eval']:.6g} dense, {outcome['pruned_eval']:.6g} pruned")
+        if dense is not None:
+            before, after = (value if isinstance(value, dict) else {"eval": value}
+                             for value in (dense, outcome["pruned_eval"]))  # fmt: skip
+            for name in before:
+                print(f"{name}: {before[name]:.6g} dense, {after[name]:.6g} pruned")
         print("\n".join(outcome["files"]))
     return 0
+
+
+def _recalibrate(task: Task, batches: int) -> None:
+    """Batch-norm statistics of the pruned model: the dense one's would spoil what eval_fn measures."""
+    if batches:
+        try:
+            recalibrate_batchnorm(task.model, task.loader, max_batches=batches)
+        except TypeError as error:  # batches that only loss_fn understands
+            logging.getLogger(__name__).warning("batch-norm was not re-estimated: %s", error)
 
 
 def _write(result: Any, folder: Path) -> list[str]:

@@ -1,0 +1,63 @@
+"""The signature of the paper's Algorithm 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..config import SFPKConfig
+from ..energy import LossFn
+from ..pruner import PruneResult, prune
+
+
+def SFPK_prune(
+    model: nn.Module,
+    t: float,
+    dataloader: Iterable[Any],
+    n: int = 10,
+    K: int = 100,
+    r: float = 1.4,
+    *,
+    loss_fn: LossFn | None = None,
+    progress: bool | None = None,
+    **fields: Any,
+) -> PruneResult:
+    """Prune ``model`` to sparsity ``t`` by Algorithm 3 (SFPK-pruner, ICLR 2025); the model is not changed.
+
+    Args:
+        model: the trained, dense model.
+        t: target sparsity, the fraction REMOVED, in (0, 1): the paper's sparsity index, at which its time ends.
+        dataloader: batches, cycled; n · K are used.
+        n: particles.
+        K: steps.
+        r: localization radius > 1, RELATIVE: the paper's r_t is r / ‖∇s‖.
+        loss_fn: the energy, ``loss_fn(model, batch) -> scalar``; ``None`` for cross-entropy on batches (x, y).
+        progress: show a bar; ``None`` for only on a terminal.
+        fields: any other field of :class:`~sfpk_kernels.SFPKConfig`, over preset ``"paper"``; ``preset="default"``
+            for what this package recommends.
+
+    Returns:
+        The result of the run; ``.mask`` is the algorithm's m̂, ``.apply_(model)`` prunes.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of its range; also as :func:`sfpk_kernels.prune`.
+    """
+    given = {"t": t, "n": n, "K": K, "r": r}
+    names = {"t": "sparsity", "n": "n_particles", "K": "n_steps", "r": "radius"}
+    twice = sorted(set(fields) & set(names.values()))
+    if twice:
+        raise TypeError(f"{twice[0]}: given twice, it is {next(a for a, b in names.items() if b == twice[0])} here")
+    preset = fields.pop("preset", "paper")
+    try:
+        config = SFPKConfig.preset(preset, **{names[name]: value for name, value in given.items()}, **fields)
+    except (TypeError, ValueError) as error:
+        raise type(error)(_renamed(str(error), names)) from None
+    return prune(model, loss_fn, dataloader, config, progress=progress)
+
+
+def _renamed(message: str, names: dict[str, str]) -> str:
+    """The message with the argument's name of this function."""
+    field, colon, rest = message.partition(":")
+    return next((name for name, of in names.items() if of == field), field) + colon + rest
