@@ -229,7 +229,12 @@ def malformed(command: Command) -> str | None:
     if shutil.which(command.words[0]) is None:
         return f"{command.words[0]}: no such program"
     for before, word in zip(command.words, command.words[1:], strict=False):
-        if before == "-m" and "." in word and not (ROOT / (word.replace(".", "/") + ".py")).is_file():
+        place = ROOT / word.replace(".", "/")
+        if (
+            before == "-m"
+            and "." in word
+            and not any(path.is_file() for path in (place.with_suffix(".py"), place / "__main__.py"))
+        ):
             return f"-m {word}: no such module"
         if re.fullmatch(r"(tests|csrc)/\S+\.\w+|setup\.py", word) and not (ROOT / word).is_file():
             return f"{word}: no such file"

@@ -1,6 +1,6 @@
-"""Gradual pruning to 99 %, retraining in between, against one shot and the same retraining; resumed between shots.
+"""Gradual pruning to 99 %, retraining in between, against one shot and the same retraining.
 
-The short form takes about twenty seconds on one core; ``--full`` runs more particles, steps and epochs.
+The short form takes about ten seconds on one core; ``--full`` runs more particles, steps and epochs.
 """
 
 import argparse
@@ -22,9 +22,9 @@ def main(arguments: Sequence[str] = ()) -> dict[str, float]:
     parser.add_argument("--full", action="store_true", help="more particles, steps and epochs: minutes")
     full = parser.parse_args(arguments).full
     digits = load_digits()
-    dense = train(digits, 0, 40 if full else 15)
-    config = SFPKConfig(SPARSITY, n_particles=10 if full else 3, n_steps=100 if full else 40)
-    retraining = RetrainConfig(epochs=40 if full else 12)
+    dense = train(digits, 0, 40 if full else 5)
+    config = SFPKConfig(SPARSITY, n_particles=10 if full else 2, n_steps=100 if full else 16)
+    retraining = RetrainConfig(epochs=40 if full else 4)
 
     def test(model: nn.Module) -> float:
         return accuracy(recalibrate_batchnorm(model, digits.loader(0, TRAINING_BATCH)), digits)
@@ -42,11 +42,10 @@ def main(arguments: Sequence[str] = ()) -> dict[str, float]:
         loader, training = digits.loader(0), digits.loader(0, TRAINING_BATCH)
         return GradualPruner(model, None, loader, config, shots=4, retrain=retraining, retrain_loader=training)
 
+    gradual = copy.deepcopy(dense)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "gradual.sfpk"
-        pruner(copy.deepcopy(dense)).run(save=path)  # written after every shot; a killed run goes on from here
-        gradual = copy.deepcopy(dense)
-        result = pruner(gradual).run(resume=path)
+        # Written after every shot: a killed run goes on with resume=path.
+        result = pruner(gradual).run(save=Path(folder) / "gradual.sfpk")
     for record in result.history:
         print(f"shot {record.shot.number}: {record.kept:,} weights, {record.returned} of them came back")
     figures["gradual"] = test(gradual)

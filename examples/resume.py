@@ -22,9 +22,9 @@ def main(arguments: Sequence[str] = ()) -> dict[str, Any]:
     parser.add_argument("--full", action="store_true", help="more particles and steps")
     full = parser.parse_args(arguments).full
     digits = load_digits()
-    model = train(digits, 0, 40 if full else 10)
+    model = train(digits, 0, 40 if full else 4)
     # Named, not timed: the same way of computing energies, and so the same bits, in every run.
-    config = SFPKConfig(0.95, n_particles=10 if full else 3, n_steps=100 if full else 30, energy_mode="sequential")
+    config = SFPKConfig(0.95, n_particles=10 if full else 2, n_steps=100 if full else 16, energy_mode="sequential")
     checkpoints = [0.5, 0.8, 0.9]
 
     def stop(record: StepRecord) -> None:

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from .batches import forward, move_to
 from .files import atomic_write
@@ -234,6 +233,8 @@ def _flops(model: nn.Module, masks: MaskSet, batch: Any, forward_fn: Forward) ->
 
     What a module with masked weights computes counts by their density there; everything else in full.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here, because it imports Triton
+
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # torch does not count the fused attention layer
     try:

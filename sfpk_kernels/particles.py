@@ -25,7 +25,7 @@ class ParticleSystem:
         start: (n, d) particles to go on from, copied; None for all at 1. The schedule begins at their mean density.
 
     Raises:
-        ValueError: ``start`` of another shape, not finite, or at or below the target density.
+        ValueError: ``start`` of another shape, not finite, or of a mean density not above the target and at most 1.
 
     Attributes:
         masks: (n, d) in ``config.particle_dtype``, the particles. May be written between steps; the
@@ -55,9 +55,11 @@ class ParticleSystem:
             raise ValueError(f"start: wanted shape {tuple(self.masks.shape)}, got {tuple(start.shape)}")
         self.masks.copy_(start)
         density, target = float(self.densities.mean()), self._config.target_density
-        if not target < density < float("inf"):
-            raise ValueError(f"start: wanted particles of a mean density above the target {target:g}, got {density:g}")
-        return density
+        if not target < density <= 1.0 + 1e-6:  # rounding of fp32 particles
+            raise ValueError(
+                f"start: wanted particles of a mean density above the target {target:g}, at most 1, got {density:g}"
+            )
+        return min(density, 1.0)
 
     @property
     def done(self) -> bool:

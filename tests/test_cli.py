@@ -110,6 +110,7 @@ def test_options_reach_the_config(tmp_path, capsys):
         (["tests.cli_task:broken", *QUICK], 1, "cli_task.py:"),
         (["tests.cli_task:interrupted", *QUICK], 130, "interrupted"),
         ([TASK, *QUICK, "--sparsity", "1.5"], 2, "--sparsity: wanted"),
+        ([TASK, *QUICK, "--n-particles", "0"], 2, "--n-particles: wanted"),
         ([TASK, *QUICK, "--resume", "no-such-file"], 2, "--resume: wanted a file"),
         ([TASK, *QUICK, "--out", "README.md"], 2, "--out: wanted a folder"),
         ([TASK, *QUICK, "--checkpoints", "0.9"], 1, "checkpoints: wanted sparsities above 0 and up to the run's 0.8"),

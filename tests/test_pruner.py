@@ -385,9 +385,11 @@ def test_particle_state_dict(mlp):
     assert other.step == 1
     assert torch.equal(other.masks, system.masks)
     with pytest.raises(ValueError, match="masks: wanted shape"):
-        other.load_state_dict({"masks": torch.ones(2, 10), "step": 0})
+        other.load_state_dict({**state, "masks": torch.ones(2, 10)})
     with pytest.raises(ValueError, match="step: wanted"):
-        other.load_state_dict({"masks": torch.ones(3, 10), "step": 9})
+        other.load_state_dict({**state, "step": 9})
+    with pytest.raises(ValueError, match="schedule: wanted 9 densities, got 2"):
+        other.load_state_dict({**state, "schedule": [1.0, 0.2]})
 
 
 def test_guard_replaces_swapped_buffers(convnet):

@@ -96,7 +96,8 @@ def _prune(options: argparse.Namespace) -> int:
     try:
         config = SFPKConfig.preset(options.preset, **given)
     except (TypeError, ValueError) as error:
-        return refuse("prune", f"--{error}")
+        field, _, words = str(error).partition(":")
+        return refuse("prune", f"--{field.replace('_', '-')}:{words}")
     if options.out.exists() and not options.out.is_dir():
         return refuse("prune", f"--out: wanted a folder, got the file {options.out}")
     if isinstance(options.resume, str) and not Path(options.resume).is_file():
