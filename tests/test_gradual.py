@@ -1,182 +1,339 @@
-"""Gradual pruning and the retraining loop: schedules, budgets, what returns, resume, errors, and whether it pays."""
+"""Gradual pruning: shots, budgets, particles that go on, resume, the model after errors."""
 
 import copy
-import math
-import statistics
-from itertools import pairwise
+import itertools
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from sfpk_kernels import GradualPruner, RetrainConfig, SFPKConfig, prune, retrain
+from sfpk_kernels import GradualPruner, MaskSet, RetrainConfig, SFPKConfig, SFPKPruner, prune, retrain
 from sfpk_kernels.gradual import plan_shots
-
-from .snapshot import Snapshot
-
-
-def quick(**overrides):
-    options = {"n_particles": 2, "n_steps": 12, "energy_mode": "sequential", **overrides}
-    return SFPKConfig(0.9, **options)
+from sfpk_kernels.particles import ParticleSystem
 
 
-def gradual(model, batches, **options):
-    options = {"shots": 3, "retrain": 2, "progress": False, **options}
-    config = options.pop("config", quick())
-    return GradualPruner(model, None, batches, config, **options)
+def quick(sparsity=0.9, **overrides):
+    options = {"n_particles": 2, "n_steps": 9, "energy_mode": "sequential", **overrides}
+    return SFPKConfig.preset(options.pop("preset", "default"), sparsity=sparsity, **options)
 
 
-def test_densities_steps_and_budget():
-    plan = plan_shots(quick(n_steps=10), 4)
-    assert [shot.density for shot in plan] == pytest.approx([0.1 ** (i / 4) for i in (1, 2, 3, 4)])
-    assert [shot.start_density for shot in plan] == pytest.approx([0.1 ** (i / 4) for i in range(4)])
-    assert plan[-1].density == 1 - 0.9
-    assert sum(shot.n_steps for shot in plan) == 10
+@pytest.fixture
+def loader(vectors):
+    x, y = torch.cat([x for x, _ in vectors]), torch.cat([y for _, y in vectors])
+    return DataLoader(TensorDataset(x, y), 16, shuffle=True)
+
+
+def state(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def same(model, values):
+    return all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+def test_shots_follow_the_formulas():
+    plan = plan_shots(quick(0.98, n_steps=103), 10)
+    assert [shot.density for shot in plan] == pytest.approx([0.02 ** (i / 10) for i in range(1, 11)])
+    assert [shot.start_density for shot in plan] == [1.0, *(shot.density for shot in plan[:-1])]
+    assert plan[-1].density == quick(0.98).target_density
+    assert sum(shot.n_steps for shot in plan) == 103
+    assert {shot.n_steps for shot in plan} == {10, 11}
     assert sum(shot.share for shot in plan) == pytest.approx(1)
-    ratios = [b.share / a.share for a, b in pairwise(plan)]
-    assert ratios == pytest.approx([0.1 ** (-1 / 4)] * 3)
-    assert [shot.share for shot in plan_shots(quick(), 4, growth=1)] == pytest.approx([0.25] * 4)
+    ratios = [b.share / a.share for a, b in itertools.pairwise(plan)]
+    assert ratios == pytest.approx([50**0.1] * 9), "inversely proportional to the density"
+    plan = plan_shots(quick(), 3, 2.0)
+    assert [shot.share for shot in plan] == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+    assert [shot.share for shot in plan_shots(quick(), 4, 1)] == [0.25] * 4
+    assert plan_shots(quick(0.9999, n_steps=1000), 1000, 10.0)[-1].share == pytest.approx(0.9)
 
 
-def test_each_shot_is_exact_and_goes_on_from_the_particles(mlp, vectors):
-    identities = [id(p) for p in mlp.parameters()]
-    pruner = gradual(mlp, vectors)
+@pytest.mark.parametrize("preset", ["default", "paper", "authors"])
+def test_a_run(convnet, images, preset):
+    dense = state(convnet)
+    identities = {name: id(p) for name, p in convnet.named_parameters()}
+    modes = [module.training for module in convnet.modules()]
+    pruner = GradualPruner(convnet, None, images, quick(preset=preset), shots=3, retrain=2)
+    d = pruner.coordinates.d
     result = pruner.run()
-    assert [id(p) for p in mlp.parameters()] == identities
-    assert [mask.kept for mask in result.masks] == [round(0.1 ** (i / 3) * 144) for i in (1, 2, 3)]
+    assert pruner.done
+    assert {name: id(p) for name, p in convnet.named_parameters()} == identities
+    assert [module.training for module in convnet.modules()] == modes
+    assert all(parameter.grad is None for parameter in convnet.parameters())
+    assert MaskSet.from_model(convnet) == result.mask
     assert result.mask == result.masks[-1]
-    for name in result.mask:
-        weight = mlp.get_parameter(name)
-        assert (weight[~result.mask[name]] == 0).all()
-    for before, record in pairwise(result.history):
-        assert record.search[0].start_density == pytest.approx(before.shot.density, rel=1e-4)
-    assert [len(record.losses) for record in result.history] == [
-        round(20 * sum(s.share for s in pruner.plan[: i + 1])) - round(20 * sum(s.share for s in pruner.plan[:i]))
-        for i in range(3)
-    ]
-    assert sum(len(record.losses) for record in result.history) == 2 * len(vectors)
-    assert result.particles.shape == (2, 144)
+    assert [record.kept for record in result.history] == [mask.kept for mask in result.masks]
+    if preset != "authors":  # their threshold keeps what it keeps
+        assert [mask.kept for mask in result.masks] == [round(0.1 ** (i / 3) * d) for i in (1, 2, 3)]
+    assert sum(len(record.losses) for record in result.history) == 20
+    assert [len(record.search) for record in result.history] == [3, 3, 3] or preset == "authors"
+    assert not torch.equal(convnet[1].running_mean, dense["1.running_mean"])
+    with pytest.raises(RuntimeError, match="the run is over after 3 shots"):
+        pruner.shot()
+    assert pruner.run().mask == result.mask
 
 
-def test_a_returning_weight_brings_its_value(mlp, vectors):
-    """A function that retrains nothing: all kept weights have their dense values, whatever was removed before."""
-    dense = copy.deepcopy(mlp)
-    seen = []
-    pruner = gradual(mlp, vectors, retrain=lambda model, masks, shot: seen.append(shot.number))
-    while not pruner.done:
-        record = pruner.shot()
-        mask = pruner.result().mask
-        for name in mask:
-            assert torch.equal(mlp.get_parameter(name), dense.get_parameter(name) * mask[name])
-        if record.shot.number > 1:
-            previous = pruner.result().masks[-2]
-            assert record.returned == int((mask.flat() & ~previous.flat()).sum())
-    assert seen == [1, 2, 3]
-
-
-def test_resumed_between_shots_is_the_uninterrupted_run(mlp, vectors, tmp_path):
+def test_one_shot_is_prune_and_retrain(mlp, vectors):
     other = copy.deepcopy(mlp)
-    whole = gradual(mlp, vectors).run()
-    path = tmp_path / "gradual"
-    first = copy.deepcopy(other)
-    pruner = gradual(first, vectors)
+    result = GradualPruner(mlp, None, vectors, quick(seed=4), shots=1, retrain=RetrainConfig(3, lr=0.1)).run()
+    mask = prune(other, None, vectors, quick(seed=4 * 10_007 + 1)).mask
+    retrain(other, None, vectors, mask, RetrainConfig(3, lr=0.1), seed=4 * 10_007 + 1)
+    assert result.mask == mask
+    assert same(mlp, state(other))
+
+
+def test_particles_go_on_from_shot_to_shot(mlp, vectors, monkeypatch):
+    starts = []
+    made = ParticleSystem.__init__
+
+    def recorded(self, *arguments, **options):
+        made(self, *arguments, **options)
+        starts.append((self.masks.clone(), self.schedule))
+
+    monkeypatch.setattr(ParticleSystem, "__init__", recorded)
+    pruner = GradualPruner(mlp, None, vectors, quick(), shots=3, retrain=1)
+    ends = []
+    while not pruner.done:
+        pruner.shot()
+        ends.append(pruner.result().particles)
+    assert bool((starts[0][0] == 1).all())
+    for (particles, schedule), end, shot in zip(starts[1:], ends, pruner.plan[1:], strict=False):
+        assert torch.equal(particles, end)
+        assert schedule[0] == pytest.approx(shot.start_density, rel=1e-5)
+        assert schedule[-1] == pytest.approx(shot.density)
+
+
+@pytest.mark.parametrize("density", ["l2", "l2_squared"])
+def test_particles_that_drifted_are_put_on_the_schedule(mlp, vectors, density):
+    pruner = GradualPruner(mlp, None, vectors, quick(retract=False, density=density, radius=3), shots=3, retrain=1)
+    record = pruner.shot()
+    assert abs(record.search[-1].density - record.shot.density) > 0.01
+    square = pruner.result().particles.double().square().mean(dim=1)
+    found = square.sqrt() if density == "l2" else square
+    torch.testing.assert_close(found, torch.full_like(found, record.shot.density), rtol=1e-5, atol=0)
+
+
+def test_removed_weights_may_return_with_their_values(mlp, vectors):
+    """Between the shots a weight of before its removal is large again for the search, not for the model."""
+    config = quick(0.6, n_particles=1, consensus=0.0)
+    pruner = GradualPruner(mlp, None, vectors, config, shots=2, retrain=lambda *_: None)
+    dense = pruner.coordinates.flatten(mlp)
     pruner.shot()
-    calls = []
-
-    def stop(*args, **kwargs):
-        calls.append(1)
-        raise KeyboardInterrupt
-
-    saved = gradual(copy.deepcopy(other), vectors)
-    saved._search, search = None, saved._search
-    saved._search = lambda shot, seed: search(shot, seed) if shot.number < 3 else stop()
-    with pytest.raises(KeyboardInterrupt):
-        saved.run(save=path)
-    fresh = copy.deepcopy(other)
-    again = gradual(fresh, vectors).run(resume=path, save=path)
-    assert again.mask == whole.mask
-    assert again.masks == whole.masks
-    assert torch.equal(again.particles, whole.particles)
-    for a, b in zip(fresh.parameters(), mlp.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert [record.losses for record in again.history] == [record.losses for record in whole.history]
-    with pytest.raises(ValueError, match="wanted one of a run with the same settings"):
-        gradual(copy.deepcopy(other), vectors, shots=4).run(resume=path)
-    path.write_bytes(path.read_bytes()[:-10])
-    untouched = copy.deepcopy(other)
-    snapshot = Snapshot(untouched)
-    with pytest.raises(ValueError, match="cut or altered"):
-        gradual(untouched, vectors).run(resume=path)
-    snapshot.check()
+    first = pruner.result().mask.flat()
+    assert torch.equal(pruner.coordinates.flatten(mlp), dense * first)
+    back = int((dense.abs() * ~first).argmax())
+    pruner._particles[:, back] = 5.0
+    pruner._particles.mul_(pruner.plan[0].density / pruner._particles.square().mean().sqrt())
+    record = pruner.shot()
+    assert pruner.result().mask.flat()[back]
+    assert float(pruner.coordinates.flatten(mlp)[back]) == float(dense[back])
+    assert record.returned >= 1
+    assert record.returned == int((pruner.result().mask.flat() & ~first).sum())
 
 
-@pytest.mark.parametrize("where", ["search", "retraining"])
-def test_after_an_error_the_model_is_as_after_the_last_shot(mlp, vectors, where):
-    def fail(model, masks, shot):
-        nn.init.normal_(model[0].weight)
-        if shot.number == 2:
+def test_a_function_retrains(mlp, vectors):
+    seen = []
+
+    def train(model, masks, shot):
+        seen.append((shot, MaskSet.from_model(model) == masks, float(torch.rand(()))))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01)
+        model.train(not model.training)
+
+    before = torch.random.get_rng_state()
+    result = GradualPruner(mlp, None, vectors, quick(), shots=3, retrain=train).run()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [shot.number for shot, _, _ in seen] == [1, 2, 3]
+    assert all(masked for _, masked, _ in seen)
+    assert len({drawn for _, _, drawn in seen}) == 3
+    assert MaskSet.from_model(mlp) == result.mask, "masked once more"
+    assert all(record.losses == [] for record in result.history)
+    assert mlp.training
+
+
+@pytest.mark.parametrize("fails_in", ["search", "retraining", "weights"])
+def test_after_an_error_the_model_is_as_after_the_last_shot(convnet, images, fails_in):
+    broken = [False]
+
+    def loss_fn(model, batch):
+        if broken[0] and fails_in == "search":
+            raise KeyboardInterrupt
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    def train(model, masks, shot):
+        model.train()
+        retrain(model, loss_fn, images, masks, RetrainConfig(0.5), seed=shot.number)
+        if broken[0] and fails_in == "weights":
+            model[0].weight.data[:] = float("nan")
+        elif broken[0]:
             raise KeyboardInterrupt
 
-    pruner = gradual(mlp, vectors, retrain=fail)
+    whole = copy.deepcopy(convnet)
+    expected = GradualPruner(whole, loss_fn, images, quick(), shots=3, retrain=train).run()
+    pruner = GradualPruner(convnet, loss_fn, images, quick(), shots=3, retrain=train)
     pruner.shot()
-    snapshot = Snapshot(mlp)
-    if where == "search":
-        pruner._loader = []
+    after, modes = state(convnet), [module.training for module in convnet.modules()]
+    broken[0] = True
     with pytest.raises((KeyboardInterrupt, ValueError)):
-        pruner.shot()
-    snapshot.check()
+        pruner.run()
+    assert same(convnet, after)
+    assert [module.training for module in convnet.modules()] == modes
     assert pruner.finished == 1
+    broken[0] = False
+    assert pruner.run().mask == expected.mask
+    assert same(convnet, state(whole))
+
+
+def test_resume_equals_the_uninterrupted_run(convnet, images, tmp_path):
+    x, y = torch.cat([x for x, _ in images]), torch.cat([y for _, y in images])
+    batches = DataLoader(TensorDataset(x, y), 16, shuffle=True)
+    dense = copy.deepcopy(convnet)
+
+    def pruner(model):
+        return GradualPruner(model, None, batches, quick(dropout=True), shots=3, retrain=RetrainConfig(2, lr=0.02))
+
+    expected = pruner(convnet).run(save=tmp_path / "whole")
+    first = pruner(copy.deepcopy(dense))
+    first.shot()
+    torch.save(first.state_dict(), tmp_path / "plain")
+    half = copy.deepcopy(dense)
+    second = pruner(half)
+    second.load_state_dict(torch.load(tmp_path / "plain", weights_only=True))
+    second.shot()
+    assert second.finished == 2
+    done = pruner(copy.deepcopy(dense)).run(resume=tmp_path / "whole")
+    assert done.mask == expected.mask
+    result = second.run(save=tmp_path / "second")
+    assert result.masks == expected.masks
+    assert torch.equal(result.particles, expected.particles)
+    assert [record.losses for record in result.history] == [record.losses for record in expected.history]
+    assert [record.shot for record in result.history] == [record.shot for record in expected.history]
+    assert same(half, state(convnet))
+    finished = copy.deepcopy(dense)
+    assert pruner(finished).run(resume=tmp_path / "second").mask == expected.mask
+    assert same(finished, state(convnet))
+
+
+def test_another_run_is_not_resumed(mlp, vectors, tmp_path):
+    path = tmp_path / "run"
+    GradualPruner(copy.deepcopy(mlp), None, vectors, quick(), shots=3, retrain=1).run(save=path)
+    before = state(mlp)
+    for changes, words in [
+        ({"config": quick(seed=1)}, "config: "),
+        ({"shots": 2}, "plan: "),
+        ({"retrain": RetrainConfig(1, lr=0.2)}, "retrain: "),
+        ({"ignored_layers": ["0"]}, "prunable: "),
+    ]:
+        options = {"config": quick(), "shots": 3, "retrain": 1, **changes}
+        pruner = GradualPruner(mlp, None, vectors, options.pop("config"), **options)
+        with pytest.raises(ValueError, match=f"wanted one of a run with the same settings, got another: .*{words}"):
+            pruner.run(resume=path)
+        assert pruner.finished == 0
+    wider = nn.Sequential(*mlp, nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match=r"wanted one of the same model, got another: 3.weight"):
+        GradualPruner(wider, None, vectors, quick(), shots=3, retrain=1).run(resume=path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="was cut or altered"):
+        GradualPruner(mlp, None, vectors, quick(), shots=3, retrain=1).run(resume=path)
+    assert same(mlp, before)
+
+
+KILLED = """
+import os, signal, sys, torch
+from torch import nn
+from sfpk_kernels import GradualPruner, SFPKConfig
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
+batches = [(torch.randn(16, 8), torch.randint(4, (16,))) for _ in range(5)]
+config = SFPKConfig(0.9, n_particles=2, n_steps=8, energy_mode="sequential")
+calls = iter(range(10**6))
+def loss_fn(model, batch):
+    if next(calls) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+pruner = GradualPruner(model, loss_fn, batches, config, shots=4, retrain=2, progress=False)
+result = pruner.run(save=sys.argv[1], resume=sys.argv[1] if os.path.exists(sys.argv[1]) else None)
+torch.save({"mask": result.mask.fingerprint(), "model": model.state_dict()}, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_killed_runs_resume(tmp_path):
+    def outcome(name, kills):
+        for kill in [*kills, -1]:
+            arguments = [str(tmp_path / f"{name}.run"), str(tmp_path / f"{name}.out"), str(kill)]
+            done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=os.environ, check=False)
+            assert done.returncode == (0 if kill == -1 else -signal.SIGKILL)
+        return torch.load(tmp_path / f"{name}.out", weights_only=True)
+
+    whole, killed = outcome("whole", []), outcome("killed", [3, 14, 13, 9])
+    assert killed["mask"] == whole["mask"]
+    assert all(torch.equal(value, whole["model"][name]) for name, value in killed["model"].items())
 
 
 def test_bad_arguments(mlp, vectors):
-    for options, error, words in [
-        ({"shots": 0}, ValueError, "shots: wanted 1 … 12"),
-        ({"shots": 2.0}, TypeError, "shots: wanted an integer"),
-        ({"growth": 0.5}, ValueError, "growth"),
-        ({"retrain": "much"}, TypeError, "retrain: wanted epochs"),
-        ({"retrain": 0}, ValueError, "epochs"),
-        ({"retrain_loader": iter(vectors)}, TypeError, "wanted one with a length"),
-        ({"config": 3}, TypeError, "config: wanted an SFPKConfig"),
-    ]:
-        with pytest.raises(error, match=words):
-            gradual(mlp, vectors, **options)
+    def make(config=None, **options):
+        return GradualPruner(mlp, None, vectors, config or quick(), **{"shots": 3, "retrain": 1, **options})
+
+    for shots, error in [(0, ValueError), (10, ValueError), (2.0, TypeError), (True, TypeError)]:
+        with pytest.raises(error, match="shots: wanted"):
+            make(shots=shots)
+    for growth, error in [(0.5, ValueError), ("2", TypeError), (float("nan"), ValueError)]:
+        with pytest.raises(error, match="growth: wanted a number ≥ 1 or None"):
+            make(growth=growth)
+    with pytest.raises(TypeError, match="config: wanted an SFPKConfig, got dict"):
+        make(config={"sparsity": 0.5})
+    with pytest.raises(TypeError, match="retrain: wanted epochs, a RetrainConfig or a function, got None"):
+        make(retrain=None)
+    with pytest.raises(ValueError, match="epochs: wanted a number > 0"):
+        make(retrain=0)
+    with pytest.raises(TypeError, match="loader: wanted one with a length"):
+        make(retrain_loader=iter(vectors))
+    with pytest.raises(ValueError, match="sparsity: wanted one that keeps at least one of 144"):
+        make(quick(0.9999))
+    with pytest.raises(ValueError, match="label_smoothing: wanted 0 beside a loss_fn"):
+        GradualPruner(mlp, lambda m, b: 0, vectors, quick(), retrain=RetrainConfig(1, label_smoothing=0.1), shots=2)
+    with pytest.raises(RuntimeError, match="result: wanted at least one shot done"):
+        make().result()
+    with pytest.raises(ValueError, match=r"start: wanted shape \(2, 144\), got \(3, 144\)"):
+        SFPKPruner(mlp, None, quick(), start=torch.ones(3, 144))
+    for value in (0.09, 1.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="start: wanted particles of a mean density above the target 0.1"):
+            SFPKPruner(mlp, None, quick(), start=torch.full((2, 144), value))
 
 
-def test_retrain_keeps_zeros_and_lowers_the_loss(mlp, vectors):
-    mask = prune(mlp, None, vectors, quick()).mask
-    buffers = [id(p) for p in mlp.parameters()]
-    mlp.eval()
-    losses = retrain(mlp, None, vectors, mask, RetrainConfig(epochs=20, lr=0.1), progress=False)
-    assert len(losses) == 200
-    assert statistics.mean(losses[-10:]) < statistics.mean(losses[:10])
-    for name in mask:
-        assert (mlp.get_parameter(name)[~mask[name]] == 0).all()
-        assert (mlp.get_parameter(name)[mask[name]] != 0).all()
-    assert [id(p) for p in mlp.parameters()] == buffers
-    assert not mlp.training
-    assert all(p.grad is None for p in mlp.parameters())
+@pytest.mark.slow
+def test_it_beats_one_shot_and_the_same_epochs():
+    """On the demo's task to 98 %, three seeds, the same search passes and retraining steps for both; preset "authors".
 
+    There one shot costs much accuracy, and ten epochs of retraining do not bring it back whole. With the default preset
+    it costs little, retraining closes the rest, and gradual pruning has nothing to gain on this task.
+    """
+    pytest.importorskip("sklearn")
+    from sfpk_kernels import recalibrate_batchnorm
+    from sfpk_kernels.demo.task import TRAINING_BATCH, accuracy, load_digits, train
 
-def test_retrain_options(mlp, vectors):
-    mask = prune(mlp, None, vectors, quick()).mask
-    again = [copy.deepcopy(mlp) for _ in range(4)]
-    base = RetrainConfig(epochs=1, lr=0.1)
-    runs = [
-        retrain(again[0], None, vectors, mask, base, progress=False),
-        retrain(again[1], None, vectors, mask, base, progress=False),
-        retrain(again[2], None, vectors, mask, RetrainConfig(epochs=1, lr=0.1, label_smoothing=0.2), progress=False),
-        retrain(again[3], None, vectors, mask, RetrainConfig(epochs=1, lr=0.1, clip_norm=1e-3), progress=False),
-    ]
-    assert runs[0] == runs[1]
-    x, y = vectors[0]
-    masked = mask.apply_(copy.deepcopy(mlp))
-    smooth = nn.functional.cross_entropy(masked(x), y, label_smoothing=0.2)
-    assert runs[2][0] == pytest.approx(float(smooth.detach()), rel=1e-5)
-    moved = sum(float((a - b).detach().norm()) for a, b in zip(again[3].parameters(), masked.parameters(), strict=True))
-    assert moved < 0.1 * sum(
-        float((a - b).detach().norm()) for a, b in zip(again[0].parameters(), masked.parameters(), strict=True)
-    )
-    with pytest.raises(ValueError, match="label_smoothing"):
-        retrain(mlp, lambda m, b: m(b[0]).sum(), vectors, mask, RetrainConfig(epochs=1, label_smoothing=0.1))
-    with pytest.raises(FloatingPointError, match="in step 1 of 10 of retraining"):
-        retrain(mlp, lambda m, b: m(b[0]).sum() * math.nan, vectors, mask, base, progress=False)
+    digits, how = load_digits(), RetrainConfig(epochs=10)
+    found = {"one shot": [], "gradual": []}
+    for seed in range(3):
+        dense = train(digits, seed, 15)
+        config = SFPKConfig.preset(
+            "authors", sparsity=0.98, seed=seed, n_particles=3, n_steps=50, energy_mode="sequential"
+        )
+        for name, shots in (("one shot", 1), ("gradual", 5)):
+            model = copy.deepcopy(dense)
+            data = TensorDataset(digits.train_x, digits.train_y)
+            batches, large = (DataLoader(data, size, shuffle=True, drop_last=True) for size in (64, TRAINING_BATCH))
+            pruner = GradualPruner(model, None, batches, config, shots=shots, retrain=how, retrain_loader=large)
+            result = pruner.run()
+            assert sum(len(record.losses) for record in result.history) == 100
+            assert sum(len(record.search) for record in result.history) <= 50, "that preset stops at the target"
+            assert MaskSet.from_model(model).kept == result.mask.kept
+            recalibrate_batchnorm(model, DataLoader(data, TRAINING_BATCH))
+            found[name].append(accuracy(model, digits))
+    assert sum(found["gradual"]) > sum(found["one shot"]), found

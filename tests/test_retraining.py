@@ -1,0 +1,127 @@
+"""The retraining loop: masks held, schedule, options, errors."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sfpk_kernels import MaskSet, RetrainConfig, retrain
+from sfpk_kernels.baselines import magnitude
+
+
+@pytest.fixture
+def loader(vectors):
+    x, y = torch.cat([x for x, _ in vectors]), torch.cat([y for _, y in vectors])
+    return DataLoader(TensorDataset(x, y), 16, shuffle=True)
+
+
+def test_it_trains_under_masks(convnet, images):
+    mask = magnitude(convnet, None, None, 0.7)
+    convnet[1].eval()
+    convnet[4].train()
+    modes = [module.training for module in convnet.modules()]
+    identities = [id(parameter) for parameter in convnet.parameters()]
+    statistics = convnet[1].running_mean.clone()
+    losses = retrain(convnet, None, images, mask, RetrainConfig(epochs=3, lr=0.02))
+    assert len(losses) == 30
+    assert sum(losses[-10:]) < sum(losses[:10])
+    assert MaskSet.from_model(convnet) == mask
+    assert [module.training for module in convnet.modules()] == modes
+    assert [id(parameter) for parameter in convnet.parameters()] == identities
+    assert all(parameter.grad is None for parameter in convnet.parameters())
+    assert not torch.equal(convnet[1].running_mean, statistics)
+
+
+def test_it_is_sgd_with_a_cosine(mlp, vectors):
+    """Written out by hand."""
+    mask = magnitude(mlp, None, None, 0.5)
+    other = mask.apply_(copy.deepcopy(mlp))
+    config = RetrainConfig(epochs=1, lr=0.3, momentum=0.8, weight_decay=0.01)
+    losses = retrain(mlp, None, vectors[:4], mask, config)
+    optimizer = torch.optim.SGD(other.parameters(), 0.3, momentum=0.8, nesterov=True, weight_decay=0.01)
+    for step, (x, y) in enumerate(vectors[:4]):
+        optimizer.param_groups[0]["lr"] = 0.3 * (1 + math.cos(math.pi * step / 4)) / 2
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(other(x), y)
+        assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
+        loss.backward()
+        optimizer.step()
+        mask.apply_(other)
+    for ours, theirs in zip(mlp.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_options_act(mlp, vectors, loader):
+    mask = magnitude(mlp, None, None, 0.5)
+
+    def outcome(batches=vectors, loss_fn=None, steps=None, seed=0, **options):
+        model = copy.deepcopy(mlp)
+        losses = retrain(
+            model, loss_fn, batches, mask, RetrainConfig(**{"epochs": 0.3, **options}), steps=steps, seed=seed
+        )
+        return losses, model[0].weight.detach()
+
+    plain, weight = outcome()
+    assert len(plain) == 3
+    smoothed, _ = outcome(label_smoothing=0.2)
+    x, y = vectors[0]
+    masked = mask.apply_(copy.deepcopy(mlp))
+    assert smoothed[0] == pytest.approx(nn.functional.cross_entropy(masked(x), y, label_smoothing=0.2).item())
+    for options in ({"clip_norm": 0.01}, {"momentum": 0.0}, {"weight_decay": 0.5}, {"lr": 0.01}):
+        assert not torch.equal(outcome(**options)[1], weight)
+    assert torch.equal(outcome()[1], weight)
+    own, _ = outcome(loss_fn=lambda model, batch: model(batch[0]).square().mean())
+    assert own[0] == pytest.approx(masked(x).square().mean().item())
+    assert len(outcome(steps=5)[0]) == 5
+    assert outcome(steps=0)[0] == []
+    assert outcome(batches=loader, seed=1)[0] == outcome(batches=loader, seed=1)[0]
+    assert outcome(batches=loader, seed=1)[0] != outcome(batches=loader, seed=2)[0]
+
+
+def test_frozen_weights_are_masked_and_stay(mlp, vectors):
+    mask = magnitude(mlp, None, None, 0.5)
+    mlp[0].weight.requires_grad_(False)
+    expected = mask.apply_(copy.deepcopy(mlp))[0].weight
+    retrain(mlp, None, vectors, mask, RetrainConfig(epochs=1))
+    assert torch.equal(mlp[0].weight, expected)
+    assert MaskSet.from_model(mlp) == mask
+
+
+def test_errors(mlp, vectors):
+    mask = magnitude(mlp, None, None, 0.5)
+    config = RetrainConfig(epochs=1)
+    batches = [*vectors[:2], (vectors[2][0] * float("nan"), vectors[2][1])]
+    with pytest.raises(FloatingPointError, match="wanted a finite loss, got nan in step 3 of 3 of retraining"):
+        retrain(mlp, None, batches, mask, config)
+    assert all(parameter.isfinite().all() and parameter.grad is None for parameter in mlp.parameters())
+    with pytest.raises(TypeError, match="loader: wanted one with a length, to count epochs, got list_iterator"):
+        retrain(mlp, None, iter(vectors), mask, config)
+    with pytest.raises(ValueError, match="label_smoothing: wanted 0 beside a loss_fn of your own"):
+        retrain(mlp, lambda model, batch: 0, vectors, mask, RetrainConfig(epochs=1, label_smoothing=0.1))
+    with pytest.raises(TypeError, match=r"label_smoothing: wanted batches \(x, y\)"):
+        retrain(mlp, None, [{"x": 1}], mask, RetrainConfig(epochs=1, label_smoothing=0.1))
+    with pytest.raises(ValueError, match="wanted the model these masks were made for"):
+        retrain(nn.Linear(2, 2), None, vectors, mask, config)
+    with pytest.raises(ValueError, match="wanted parameters that require gradients"):
+        retrain(mlp.requires_grad_(False), None, vectors, mask, config)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        ({"epochs": 0}, ValueError, "epochs: wanted a number > 0, got 0"),
+        ({"epochs": "1"}, TypeError, "epochs: wanted a number > 0, got '1'"),
+        ({"epochs": float("inf")}, ValueError, "epochs: wanted"),
+        ({"epochs": 1, "lr": -1}, ValueError, "lr: wanted a number > 0"),
+        ({"epochs": 1, "momentum": 1}, ValueError, r"momentum: wanted a number in \[0, 1\)"),
+        ({"epochs": 1, "weight_decay": True}, TypeError, "weight_decay: wanted a number ≥ 0"),
+        ({"epochs": 1, "label_smoothing": 1.0}, ValueError, "label_smoothing: wanted"),
+        ({"epochs": 1, "clip_norm": 0}, ValueError, "clip_norm: wanted a number > 0 or None"),
+    ],
+)
+def test_bad_configs(values, error, words):
+    with pytest.raises(error, match=words):
+        RetrainConfig(**values)
