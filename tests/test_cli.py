@@ -232,3 +232,20 @@ def test_info_as_json(capsys):
     assert facts["torch"] == torch.__version__
     assert facts["ops"]["selection"]["cpu"]["chosen"] in ("cpp", "reference")
     assert "cpu" in facts["ops"]["transition"]
+
+
+def test_demo_json(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    from sfpk_kernels.demo import run
+
+    class Quick(run.Demo):
+        def __init__(self, out, **options):
+            tiny = {"n_particles": 2, "n_steps": 2}
+            super().__init__(out, **options, sparsities=(0.5,), seeds=(0,), epochs=1, config=tiny)
+
+    monkeypatch.setattr(run, "Demo", Quick)
+    assert main(["demo", "--out", str(tmp_path), "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["results"][-1]["method"] == "sfpk"
+    assert found == json.loads((tmp_path / "report.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ def add_command(commands: Any) -> None:
         "--full", action="store_true", help="three seeds at every sparsity, and the presets paper and authors"
     )
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
+    demo.add_argument("--json", action="store_true", help="only the report, as JSON on stdout")
     demo.set_defaults(run=_demo)
 
 
@@ -35,5 +37,8 @@ def _demo(options: argparse.Namespace) -> int:
         return 2
     from ..demo.run import Demo
 
-    Demo(options.out, full=options.full, progress=False if options.quiet else None).run()
+    quiet: dict[str, Any] = {"say": lambda text: None} if options.json else {}
+    report = Demo(options.out, full=options.full, progress=False if options.quiet else None, **quiet).run()
+    if options.json:
+        print(json.dumps(report, indent=1))
     return 0
