@@ -37,9 +37,14 @@ class Diagnostics:
 
     Overlaps and layer densities are exact for up to 32,768 coordinates; beyond they come from an even sample of
     about as many (tensors with few coordinates in it are counted whole).
+
+    Args:
+        coordinates: of the model.
+        config: of the run.
+        device: where the particles are; with ``offload`` not where the model is.
     """
 
-    def __init__(self, coordinates: Coordinates, config: SFPKConfig):
+    def __init__(self, coordinates: Coordinates, config: SFPKConfig, device: torch.device):
         self._weighted = config.kernel == "weighted_rbf"
         # Odd: rows of weights are often powers of two long, and only some columns would be seen.
         self._stride = math.ceil(coordinates.d / _SAMPLE)
@@ -54,7 +59,7 @@ class Diagnostics:
             for i, tensor in enumerate(coordinates.tensors)
             if counts[i] < min(_FEW, tensor.numel)
         ]
-        self._places = places.to(coordinates.device)
+        self._places = places.to(device)
 
     @torch.no_grad()
     def see(self, keep: Polarized) -> Seen:

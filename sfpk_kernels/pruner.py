@@ -107,7 +107,7 @@ class SFPKPruner:
             config.vote_ratio,
             config.momentum,
         )
-        self._diagnostics = Diagnostics(self.coordinates, config)
+        self._diagnostics = Diagnostics(self.coordinates, config, self._theta.device)
         self._alarms = Alarms(config, [tensor.name for tensor in self.coordinates.tensors])
         self._due = sparsities(checkpoints, 1.0 - self._system.schedule[0], config.sparsity)
         self._keep_scores = keep_scores
