@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,3 +58,27 @@ def check_same(state: Mapping[str, Any], config: SFPKConfig, fingerprint: str, n
             f"config: wanted that of the saved run, got a difference in {words}; to go on with other settings, start a "
             "run from its particles: start=result.particles"
         )
+
+
+def save_path(
+    every: int | None,
+    path: str | os.PathLike[str] | None,
+    resume: str | os.PathLike[str] | bool | None,
+) -> str | os.PathLike[str] | None:
+    """Where a run is saved: the arguments of :meth:`~sfpk_kernels.SFPKPruner.run`, checked.
+
+    Raises:
+        TypeError, ValueError: a bad ``every``, or nothing to write to.
+        FileNotFoundError: the folder does not exist.
+    """
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
+        raise TypeError(f"save_every: wanted a number of steps or None, got {every!r}")
+    if every is not None and every < 1:
+        raise ValueError(f"save_every: wanted ≥ 1, got {every}")
+    if path is None and not isinstance(resume, bool):
+        path = resume
+    if path is None and (every is not None or resume is True):
+        raise ValueError("save_path: wanted a file to write, got None")
+    if path is not None and every is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise FileNotFoundError(f"save_path: wanted a file in an existing folder, got {os.fspath(path)!r}")
+    return path

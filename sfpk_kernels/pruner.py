@@ -164,7 +164,7 @@ class SFPKPruner:
             FloatingPointError: a loss that is not finite; the message names step and particle.
             MemoryError: the run will not fit; the message holds the plan, and what would fit.
         """
-        target = _save_path(save_every, save_path, resume)
+        target = checkpoint.save_path(save_every, save_path, resume)
         if resume is True:
             resume = target if target is not None and os.path.exists(target) else None
         if resume:
@@ -442,25 +442,6 @@ class SFPKPruner:
             raise FloatingPointError(f"loss_fn: wanted a finite {what}, got {got}")
         grads[bad] = float("nan")
         return [first + i for i in bad]
-
-
-def _save_path(
-    every: int | None,
-    path: str | os.PathLike[str] | None,
-    resume: str | os.PathLike[str] | bool | None,
-) -> str | os.PathLike[str] | None:
-    """Where to save, the arguments checked."""
-    if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
-        raise TypeError(f"save_every: wanted a number of steps or None, got {every!r}")
-    if every is not None and every < 1:
-        raise ValueError(f"save_every: wanted ≥ 1, got {every}")
-    if path is None and not isinstance(resume, bool):
-        path = resume
-    if path is None and (every is not None or resume is True):
-        raise ValueError("save_path: wanted a file to write, got None")
-    if path is not None and every is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise FileNotFoundError(f"save_path: wanted a file in an existing folder, got {os.fspath(path)!r}")
-    return path
 
 
 def prune(
