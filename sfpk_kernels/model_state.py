@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -53,6 +53,27 @@ def guarded(
             for buffer, version, saved in values:
                 if buffer._version != version:  # expanded buffers cannot be written, by the model neither
                     buffer.copy_(saved)
+
+
+@contextmanager
+def autograd_allowed() -> Iterator[None]:
+    """Lift a surrounding ``torch.inference_mode()``: what is made inside are normal tensors. Else nothing changes."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        yield
+
+
+def check_no_inference_tensors(model: nn.Module) -> None:
+    """Refuse a model whose tensors autograd cannot read.
+
+    Raises:
+        ValueError: one was made under ``torch.inference_mode()``.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_inference():
+            raise ValueError(
+                f"model: wanted tensors that autograd can read, got {name}, made under torch.inference_mode(): build "
+                "or load the model outside of it, or pass copy.deepcopy(model) made there"
+            )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .config import SFPKConfig
 from .coordinates import Coordinates
 from .energy import Choice, LossFn, ParticleEnergy
 from .memory import available_bytes, in_words
-from .model_state import guarded
+from .model_state import autograd_allowed, check_no_inference_tensors, guarded
 from .polarizer import score_kinds
 
 _SHARE = 0.9  # of what is available: allocators and operators take a little more than tensors do
@@ -104,6 +104,7 @@ class Plan:
         return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits}
 
 
+@autograd_allowed()
 def plan(
     model: nn.Module,
     config: SFPKConfig,
@@ -124,8 +125,10 @@ def plan(
 
     Raises:
         RuntimeError: ``config.energy_mode`` names a way that cannot run this model.
+        ValueError: a model made under ``torch.inference_mode()``.
     """
     coordinates = Coordinates(model, **options)
+    check_no_inference_tensors(model)
     theta = coordinates.flatten(model).to(state_device(coordinates, config))
     energy = make_energy(model, loss_fn, coordinates, theta, config)
     taken = theta.numel() * theta.element_size()

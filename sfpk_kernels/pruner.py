@@ -23,7 +23,7 @@ from .diagnostics import Alarms, Diagnostics
 from .energy import LossFn
 from .files import load_state, save_state
 from .masks import MaskSet
-from .model_state import guarded, seeded
+from .model_state import autograd_allowed, check_no_inference_tensors, guarded, seeded
 from .ops import pack_mask, unpack_mask
 from .particles import ParticleSystem
 from .planning import Plan, check_state, make_energy, plan_run, state_device
@@ -57,10 +57,12 @@ class SFPKPruner:
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: nothing prunable, a model on two devices, or a sparsity that keeps no weight.
+        ValueError: nothing prunable, a model on two devices or made under ``torch.inference_mode()``, or a sparsity
+            that keeps no weight.
         MemoryError: particles and weights alone will not fit.
     """
 
+    @autograd_allowed()
     def __init__(
         self,
         model: nn.Module,
@@ -88,6 +90,7 @@ class SFPKPruner:
             include_norms=include_norms,
         )
         budget(config.sparsity, self.coordinates.d)
+        check_no_inference_tensors(model)
         check_state(self.coordinates, config)
         self.config = config
         self.history: list[StepRecord] = []
@@ -135,6 +138,7 @@ class SFPKPruner:
         reached = float(self._system.densities.mean()) <= self.config.target_density
         return self.config.early_stop and reached
 
+    @autograd_allowed()
     def run(
         self,
         loader: Iterable[Any],
@@ -193,6 +197,7 @@ class SFPKPruner:
             self._energy.release()
             return self.result()
 
+    @autograd_allowed()
     def step(self, batches: Sequence[Any]) -> StepRecord:
         """One step of every particle.
 
@@ -289,6 +294,7 @@ class SFPKPruner:
         assert self._last_energies is not None
         return self._vote.current(self._system.masks, self._system.densities, self._last_energies)
 
+    @autograd_allowed()
     def result(self) -> PruneResult:
         """The final mask from the particles as they stand.
 
@@ -325,6 +331,7 @@ class SFPKPruner:
         """
         return self._state(copy=True)
 
+    @autograd_allowed()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; nothing is changed after an error.
 

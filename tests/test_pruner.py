@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sfpk_kernels import SFPKConfig, SFPKPruner, prune
+from sfpk_kernels import SFPKConfig, SFPKPruner, plan, prune
+from sfpk_kernels.baselines import snip
 from sfpk_kernels.model_state import guarded
 from sfpk_kernels.ops import topk_mask
 from sfpk_kernels.particles import ParticleSystem
@@ -405,3 +406,40 @@ def test_runs_on_a_gpu(convnet, images):
     result = prune(convnet.cuda(), None, images, quick())
     assert result.mask.kept == round(0.2 * result.coordinates.d)
     assert result.particles.is_cuda
+
+
+@pytest.mark.parametrize(
+    "options", [{"energy_mode": "sequential"}, {"energy_mode": "vmap"}, {"energy_mode": "auto"}, {"memory": "lean"}]
+)
+def test_under_inference_mode_a_run_is_the_same(convnet, images, options, tmp_path):
+    config = quick(momentum=0.1, **options)
+    pruner = SFPKPruner(convnet, None, config)
+    pruner.run(images[:9], save_every=4, save_path=tmp_path / "run")
+    config = config.replace(energy_mode=pruner.plan.choice.mode)  # timed where it is "auto"
+    expected = prune(convnet, None, images[:9], config)
+    snapshot = Snapshot(convnet)
+    with torch.inference_mode():
+        found = prune(convnet, None, images[:9], config)
+        assert prune(convnet, None, images[:9], config.replace(sparsity=0.9), start=found.particles).mask.kept > 0
+        assert plan(convnet, config, images[0]).choice.mode == config.energy_mode
+        assert snip(convnet, None, images, 0.8) == snip(convnet, None, images, 0.8)
+        resumed = SFPKPruner(convnet, None, pruner.config)
+        resumed.load(tmp_path / "run")
+        assert resumed.result().mask == pruner.result().mask
+        assert torch.is_inference_mode_enabled()
+    assert found.mask == expected.mask
+    assert not found.particles.is_inference()
+    snapshot.check()
+
+
+def test_a_model_made_under_inference_mode_is_refused(vectors):
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(8, 4))
+    for search in (
+        lambda: prune(model, None, vectors, quick()),
+        lambda: plan(model, quick(), vectors[0]),
+        lambda: snip(model, None, vectors, 0.8),
+    ):
+        with pytest.raises(ValueError, match=r"^model: wanted tensors that autograd can read, got 0.weight"):
+            search()
+    assert prune(copy.deepcopy(model), None, vectors, quick()).mask.kept == round(0.2 * 32)

@@ -13,10 +13,11 @@ from ..batches import default_loss, move_to
 from ..coordinates import Coordinates
 from ..energy import LossFn, ParticleEnergy
 from ..masks import MaskSet
-from ..model_state import guarded
+from ..model_state import autograd_allowed, check_no_inference_tensors, guarded
 from ._select import check_sparsity, select
 
 
+@autograd_allowed()
 def snip(
     model: nn.Module,
     loss_fn: LossFn | None,
@@ -48,6 +49,7 @@ def snip(
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: wanted ≥ 1 or None, got {max_batches}")
     coordinates = Coordinates(model, **coordinate_options)
+    check_no_inference_tensors(model)
     theta = coordinates.flatten(model)
     energy = ParticleEnergy(model, loss_fn or default_loss, coordinates, theta, mode="sequential")
     dense = torch.ones_like(theta, dtype=torch.bool).unsqueeze(0)
