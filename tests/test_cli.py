@@ -34,8 +34,15 @@ def test_prune_writes_masks_report_and_says_what(tmp_path, capsys):
     assert all(path in found["files"] for path in (str(out / "mask.safetensors"), str(out / "report.html")))
     before = (out / "report.html").read_text()
     (out / "report.html").unlink()
-    assert main(["report", str(out)]) == 0
+    assert main(["report", str(out), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["fingerprint"] == found["fingerprint"]
+    assert again["files"] == [str(out / "report.html")]
     assert (out / "report.html").read_text() == before
+    assert main(["report", str(out), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["report", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out / 'report.html'}\n"
 
 
 def test_lines_without_a_terminal_and_quiet(tmp_path, capsys):
@@ -67,8 +74,18 @@ def test_save_and_resume(tmp_path, capsys):
     for resume in (["--resume"], ["--resume", str(tmp_path / "run.sfpk")]):
         assert main([*arguments, *resume]) == 0
         assert json.loads(capsys.readouterr().out)["fingerprint"] == first["fingerprint"]
-    assert main(["prune", TASK, *QUICK, "--radius", "3", "--out", str(tmp_path), "--resume"]) == 1
-    assert "difference in radius" in capsys.readouterr().err
+    capsys.readouterr()
+    other = tmp_path / "other"
+    MaskSet({"a": torch.ones(3, dtype=torch.bool)}).save(tmp_path / "no-run")
+    for wrong, words in (
+        (["--radius", "3", "--resume", str(tmp_path / "run.sfpk")], "config: wanted that of the saved run, got a "
+         "difference in radius"),
+        (["--resume", str(tmp_path / "no-run")], f"'{tmp_path / 'no-run'}': wanted a file of format sfpk-run"),
+        (["--ignore", "2", "--resume", str(tmp_path / "run.sfpk")], "state: wanted one over the same prunable tensors"),
+    ):  # fmt: skip
+        assert main(["prune", TASK, *QUICK, "--out", str(other), *wrong]) == 2
+        assert capsys.readouterr().err.startswith(f"sfpk prune: --resume: {words}")
+    assert not other.exists()
 
 
 def test_every_setting_is_an_option_with_its_description(capsys):
@@ -108,12 +125,13 @@ def test_options_reach_the_config(tmp_path, capsys):
         ([TASK, *QUICK, "--bn-batches", "-1"], 2, "--bn-batches: wanted ≥ 0, got -1"),
         (["tests.cli_task:broken", *QUICK], 1, "RuntimeError: the loss is broken"),
         (["tests.cli_task:broken", *QUICK], 1, "cli_task.py:"),
+        ([TASK, *QUICK, "--sparsity", "0.9999"], 2, "--sparsity: wanted"),
         (["tests.cli_task:interrupted", *QUICK], 130, "interrupted"),
         ([TASK, *QUICK, "--sparsity", "1.5"], 2, "--sparsity: wanted"),
         ([TASK, *QUICK, "--n-particles", "0"], 2, "--n-particles: wanted"),
         ([TASK, *QUICK, "--resume", "no-such-file"], 2, "--resume: wanted a file"),
         ([TASK, *QUICK, "--out", "README.md"], 2, "--out: wanted a folder"),
-        ([TASK, *QUICK, "--checkpoints", "0.9"], 1, "checkpoints: wanted sparsities above 0 and up to the run's 0.8"),
+        ([TASK, *QUICK, "--checkpoints", "0.9"], 2, "--checkpoints: wanted sparsities above 0 and up to the run's 0.8"),
     ],
 )
 def test_wrong_input(arguments, code, words, tmp_path, capsys):
@@ -189,6 +207,9 @@ def test_masks_show_and_compare(files, capsys):
     assert not found["equal"]
     assert main(["masks", "compare", str(files / "a"), str(files / "a")]) == 0
     assert "the same masks" in capsys.readouterr().out
+    for arguments in (["show", str(files / "a")], ["compare", str(files / "a"), str(files / "b")]):
+        assert main(["masks", *arguments, "--quiet"]) == 0
+        assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -202,6 +223,10 @@ def test_masks_apply(files, suffix, capsys):
     assert torch.equal(found["first"], state["first"] * a["first"])
     assert torch.equal(found["other"], state["other"])
     assert f"{17 - a.kept} of 17 weights" in capsys.readouterr().out
+    out.unlink()
+    assert main(["masks", "apply", str(files / "a"), str(weights), "--out", str(out), "--quiet"]) == 0
+    assert out.is_file()
+    assert capsys.readouterr().out == ""
 
 
 def test_masks_wrong_input(files, capsys):
@@ -224,6 +249,16 @@ def test_masks_wrong_input(files, capsys):
 def test_report_wrong_input(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "with a report.json" in capsys.readouterr().err
+    for text, words in (
+        ("{", "wanted a report of format"),
+        ("[]", "wanted a report of format"),
+        ('{"format": "other"}', "wanted format sfpk-report-1, got 'other'"),
+        ('{"format": "sfpk-report-1", "summary": {}}', "got one without baselines, config, curve"),
+    ):
+        (tmp_path / "report.json").write_text(text)
+        assert main(["report", str(tmp_path)]) == 2
+        assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_info_as_json(capsys):
@@ -249,3 +284,17 @@ def test_demo_json(tmp_path, capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["results"][-1]["method"] == "sfpk"
     assert found == json.loads((tmp_path / "report.json").read_text())
+    assert main(["demo", "--out", str(tmp_path), "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("command", [["demo"], ["info"], ["report", "."], ["masks", "show", "a"], ["bench", "--list"]])
+def test_every_command_can_be_interrupted(command, capsys, monkeypatch, tmp_path):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    for name in ("demo._demo", "info._info", "report._report", "masks._masks"):
+        monkeypatch.setattr(f"sfpk_kernels.cli.{name}", interrupted)
+    monkeypatch.setattr("sfpk_kernels.bench.command.bench_command", interrupted)
+    assert main(command) == 130
+    assert capsys.readouterr() == ("", f"sfpk {command[0]}: interrupted\n")

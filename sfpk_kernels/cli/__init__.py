@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..bench.command import add_command as _add_bench
 from . import demo, info, masks, prune, report
+from ._words import INTERRUPTED, refuse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,4 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add_command(commands)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
-    return options.run(options)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        return refuse(options.command, "interrupted", INTERRUPTED)

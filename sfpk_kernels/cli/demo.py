@@ -19,7 +19,7 @@ def add_command(commands: Any) -> None:
     demo.add_argument(
         "--full", action="store_true", help="three seeds at every sparsity, and the presets paper and authors"
     )
-    demo.add_argument("--quiet", action="store_true", help="no progress bar")
+    demo.add_argument("--quiet", action="store_true", help="no progress, no text")
     demo.add_argument("--json", action="store_true", help="only the report, as JSON on stdout")
     demo.set_defaults(run=_demo)
 
@@ -37,8 +37,8 @@ def _demo(options: argparse.Namespace) -> int:
         return 2
     from ..demo.run import Demo
 
-    quiet: dict[str, Any] = {"say": lambda text: None} if options.json else {}
-    report = Demo(options.out, full=options.full, progress=False if options.quiet else None, **quiet).run()
+    silent: dict[str, Any] = {"say": lambda text: None} if options.json or options.quiet else {}
+    report = Demo(options.out, full=options.full, progress=False if options.quiet else None, **silent).run()
     if options.json:
         print(json.dumps(report, indent=1))
     return 0

@@ -26,6 +26,7 @@ def add_command(commands: Any) -> None:
     apply.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the masked one")
     for action in (show, compare, apply):
         action.add_argument("--json", action="store_true", help="numbers as JSON on stdout")
+        action.add_argument("--quiet", action="store_true", help="no text")
         action.set_defaults(run=_masks)
 
 
@@ -37,7 +38,10 @@ def _masks(options: argparse.Namespace) -> int:
         return refuse(f"masks {options.action}", error.args[0] if isinstance(error, KeyError) else error)
     except OSError as error:
         return refuse(f"masks {options.action}", error, FAILED)
-    print(json.dumps(found, indent=1) if options.json else text)
+    if options.json:
+        print(json.dumps(found, indent=1))
+    elif not options.quiet:
+        print(text)
     return 0
 
 

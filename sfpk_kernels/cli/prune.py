@@ -9,16 +9,18 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..batchnorm import recalibrate_batchnorm
 from ..config import CHOICES, PRESETS, SFPKConfig
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
-from ._words import FAILED, INTERRUPTED, refuse
+from ._words import FAILED, refuse
 
 _KINDS = ("embeddings", "biases", "norms")
+_OPTIONS = {"ignored_layers": "--ignore", "checkpoints": "--checkpoints", "sparsity": "--sparsity"}  # by argument
 
 
 def add_command(commands: Any) -> None:
@@ -110,15 +112,29 @@ def _prune(options: argparse.Namespace) -> int:
         return _run(call_task(find_task(options.task)), config, options)
     except WrongTask as error:
         return refuse("prune", f"TASK: {error}")
-    except KeyboardInterrupt:
-        return refuse("prune", "interrupted", INTERRUPTED)
+    except _WrongOption as error:
+        return refuse("prune", error)
     except Exception as error:
         if options.traceback:
             traceback.print_exception(error)
-        if str(error).startswith("ignored_layers:"):
-            return refuse("prune", f"--ignore{str(error).removeprefix('ignored_layers')}")
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         return refuse("prune", f"{type(error).__name__}: {error}{notes}{place(error)}", FAILED)
+
+
+class _WrongOption(ValueError):
+    """Named as on the command line."""
+
+
+@contextmanager
+def _as_options() -> Iterator[None]:
+    """Errors about arguments of the pruner are about options here."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        argument, _, words = str(error).partition(":")
+        if argument not in _OPTIONS:
+            raise
+        raise _WrongOption(f"{_OPTIONS[argument]}:{words}") from error
 
 
 def _run(task: Task, config: SFPKConfig, options: argparse.Namespace) -> int:
@@ -131,22 +147,25 @@ def _run(task: Task, config: SFPKConfig, options: argparse.Namespace) -> int:
         batch = next(iter(task.loader), None)
         if batch is None:
             raise WrongTask("loader: wanted batches, got an empty iterable")
-        found = plan(task.model, config, batch, task.loss_fn, **which)
+        with _as_options():
+            found = plan(task.model, config, batch, task.loss_fn, **which)
         print(json.dumps(found.to_dict(), indent=1) if options.json else found)
         return 0 if found.fits else FAILED
+    with _as_options():
+        pruner = SFPKPruner(task.model, task.loss_fn, config, checkpoints=options.checkpoints, **which)
+    saved = options.out / "run.sfpk"
+    start = options.resume if isinstance(options.resume, str) else saved if options.resume and saved.exists() else None
+    if start is not None:
+        try:
+            pruner.load(start)
+        except ValueError as error:
+            raise _WrongOption(f"--resume: {str(error).removeprefix('path: ')}") from error
     options.out.mkdir(parents=True, exist_ok=True)
-    pruner = SFPKPruner(task.model, task.loss_fn, config, checkpoints=options.checkpoints, **which)
     shows = not options.quiet and sys.stderr.isatty()
     if not options.quiet and not shows:
         pruner.add_callback(_log_line(config))
     dense = task.evaluate()  # before the run: an eval_fn that does not work is known early
-    result = pruner.run(
-        task.loader,
-        progress=shows,
-        save_every=options.save_every,
-        save_path=options.out / "run.sfpk",
-        resume=options.resume,
-    )
+    result = pruner.run(task.loader, progress=shows, save_every=options.save_every, save_path=saved)
     outcome: dict[str, Any] = {**result.summary(), "files": _write(result, options.out)}
     if dense is not None:
         result.apply_(task.model)

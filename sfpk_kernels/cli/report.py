@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ def add_command(commands: Any) -> None:
     """Add ``report``."""
     report = commands.add_parser("report", help="draw pictures and page of a folder again from its report.json")
     report.add_argument("folder", type=Path, metavar="DIR")
+    report.add_argument("--json", action="store_true", help="the outcome of the run as JSON on stdout")
+    report.add_argument("--quiet", action="store_true", help="no text")
     report.set_defaults(run=_report)
 
 
@@ -20,9 +23,14 @@ def _report(options: argparse.Namespace) -> int:
     from ..report import render
 
     try:
-        print(render(options.folder))
+        page = render(options.folder)
     except (FileNotFoundError, ValueError) as error:
         return refuse("report", error)
     except ImportError as error:
         return refuse("report", f"{error}: pip install 'sfpk_kernels[demo]'", FAILED)
+    if options.json:
+        summary = json.loads((options.folder / "report.json").read_text())["summary"]
+        print(json.dumps({**summary, "files": [str(page)]}, indent=1))
+    elif not options.quiet:
+        print(page)
     return 0

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["plot_loss_versus_sparsity", "render", "write"]
 
 _FORMAT = "sfpk-report-1"
+_PARTS = {
+    "version", "summary", "config", "plan", "curve", "knee", "waypoints", "layer_densities", "layer_sizes", "history",
+    "baselines", "dense_accuracy",
+}  # fmt: skip
 
 
 def write(
@@ -78,6 +82,9 @@ def render(folder: str | os.PathLike[str]) -> Path:
             raise ValueError(f"{source}: wanted format {_FORMAT}, got {report['format']!r}")
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{source}: wanted a report of format {_FORMAT}: {error}") from error
+    missing = sorted(_PARTS - report.keys())
+    if missing:
+        raise ValueError(f"{source}: wanted a report of format {_FORMAT}, got one without {', '.join(missing)}")
     pictures = {"loss.png": plot_loss, "particles.png": plot_particles, "layers.png": plot_layers}
     if report["baselines"]:
         pictures["baselines.png"] = plot_baselines
@@ -85,7 +92,7 @@ def render(folder: str | os.PathLike[str]) -> Path:
         draw(source.with_name(name), report)
     target = source.with_name("report.html")
     with atomic_write(target) as temporary:
-        temporary.write_text(page(report, {name: source.with_name(name).read_bytes() for name in pictures}))
+        temporary.write_text(page(report, {name: source.with_name(name).read_bytes() for name in pictures}), "utf-8")
     return target
 
 
