@@ -68,6 +68,16 @@ def test_measure_append_report(capsys, tmp_path):
     assert main(["bench", "--report", "--readme", str(readme), *arguments]) == 0
     assert "No complete run" in readme.read_text()
     assert "np.packbits" in (tmp_path / "report.md").read_text()
+    capsys.readouterr()
+    assert main(["bench", "--op", "pack", "--quick", "--quiet", *arguments]) == 0
+    assert main(["bench", "--report", "--quiet", *arguments]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(["bench", "--op", "pack", "--quick", "--json", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == record.read([path])[-1].rows
+    assert found["file"] == str(path)
+    assert main(["bench", "--report", "--json", *arguments]) == 0
+    assert str(tmp_path / "report.md") in json.loads(capsys.readouterr().out)["files"]
 
 
 def test_report_renders_the_committed_sample(tmp_path, capsys):
@@ -118,6 +128,10 @@ def test_list(capsys):
     printed = capsys.readouterr().out
     assert all(name in printed for name in registry.all_ops())
     assert NAIVE in printed
+    assert main(["bench", "--list", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["op"] for row in found] == list(registry.all_ops())
+    assert NAIVE in found[0]["providers"]
 
 
 def test_adding_the_command_imports_nothing_heavy():

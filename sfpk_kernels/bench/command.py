@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,9 @@ def add_command(subparsers: Any) -> None:
         help=f"whose table to renew (default, with the default --results: {README})",
     )
     bench.add_argument("--list", action="store_true", help="print ops, shapes and providers")
+    bench.add_argument("--json", action="store_true",
+                       help="measurements, ops (--list) or files written (--report) as JSON on stdout")  # fmt: skip
+    bench.add_argument("--quiet", action="store_true", help="no progress, no text")
     bench.set_defaults(run=bench_command)
 
 
@@ -69,6 +73,13 @@ def _refuse(text: str) -> int:
     return 2
 
 
+def _tell(options: argparse.Namespace, found: Any, text: str) -> None:
+    if options.json:
+        print(json.dumps(found, indent=1))
+    elif not options.quiet:
+        print(text)
+
+
 def _size(options: argparse.Namespace) -> str:
     return "quick" if options.quick else "full" if options.full else "default"
 
@@ -84,11 +95,14 @@ def _list(options: argparse.Namespace) -> int:
     from .registry import all_ops
 
     device, size = _device(options), _size(options)
+    found, lines = [], []
     for op in all_ops().values():
-        print(f"{op.name:<20} {op.group:<8} {op.what}")
-        for shape in op.shapes_for(size, device):
-            print("    " + ", ".join(f"{name} = {value}" for name, value in shape.items()))
-        print("    " + ", ".join(provider.name for provider in op.providers))
+        shapes, providers = op.shapes_for(size, device), [provider.name for provider in op.providers]
+        found.append({"op": op.name, "group": op.group, "what": op.what, "shapes": shapes, "providers": providers})
+        lines.append(f"{op.name:<20} {op.group:<8} {op.what}")
+        lines += ["    " + ", ".join(f"{name} = {value}" for name, value in shape.items()) for shape in shapes]
+        lines.append("    " + ", ".join(providers))
+    _tell(options, found, "\n".join(lines))
     return 0
 
 
@@ -108,15 +122,17 @@ def _measure(options: argparse.Namespace) -> int:
         return _refuse(f"--op, --group: wanted at least one op, got none of {', '.join(ops or ())} in these groups")
 
     def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        if not options.quiet:
+            print(text, file=sys.stderr, flush=True)
 
     def keep(facts: record.Line, lines: list[record.Line]) -> None:
         record.append(options.results / record.file_of(facts), lines)
 
     lines = suite.run(plan, command_line(options), say, keep)
     run = record.Run(lines[0], lines[1:])
-    print(report.tables(run))
-    print(f"appended to {options.results / record.file_of(run.facts)}")
+    file = options.results / record.file_of(run.facts)
+    found = {"facts": run.facts, "rows": run.rows, "file": str(file)}
+    _tell(options, found, f"{report.tables(run)}\nappended to {file}")
     wrong = [row for row in run.rows if row["status"] == "wrong"]
     for row in wrong:
         print(f"sfpk bench: {row['op']}, {row['provider']}: wrong: {row['reason']}", file=sys.stderr)
@@ -149,17 +165,17 @@ def _report(options: argparse.Namespace) -> int:
         if not report.has_markers(text):
             return _refuse(f"--readme: wanted the markers {report.BEGIN} and {report.END} in {readme}")
         readme.write_text(report.into_readme(text, runs), encoding="utf-8")
-        print(readme)
     if not runs:
         print(f"sfpk bench: --results: no results in {options.results}", file=sys.stderr)
         return 1
-    written = [options.results / "report.md"]
-    written[0].write_text(report.report(runs), encoding="utf-8")
+    written = [*([readme] if readme is not None else []), options.results / "report.md"]
+    written[-1].write_text(report.report(runs), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         print("sfpk bench: no charts: they need matplotlib (pip install matplotlib)", file=sys.stderr)
     else:
         from . import charts
 
         written += charts.draw(report.shown(runs), options.results)
-    print("\n".join(str(path) for path in written))
+    names = [str(path) for path in written]
+    _tell(options, {"files": names}, "\n".join(names))
     return 0
