@@ -141,7 +141,8 @@ class PruneResult:
     def knee(self) -> float | None:
         """The sparsity at which the loss turns up: farthest below the chord of the curve.
 
-        None for too few points, and for a rise within what the particles' batches differ by.
+        None for too few points, for a rise within what the particles' batches differ by, and for a curve that lies
+        above its chord: that one flattens.
 
         The curve is smoothed by a running median of five steps first; batches differ.
         """
@@ -155,7 +156,7 @@ class PruneResult:
         if float(y[-1] - y[0]) <= noise or float(x[-1] - x[0]) <= 0:
             return None
         below = (x - x[0]) / (x[-1] - x[0]) - (y - y[0]) / (y[-1] - y[0])
-        return float(x[int(below.argmax())])
+        return float(x[int(below.argmax())]) if float(below.max()) > 0 else None
 
     def report(
         self,

@@ -127,6 +127,8 @@ def test_curve_and_knee(mlp, vectors):
     flat = [record(k, 1 - k / 100, [1.0 - k / 1000]) for k in range(1, 100)]
     assert with_history(result, flat).knee() is None
     assert with_history(result, bent[:5]).knee() is None
+    flattening = [record(k, 1 - k / 100, [math.sqrt(k)]) for k in range(1, 100)]
+    assert with_history(result, flattening).knee() is None
 
 
 def test_a_report_of_numbers(mlp, vectors):

@@ -3,12 +3,14 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
 
 from sfpk_kernels import SFPKConfig, prune
 from sfpk_kernels import report as reports
+from sfpk_kernels.report.charts import _style
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROWS = [
@@ -56,10 +58,28 @@ def test_rendered_again_from_json_alone(result, tmp_path):
     assert page.read_text() == before
 
 
+def test_series_differ_without_colours():
+    assert len({_style(number)[1:] for number in range(36)}) == 36
+
+
+def test_many_masks_methods_and_layers(mlp, vectors, tmp_path):
+    config = SFPKConfig(0.9, n_particles=2, n_steps=4, energy_mode="sequential")
+    few = prune(mlp, None, vectors, config, progress=False)
+    many = prune(mlp, None, vectors, config, progress=False, checkpoints=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    few.report(tmp_path / "few", ROWS)
+    many.report(tmp_path / "many", [{**ROWS[0], "method": f"method {i}"} for i in range(7)])
+    for name in ("layers", "baselines"):
+        small, large = ((tmp_path / folder / f"{name}.png").stat().st_size for folder in ("few", "many"))
+        assert large > small
+    assert prune(mlp, None, vectors, config.replace(n_steps=1, n_particles=1)).report(tmp_path / "one step").is_file()
+
+
 def test_numbers_that_are_not_finite(result, tmp_path):
     result.history[3].energies[0] = float("nan")
-    result.report(tmp_path)
-    assert json.loads((tmp_path / "report.json").read_text())["history"][3]["energies"][0] is None
+    result.report(tmp_path, [{**ROWS[1], "accuracy_mean": np.float32(0.5)}])
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["history"][3]["energies"][0] is None
+    assert saved["baselines"][0]["accuracy_mean"] == 0.5
 
 
 def test_markup_in_names_is_text(result, tmp_path):
@@ -72,6 +92,14 @@ def test_wrong_input(result, tmp_path):
         ValueError, match="baselines: wanted rows with method, sparsity and accuracy_mean, got one without"
     ):
         result.report(tmp_path, [{"method": "x"}])
+    with pytest.raises(ValueError, match="baselines: wanted rows"):
+        result.report(tmp_path, ["x"])
+    for name in ("sparsity", "accuracy_mean", "accuracy_std"):
+        with pytest.raises(ValueError, match=rf"^baselines: {name}: wanted a fraction in \[0, 1\], got 95"):
+            result.report(tmp_path, [{**ROWS[1], name: 95}])
+    with pytest.raises(ValueError, match=r"^dense_accuracy: wanted a fraction in \[0, 1\], got 'high'"):
+        result.report(tmp_path, dense_accuracy="high")
+    assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="folder: wanted a folder"):
         result.report(tmp_path / "file")

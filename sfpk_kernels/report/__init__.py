@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,15 +48,19 @@ def write(
 
     Raises:
         ImportError: no matplotlib (``pip install 'sfpk_kernels[demo]'``).
-        ValueError: a row of ``baselines`` without what it needs.
+        ValueError: a row of ``baselines`` without what it needs, or a number that is no fraction.
         NotADirectoryError: ``folder`` is a file.
     """
     for row in baselines:
-        missing = {"method", "sparsity", "accuracy_mean"} - row.keys()
+        missing = {"method", "sparsity", "accuracy_mean"} - (row.keys() if isinstance(row, Mapping) else set())
         if missing:
             raise ValueError(
-                f"baselines: wanted rows with method, sparsity and accuracy_mean, got one without {missing}"
+                f"baselines: wanted rows with method, sparsity and accuracy_mean, got one without {sorted(missing)}"
             )
+        for name in ("sparsity", "accuracy_mean", "accuracy_std"):
+            _check_fraction(f"baselines: {name}", row.get(name, 0.0))
+    if dense_accuracy is not None:
+        _check_fraction("dense_accuracy", dense_accuracy)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder: wanted a folder, got the file {os.fspath(folder)!r}")
@@ -96,6 +101,11 @@ def render(folder: str | os.PathLike[str]) -> Path:
     return target
 
 
+def _check_fraction(what: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+        raise ValueError(f"{what}: wanted a fraction in [0, 1], got {value!r}")
+
+
 def _contents(
     result: PruneResult, baselines: Sequence[Mapping[str, Any]], dense_accuracy: float | None
 ) -> dict[str, Any]:
@@ -131,8 +141,8 @@ def _contents(
 
 def _numbers(value: Any) -> Any:
     """What JSON knows: numbers that are not finite become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    if isinstance(value, numbers.Real) and not isinstance(value, int):  # NumPy's, too
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {key: _numbers(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -8,9 +8,11 @@ from typing import Any
 
 from ..records import StepRecord
 
-# Distinct in greyscale, too: each series has its own marker and line style.
-_STYLES = [("#1b5e9e", "o", "-"), ("#c4541a", "s", "--"), ("#5b8c2a", "^", "-."), ("#7d3c98", "D", ":")]
+_COLOURS = ("#1b5e9e", "#c4541a", "#5b8c2a", "#7d3c98")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
+_LINES = ("-", "--", "-.", ":")
 _NAMED = 60  # layers whose names fit below a picture
+_INSIDE = 4  # series whose legend fits beside them
 
 
 def plot_loss_versus_sparsity(
@@ -38,11 +40,11 @@ def plot_loss_versus_sparsity(
         [min(record.energies) for record in history],
         [max(record.energies) for record in history],
         alpha=0.25,
-        color=_STYLES[0][0],
+        color=_COLOURS[0],
         linewidth=0,
         label="lowest to highest particle",
     )
-    left.plot(sparsities, mean, color=_STYLES[0][0], label="mean of the particles")
+    left.plot(sparsities, mean, color=_COLOURS[0], label="mean of the particles")
     left.set_yscale("log")
     left.set_xlabel("soft sparsity (% removed)")
     left.set_ylabel("mini-batch loss")
@@ -63,9 +65,10 @@ def plot_loss(path: Path, report: Mapping[str, Any]) -> None:
     sparsity = [100 * point["sparsity"] for point in points]
     low, high = [point["lowest"] for point in points], [point["highest"] for point in points]
     axes.fill_between(
-        sparsity, low, high, alpha=0.25, color=_STYLES[0][0], linewidth=0, label="lowest to highest particle"
+        sparsity, low, high, alpha=0.25, color=_COLOURS[0], linewidth=0, label="lowest to highest particle"
     )
-    axes.plot(sparsity, [point["energy"] for point in points], color=_STYLES[0][0], label="mean of the particles")
+    axes.plot(sparsity, [point["energy"] for point in points], color=_COLOURS[0], label="mean of the particles",
+              marker=_dot(points))  # fmt: skip
     if min(low, default=0) > 0 and max(high) > 20 * min(low):
         axes.set_yscale("log")
     if report["knee"] is not None:
@@ -86,17 +89,17 @@ def plot_particles(path: Path, report: Mapping[str, Any]) -> None:
     steps = report["history"]
     sparsity = [100 * (1 - step["start_density"]) for step in steps]
     after = [100 * (1 - sum(step["densities"]) / len(step["densities"])) for step in steps]
-    left.plot(after, [100 * step["deviation"] for step in steps], color=_STYLES[0][0])
+    left.plot(after, [100 * step["deviation"] for step in steps], color=_COLOURS[0], marker=_dot(steps))
     left.set(xlabel="soft sparsity (% removed)", ylabel="distance from the mean particle\n(% of a particle's norm)",
              title="Spread of the soft masks", ylim=(0, None))  # fmt: skip
     overlaps = [step["mean_overlap"] for step in steps]
-    right.plot(sparsity, overlaps, color=_STYLES[0][0], label="mean IoU of two (left axis)")
+    right.plot(sparsity, overlaps, color=_COLOURS[0], label="mean IoU of two (left axis)", marker=_dot(steps))
     right.set(
         xlabel="soft sparsity (% removed)", ylabel="intersection over union", title="Binary masks", ylim=(0, 1.03)
     )
     count = right.twinx()
-    count.plot(sparsity, [step["effective_particles"] for step in steps], color=_STYLES[1][0], linestyle="--",
-               label="effective number (right axis)")  # fmt: skip
+    count.plot(sparsity, [step["effective_particles"] for step in steps], color=_COLOURS[1], linestyle="--",
+               label="effective number (right axis)", marker=_dot(steps))  # fmt: skip
     count.set(ylabel=f"effective particles of {report['config']['n_particles']}", ylim=(0, None))
     lines = [*right.get_lines(), *count.get_lines()]
     right.legend(lines, [str(line.get_label()) for line in lines], loc="lower left")
@@ -107,25 +110,26 @@ def plot_particles(path: Path, report: Mapping[str, Any]) -> None:
 
 def plot_layers(path: Path, report: Mapping[str, Any]) -> None:
     """Share of each tensor's weights that is kept (the paper's Figure 4), of the final mask and of those on the way."""
-    figure, axes = _figure(1)
     final = report["layer_densities"]
     names = list(final)
     places = range(len(names))
+    shown = list(places) if len(names) <= _NAMED else []
+    longest = max((len(names[i]) for i in shown), default=0)  # characters of 7 points, at 60 degrees
+    figure, axes = _figure(1, (max(7.5, 1.5 + 0.18 * len(shown)), 3.8 + 0.05 * longest))
     axes.bar(places, [100 * final[name] for name in names], color="0.75", edgecolor="0.3",
              label=f"{100 * report['summary']['sparsity']:.4g} % removed")  # fmt: skip
     for number, waypoint in enumerate(report["waypoints"]):
         if waypoint["sparsity"] == report["config"]["sparsity"]:
             continue
-        colour, marker, line = _STYLES[number % len(_STYLES)]
+        colour, marker, line = _style(number)
         values = [100 * waypoint["layer_densities"][name] for name in names]
         axes.plot(places, values, color=colour, marker=marker, linestyle=line, markersize=4,
                   label=f"{100 * waypoint['sparsity']:.4g} % removed")  # fmt: skip
     axes.axhline(100 * (1 - report["summary"]["sparsity"]), color="black", linewidth=0.8, label="all weights together")
-    shown = list(places) if len(names) <= _NAMED else []
     axes.set_xticks(shown, [names[i] for i in shown], rotation=60, ha="right", fontsize=7)
     axes.set(ylabel="weights kept (%)", title="Density by layer",
              xlabel="" if shown else f"{len(names)} prunable tensors, in the model's order")  # fmt: skip
-    axes.legend()
+    _legend(axes, len(report["waypoints"]) + 2)
     axes.grid(alpha=0.3, axis="y")
     figure.savefig(path, dpi=130)
 
@@ -134,14 +138,31 @@ def plot_baselines(path: Path, report: Mapping[str, Any]) -> None:
     """Accuracy of several methods over sparsity, as given to the report."""
     figure, axes = _figure(1)
     _accuracies(axes, report["baselines"], report["dense_accuracy"])
+    axes.set_title("Accuracy by method")
     figure.savefig(path, dpi=130)
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def _style(number: int) -> tuple[str, str, str]:
+    """Colour, marker and line of a series: marker and line together are distinct up to the 36th, in greyscale too."""
+    return _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)], _LINES[number % len(_LINES)]
+
+
+def _dot(points: Sequence[Any]) -> str | None:
+    """A line of one point shows nothing."""
+    return "o" if len(points) == 1 else None
+
+
+def _legend(axes: Any, series: int) -> None:
+    """Inside the axes, or right of them where there are many."""
+    outside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    axes.legend(**({} if series <= _INSIDE else outside))
+
+
+def _figure(panels: int, size: tuple[float, float] | None = None) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 + 5.5 * (panels - 1) if panels > 1 else 7.5, 4.2), layout="constrained")
+    figure = Figure(figsize=size or (5.5 * panels if panels > 1 else 7.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, panels)
 
@@ -149,7 +170,7 @@ def _figure(panels: int) -> tuple[Any, Any]:
 def _accuracies(right: Any, results: Sequence[Mapping[str, Any]], dense_accuracy: float | None) -> None:
     methods = list(dict.fromkeys(row["method"] for row in results))
     for number, method in enumerate(methods):
-        colour, marker, line = _STYLES[number % len(_STYLES)]
+        colour, marker, line = _style(number)
         rows = sorted((row for row in results if row["method"] == method), key=lambda row: row["sparsity"])
         right.errorbar(
             [100 * row["sparsity"] for row in rows],
@@ -166,5 +187,5 @@ def _accuracies(right: Any, results: Sequence[Mapping[str, Any]], dense_accuracy
         right.axhline(100 * dense_accuracy, color="black", linewidth=0.8, label="dense")
     right.set_xlabel("sparsity (% removed)")
     right.set_ylabel("test accuracy (%)")
-    right.legend()
+    _legend(right, len(methods) + (dense_accuracy is not None))
     right.grid(alpha=0.3)
