@@ -18,6 +18,11 @@ KIND = "sfpk-run-1"  # format and version
 # Settings that may change between parts of a run: a new seed makes a branch; a limit decides nothing but refusal.
 _FREE = ("seed", "memory_limit")
 
+_PARTS = {
+    "model", "config", "names", "step", "particles", "vote", "energies", "history", "waypoints", "alarms", "taken",
+    "scale", "plan",
+}  # fmt: skip
+
 
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and values of all parameters and buffers."""
@@ -35,9 +40,14 @@ def check_same(state: Mapping[str, Any], config: SFPKConfig, fingerprint: str, n
     """That a state belongs to this model and this run.
 
     Raises:
+        TypeError: no dict.
         ValueError: it does not; the message says what differs.
     """
-    missing = {"config", "model", "names", "particles", "step"} - state.keys()
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"state: wanted what SFPKPruner.state_dict() returns, got {type(state).__name__}; a file: load()"
+        )
+    missing = _PARTS - state.keys()
     if missing:
         raise ValueError(f"state: wanted what SFPKPruner.state_dict() returns, got one without {sorted(missing)}")
     if state["names"] != names:
@@ -68,7 +78,7 @@ def save_path(
     """Where a run is saved: the arguments of :meth:`~sfpk_kernels.SFPKPruner.run`, checked.
 
     Raises:
-        TypeError, ValueError: a bad ``every``, or nothing to write to.
+        TypeError, ValueError: a bad ``every``, nothing to write to, or a file that would never be written.
         FileNotFoundError: the folder does not exist.
     """
     if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
@@ -79,6 +89,8 @@ def save_path(
         path = resume
     if path is None and (every is not None or resume is True):
         raise ValueError("save_path: wanted a file to write, got None")
+    if path is not None and every is None and not resume:
+        raise ValueError(f"save_every: wanted a number of steps beside save_path={os.fspath(path)!r}, got None")
     if path is not None and every is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise FileNotFoundError(f"save_path: wanted a file in an existing folder, got {os.fspath(path)!r}")
     return path

@@ -149,10 +149,10 @@ class ParticleSystem:
             raise ValueError(f"step: wanted 0 … {self._config.n_steps}, got {step}")
         if len(schedule) != self._config.n_steps + 1:
             raise ValueError(f"schedule: wanted {self._config.n_steps + 1} densities, got {len(schedule)}")
+        device = self.masks.device
+        stats = state["stats"] and TransitionStats(**{k: v.to(device) for k, v in state["stats"].items()})
         self.masks.copy_(masks)
         if self._residual is not None:
             self._residual.copy_(state["residual"])
         self.step, self.schedule = step, list(schedule)
-        self._stats, self._version = None, self.masks._version
-        if state["stats"] is not None:
-            self._stats = TransitionStats(**{k: v.to(self.masks.device) for k, v in state["stats"].items()})
+        self._stats, self._version = stats, self.masks._version

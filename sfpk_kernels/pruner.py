@@ -112,7 +112,8 @@ class SFPKPruner:
         )
         self._diagnostics = Diagnostics(self.coordinates, config, self._theta.device)
         self._alarms = Alarms(config, [tensor.name for tensor in self.coordinates.tensors])
-        self._due = sparsities(checkpoints, 1.0 - self._system.schedule[0], config.sparsity)
+        self._checkpoints = sparsities(checkpoints, 1.0 - self._system.schedule[0], config.sparsity)
+        self._due = list(self._checkpoints)  # those still to be passed
         self._keep_scores = keep_scores
         self._waypoints: list[Waypoint] = []
         self._last_energies: Tensor | None = None
@@ -156,7 +157,7 @@ class SFPKPruner:
                 same loader from its beginning (a list, or a DataLoader whose order and augmentation come from torch's
                 global generator).
             progress: show a bar; ``None`` for only on a terminal.
-            save_every: write ``save_path`` after so many steps, and at the end.
+            save_every: write ``save_path`` after so many steps, and at the end; ``None`` writes nothing.
             save_path: the file; ``None`` for that of ``resume``.
             resume: a file that a run with the same model, settings and loader has written (:meth:`load_state_dict`);
                 True for ``save_path`` if it exists.
@@ -283,7 +284,7 @@ class SFPKPruner:
     def _pass_waypoints(self, number: int) -> None:
         """Take the masks of the sparsities that the schedule has just passed."""
         density = self._system.schedule[number]
-        while self._due and density <= 1.0 - self._due[0] + 1e-12:
+        while self._due and _reached(self._due[0], density):
             sparsity = self._due.pop(0)
             score = self._current_score()
             mask = MaskSet.from_flat(self._polarizer.final(score, sparsity), self.coordinates)
@@ -339,28 +340,41 @@ class SFPKPruner:
         the same particles, other random numbers and another order of the data from here on.
 
         Raises:
-            ValueError: a state of another model, of other settings, or not of a run.
+            TypeError: no dict.
+            ValueError: a state of another model, of other settings, or not of a run; one of ``checkpoints`` that the
+                saved run has passed without taking a mask.
         """
         names = [tensor.name for tensor in self.coordinates.tensors]
         checkpoint.check_same(state, self.config, self._model_fingerprint(), names)
-        self._system.load_state_dict(state["particles"])
         device = self._theta.device
-        self._vote.score = None if state["vote"] is None else state["vote"].to(device)
-        self._last_energies = None if state["energies"] is None else state["energies"].to(device)
-        self.history[:] = [StepRecord(**record) for record in state["history"]]
-        self._waypoints = [
+        vote = None if state["vote"] is None else state["vote"].to(device)
+        energies = None if state["energies"] is None else state["energies"].to(device)
+        history = [StepRecord(**record) for record in state["history"]]
+        waypoints = [
             Waypoint(w["sparsity"], w["step"], MaskSet.from_flat(unpack_mask(w["bits"], self.coordinates.d),
                      self.coordinates), w["score"])
             for w in state["waypoints"]
         ]  # fmt: skip
-        passed = {waypoint.sparsity for waypoint in self._waypoints}
-        self._due = [s for s in self._due if s not in passed and self._system.schedule[self._system.step] > 1.0 - s]
+        plan = None if state["plan"] is None else Plan.from_dict(state["plan"])
+        density = state["particles"]["schedule"][state["step"]]
+        taken = {waypoint.sparsity for waypoint in waypoints}
+        due = [sparsity for sparsity in self._checkpoints if sparsity not in taken]
+        passed = [sparsity for sparsity in due if _reached(sparsity, density)]
+        if passed:
+            raise ValueError(
+                f"checkpoints: wanted sparsities that the saved run took or has yet to pass (now {1 - density:.4g}), "
+                f"got {passed[0]:g}"
+            )
+        self._system.load_state_dict(state["particles"])  # checks before it changes anything
+        self._vote.score, self._last_energies = vote, energies
+        self.history[:] = history
+        self._waypoints, self._due = waypoints, due
         self._alarms.said = set(state["alarms"])
         self._taken = self._skip = state["taken"]
         self._energy.scale.value, self._energy.scale.calm = state["scale"]
-        if state["plan"] is not None:
-            self.plan = Plan.from_dict(state["plan"])
-            self._energy.choice = self.plan.choice
+        if plan is not None:
+            self.plan = plan
+            self._energy.choice = plan.choice
         self._broken = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -449,6 +463,10 @@ class SFPKPruner:
             raise FloatingPointError(f"loss_fn: wanted a finite {what}, got {got}")
         grads[bad] = float("nan")
         return [first + i for i in bad]
+
+
+def _reached(sparsity: float, density: float) -> bool:
+    return density <= 1.0 - sparsity + 1e-12
 
 
 def prune(

@@ -81,6 +81,8 @@ def test_save_and_resume(tmp_path, capsys):
         (["--radius", "3", "--resume", str(tmp_path / "run.sfpk")], "config: wanted that of the saved run, got a "
          "difference in radius"),
         (["--resume", str(tmp_path / "no-run")], f"'{tmp_path / 'no-run'}': wanted a file of format sfpk-run"),
+        (["--checkpoints", "0.5", "--resume", str(tmp_path / "run.sfpk")], "checkpoints: wanted sparsities that the "
+         "saved run took"),
         (["--ignore", "2", "--resume", str(tmp_path / "run.sfpk")], "state: wanted one over the same prunable tensors"),
     ):  # fmt: skip
         assert main(["prune", TASK, *QUICK, "--out", str(other), *wrong]) == 2

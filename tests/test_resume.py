@@ -154,8 +154,53 @@ def test_what_does_not_belong_together_is_refused(mlp, vectors, tmp_path):
         prune(mlp, None, vectors, quick(), save_every=0, save_path=path)
     with pytest.raises(TypeError, match="save_every: wanted a number of steps"):
         prune(mlp, None, vectors, quick(), save_every=1.5, save_path=path)
+    with pytest.raises(ValueError, match="^save_every: wanted a number of steps beside save_path='never', got None"):
+        prune(mlp, None, vectors, quick(), save_path="never")
     with pytest.raises(FileNotFoundError, match="save_path: wanted a file in an existing folder"):
         prune(mlp, None, vectors, quick(), save_every=2, save_path=tmp_path / "no" / "run")
+
+
+def test_a_state_that_is_not_whole_changes_nothing(mlp, vectors):
+    pruner = SFPKPruner(mlp, None, quick(), checkpoints=[0.5])
+    for k in range(6):
+        pruner.step(vectors[k : k + 3])
+    state = pruner.state_dict()
+    fresh = SFPKPruner(mlp, None, quick())
+    before = fresh.state_dict()
+    with pytest.raises(TypeError, match="^state: wanted what SFPKPruner.state_dict.. returns, got str"):
+        fresh.load_state_dict("run")
+    for name in state:
+        with pytest.raises(ValueError, match=rf"got one without \['{name}'\]"):
+            fresh.load_state_dict({key: value for key, value in state.items() if key != name})
+    broken = {"energies": 3, "history": [{"step": 1}], "waypoints": [{}], "plan": {}, "vote": "x"}
+    for name, value in broken.items():
+        with pytest.raises((TypeError, KeyError, AttributeError)):
+            fresh.load_state_dict({**state, name: value})
+    with pytest.raises(TypeError):
+        fresh.load_state_dict({**state, "particles": {**state["particles"], "stats": {"norms": torch.ones(3)}}})
+    after = fresh.state_dict()
+    assert torch.equal(after["particles"]["masks"], before["particles"]["masks"])
+    assert {k: after[k] for k in ("step", "history", "waypoints", "taken", "plan")} == {
+        k: before[k] for k in ("step", "history", "waypoints", "taken", "plan")
+    }
+
+
+def test_masks_on_the_way_survive_going_back_and_are_not_lost_in_silence(mlp, vectors):
+    pruner = SFPKPruner(mlp, None, quick(), checkpoints=[0.3, 0.75])
+    pruner.step(vectors[:3])
+    early = pruner.state_dict()
+    first = pruner.run(vectors)
+    assert [w.sparsity for w in first.waypoints] == [0.3, 0.75]
+    late = pruner.state_dict()
+    pruner.load_state_dict(early)
+    again = pruner.run(vectors)
+    assert [w.sparsity for w in again.waypoints] == [0.3, 0.75]
+    fresh = SFPKPruner(mlp, None, quick(), checkpoints=[0.3, 0.6])
+    with pytest.raises(ValueError, match=r"^checkpoints: wanted sparsities that the saved run took .* got 0.6"):
+        fresh.load_state_dict(late)
+    assert not fresh.history
+    fresh.load_state_dict(early)
+    assert [w.sparsity for w in fresh.run(vectors).waypoints] == [0.3, 0.6]
 
 
 def test_a_damaged_file_is_refused_whole(mlp, vectors, tmp_path):

@@ -165,7 +165,8 @@ def _run(task: Task, config: SFPKConfig, options: argparse.Namespace) -> int:
     if not options.quiet and not shows:
         pruner.add_callback(_log_line(config))
     dense = task.evaluate()  # before the run: an eval_fn that does not work is known early
-    result = pruner.run(task.loader, progress=shows, save_every=options.save_every, save_path=saved)
+    target = saved if options.save_every else None
+    result = pruner.run(task.loader, progress=shows, save_every=options.save_every, save_path=target)
     outcome: dict[str, Any] = {**result.summary(), "files": _write(result, options.out)}
     if dense is not None:
         result.apply_(task.model)
