@@ -95,7 +95,7 @@ class SFPKPruner:
         self.config = config
         self.history: list[StepRecord] = []
         self._model = model
-        self._callbacks = list(callbacks)
+        self._callbacks = _functions(callbacks)
         self.plan: Plan | None = None  # made on the first batch
         self._theta = self.coordinates.flatten(model).to(state_device(self.coordinates, config))
         backend = None if config.backend is None else f"{config.backend}?"
@@ -124,7 +124,7 @@ class SFPKPruner:
 
     def add_callback(self, callback: Callable[[StepRecord], None]) -> None:
         """Have it called with the :class:`StepRecord` of every further step."""
-        self._callbacks.append(callback)
+        self._callbacks += _functions([callback])
 
     @property
     def particles(self) -> Tensor:
@@ -463,6 +463,16 @@ class SFPKPruner:
             raise FloatingPointError(f"loss_fn: wanted a finite {what}, got {got}")
         grads[bad] = float("nan")
         return [first + i for i in bad]
+
+
+def _functions(callbacks: Iterable[Any]) -> list[Callable[[StepRecord], None]]:
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(f"callbacks: wanted a list of functions, got {type(callbacks).__name__}")
+    callbacks = list(callbacks)
+    for callback in callbacks:
+        if not callable(callback):
+            raise TypeError(f"callbacks: wanted functions of a StepRecord, got {type(callback).__name__}")
+    return callbacks
 
 
 def _reached(sparsity: float, density: float) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .vote import Vote
 VOTES = ("mean", "soft", "hard", "best", "top_ratio")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneResult:
     """Outcome of a run."""
 
@@ -38,7 +39,13 @@ class PruneResult:
     densities: Tensor  # (n,) soft densities of the particles
     energies: Tensor  # (n,) of the last step
     waypoints: list[Waypoint]  # masks along the way, by rising sparsity
-    _polarizer: Polarizer = field(repr=False)
+    _polarizer: Polarizer
+
+    def __repr__(self) -> str:
+        return (
+            f"PruneResult({self.mask!r}, {len(self.particles)} particles, {len(self.history)} steps, "
+            f"masks on the way at {[waypoint.sparsity for waypoint in self.waypoints]}, {len(self.alarms)} alarms)"
+        )
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Apply the mask to ``model``; see :meth:`MaskSet.apply_`."""
@@ -56,8 +63,10 @@ class PruneResult:
         (``keep_scores=True``), the exact selection from the score nearest in sparsity, the final one included.
 
         Raises:
+            TypeError: no number.
             ValueError: a sparsity the run has not passed, or one between checkpoints without kept scores.
         """
+        _check_number("sparsity", sparsity)
         if sparsity == self.config.sparsity:
             return self.mask
         for waypoint in self.waypoints:
@@ -88,13 +97,16 @@ class PruneResult:
             sparsity: of the mask; ``None`` for the run's.
 
         Raises:
+            TypeError: a ratio or sparsity that is no number.
             ValueError: an unknown rule, or a ratio or sparsity out of range.
         """
         if rule not in VOTES:
             raise ValueError(f"rule: wanted one of {', '.join(VOTES)}, got {rule!r}")
+        _check_number("ratio", ratio)
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio: wanted a fraction in (0, 1], got {ratio!r}")
         sparsity = self.config.sparsity if sparsity is None else sparsity
+        _check_number("sparsity", sparsity)
         if not 0 < sparsity < 1:
             raise ValueError(f"sparsity: wanted a fraction in (0, 1), got {sparsity!r}")
         kind = self.config.final_score or self.config.polarizer
@@ -186,3 +198,8 @@ class PruneResult:
         budget(sparsity, self.coordinates.d)
         mask = self._polarizer.final(score.to(self.particles.device), sparsity)
         return MaskSet.from_flat(mask, self.coordinates)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: wanted a number, got {value!r}")

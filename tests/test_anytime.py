@@ -96,6 +96,12 @@ def test_votes(mlp, vectors):
         result.vote("top_ratio", ratio=0)
     with pytest.raises(ValueError, match="sparsity"):
         result.vote(sparsity=1.0)
+    for wrong in (
+        lambda: result.vote("top_ratio", ratio="half"), lambda: result.vote(sparsity="half"),
+        lambda: result.mask_at("half"), lambda: result.mask_at(None),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=r"^(ratio|sparsity): wanted a number, got ('half'|None)"):
+            wrong()
 
     probability = torch.cat([p.flatten() for p in result.keep_probability().values()])
     assert torch.equal(probability, counts / 4)
@@ -132,6 +138,10 @@ def test_curve_and_knee(mlp, vectors):
 
 
 def test_a_report_of_numbers(mlp, vectors):
-    summary = prune(mlp, None, vectors, quick()).summary()
+    result = prune(mlp, None, vectors, quick(), checkpoints=[0.5])
+    assert repr(result).startswith("PruneResult(MaskSet(29 of 144 weights kept")
+    assert "masks on the way at [0.5]" in repr(result)
+    assert len(repr(result)) < 250
+    summary = result.summary()
     assert summary["kept"] == round(0.2 * 144)
     assert math.isfinite(summary["energy"])

@@ -408,6 +408,14 @@ def test_runs_on_a_gpu(convnet, images):
     assert result.particles.is_cuda
 
 
+@pytest.mark.parametrize("callbacks", [print, [print, 3]])
+def test_callbacks_that_are_none(mlp, callbacks):
+    with pytest.raises(TypeError, match="^callbacks: wanted (a list of functions|functions of a StepRecord), got"):
+        SFPKPruner(mlp, None, quick(), callbacks=callbacks)
+    with pytest.raises(TypeError, match="^callbacks: wanted functions of a StepRecord, got int"):
+        SFPKPruner(mlp, None, quick()).add_callback(3)
+
+
 @pytest.mark.parametrize(
     "options", [{"energy_mode": "sequential"}, {"energy_mode": "vmap"}, {"energy_mode": "auto"}, {"memory": "lean"}]
 )
