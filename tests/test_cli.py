@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sfpk_kernels import MaskSet, SFPKConfig, prune
@@ -231,8 +232,25 @@ def test_masks_apply(files, suffix, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_masks_apply_keeps_what_else_the_file_says(files):
+    a = MaskSet.load(files / "a")
+    state = {"first": torch.randn(4, 3), "second": torch.randn(5)}
+    save_file(state, files / "w.safetensors", {"format": "pt"})
+    assert main(["masks", "apply", str(files / "a"), str(files / "w.safetensors"), "--out",
+                 str(files / "o.safetensors")]) == 0  # fmt: skip
+    with safe_open(files / "o.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    tied = torch.nn.Parameter(state["first"])
+    torch.save({**state, "first": tied, "head": tied}, files / "w.pt")
+    assert main(["masks", "apply", str(files / "a"), str(files / "w.pt"), "--out", str(files / "o.pt")]) == 0
+    found = torch.load(files / "o.pt")
+    assert torch.equal(found["head"], state["first"] * a["first"]), "the same weight under another name"
+    assert torch.equal(found["head"], found["first"])
+
+
 def test_masks_wrong_input(files, capsys):
     (files / "text").write_text("no mask")
+    torch.save({"first": 3, "second": torch.zeros(5)}, files / "w.pt")
     save_file({"first": torch.randn(4, 2)}, files / "w.safetensors")
     for arguments, words in [
         (["show", str(files / "text")], "no readable safetensors file"),
@@ -242,6 +260,8 @@ def test_masks_wrong_input(files, capsys):
         (["apply", str(files / "a"), str(files / "w.safetensors"), "--out", str(files / "o.safetensors")],
          "wanted first in shape (4, 3), got (4, 2)"),
         (["apply", str(files / "a"), str(files / "text"), "--out", str(files / "o.pt")], "WEIGHTS:"),
+        (["apply", str(files / "a"), str(files / "w.pt"), "--out", str(files / "o.pt")],
+         "wanted first in shape (4, 3), got int"),
     ]:  # fmt: skip
         assert main(["masks", *arguments]) == 2
         assert words in capsys.readouterr().err

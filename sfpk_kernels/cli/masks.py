@@ -82,7 +82,7 @@ def _compare(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import torch
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 
     from ..files import atomic_write
@@ -95,7 +95,11 @@ def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     packed = source.suffix == ".safetensors"
     if packed != (options.out.suffix == ".safetensors"):
         raise ValueError(f"--out: wanted the format of {source.name}, got {options.out.name}")
+    header = None
     try:
+        if packed:
+            with safe_open(source, "pt") as file:
+                header = file.metadata()  # readers such as transformers want it
         state = load_file(source) if packed else torch.load(source, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"WEIGHTS: {str(source)!r} is no readable state dict: {error}") from error
@@ -104,18 +108,22 @@ def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if not isinstance(state, dict):
         raise ValueError(f"WEIGHTS: wanted a state dict, got a {type(state).__name__} in {str(source)!r}")
     for name, shape in masks.shapes.items():
-        if name not in state or tuple(state[name].shape) != shape:
-            got = tuple(state[name].shape) if name in state else "nothing of that name"
-            raise ValueError(f"WEIGHTS: wanted {name} in shape {shape}, got {got}")
-    for name in masks:
-        state[name] = state[name].masked_fill(~masks[name], 0)
+        found = state.get(name)
+        if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape:
+            got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise ValueError(
+                f"WEIGHTS: wanted {name} in shape {shape}, got {'nothing of that name' if found is None else got}"
+            )
+    with torch.no_grad():
+        for name in masks:
+            state[name].masked_fill_(~masks[name], 0)  # in place: tied weights share it under all their names
     with atomic_write(options.out) as temporary:
         if packed:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, header)
         else:
             torch.save(state, temporary)
-    found = {"out": str(options.out), "kept": masks.kept, "prunable": masks.prunable, "sparsity": masks.sparsity}
-    return found, f"{options.out}: {masks.prunable - masks.kept:,} of {masks.prunable:,} weights set to zero"
+    outcome = {"out": str(options.out), "kept": masks.kept, "prunable": masks.prunable, "sparsity": masks.sparsity}
+    return outcome, f"{options.out}: {masks.prunable - masks.kept:,} of {masks.prunable:,} weights set to zero"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
