@@ -193,7 +193,7 @@ class SFPKPruner:
                 self._taken += n
                 if save_every and target is not None and (record.step % save_every == 0 or self.done):
                     self.save(target)
-                bar.set_postfix(loss=f"{record.energy:.4f}", density=f"{record.density:.4f}", refresh=False)
+                bar.set_postfix(loss=f"{record.energy:.4f}", sparsity=f"{1.0 - record.density:.4f}", refresh=False)
                 bar.update()
             self._energy.release()
             return self.result()

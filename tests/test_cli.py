@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -49,11 +51,24 @@ def test_prune_writes_masks_report_and_says_what(tmp_path, capsys):
 def test_lines_without_a_terminal_and_quiet(tmp_path, capsys):
     assert main(["prune", "tests.cli_task:without_eval", *QUICK, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()
-    assert "step 6 of 6: loss" in said.err
+    assert re.search(r"step 6 of 6: loss [\d.]+, sparsity 0\.8000, ", said.err)
     assert said.out.startswith("MaskSet(29 of 144 weights kept")
     assert main(["prune", "tests.cli_task:without_eval", *QUICK, "--out", str(tmp_path), "--quiet"]) == 0
     said = capsys.readouterr()
     assert said.out == said.err == ""
+
+
+def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    arguments = ["prune", "tests.cli_task:without_eval", *QUICK, "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert re.search(r"SFPK: 100%.* 6/6 .*loss=[\d.]+, sparsity=0\.8000", said.err)
+    assert "3 particles of 144 weights" in said.err, "the plan"
+    assert "step 6 of 6" not in said.err
+    assert "SFPK" not in said.out
+    assert main([*arguments, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_plan_runs_nothing(tmp_path, capsys, monkeypatch):

@@ -216,8 +216,8 @@ def _log_line(config: SFPKConfig) -> Callable[[Any], None]:
     def callback(record: Any) -> None:
         if record.step % every == 0 or record.step == config.n_steps:
             print(
-                f"step {record.step} of {config.n_steps}: loss {record.energy:.4g}, density {record.density:.4f}, "
-                f"{record.seconds:.3g} s",
+                f"step {record.step} of {config.n_steps}: loss {record.energy:.4g}, "
+                f"sparsity {1.0 - record.density:.4f}, {record.seconds:.3g} s",
                 file=sys.stderr,
                 flush=True,
             )
