@@ -17,7 +17,7 @@ from .coordinates import Coordinates
 from .energy import Choice, LossFn, ParticleEnergy
 from .memory import available_bytes, in_words
 from .model_state import autograd_allowed, check_no_inference_tensors, guarded
-from .polarizer import score_kinds
+from .polarizer import budget, score_kinds
 
 _SHARE = 0.9  # of what is available: allocators and operators take a little more than tensors do
 # Passes over the particles, in particles read or written, of everything but forward and backward.
@@ -125,9 +125,10 @@ def plan(
 
     Raises:
         RuntimeError: ``config.energy_mode`` names a way that cannot run this model.
-        ValueError: a model made under ``torch.inference_mode()``.
+        ValueError: a sparsity that keeps no weight, or a model made under ``torch.inference_mode()``.
     """
     coordinates = Coordinates(model, **options)
+    budget(config.sparsity, coordinates.d)
     check_no_inference_tensors(model)
     theta = coordinates.flatten(model).to(state_device(coordinates, config))
     energy = make_energy(model, loss_fn, coordinates, theta, config)

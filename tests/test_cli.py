@@ -144,6 +144,7 @@ def test_options_reach_the_config(tmp_path, capsys):
         (["tests.cli_task:broken", *QUICK], 1, "RuntimeError: the loss is broken"),
         (["tests.cli_task:broken", *QUICK], 1, "cli_task.py:"),
         ([TASK, *QUICK, "--sparsity", "0.9999"], 2, "--sparsity: wanted"),
+        ([TASK, *QUICK, "--sparsity", "0.9999", "--plan"], 2, "--sparsity: wanted"),
         (["tests.cli_task:interrupted", *QUICK], 130, "interrupted"),
         ([TASK, *QUICK, "--sparsity", "1.5"], 2, "--sparsity: wanted"),
         ([TASK, *QUICK, "--n-particles", "0"], 2, "--n-particles: wanted"),
@@ -287,9 +288,10 @@ def test_report_wrong_input(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "with a report.json" in capsys.readouterr().err
     for text, words in (
-        ("{", "wanted a report of format"),
-        ("[]", "wanted a report of format"),
-        ('{"format": "other"}', "wanted format sfpk-report-1, got 'other'"),
+        ("{", "wanted a report of format sfpk-report-1, got what is no JSON"),
+        ("[]", "wanted a report of format sfpk-report-1, got list"),
+        ("{}", "wanted a report of format sfpk-report-1, got one that names none"),
+        ('{"format": "other"}', "wanted a report of format sfpk-report-1, got other"),
         ('{"format": "sfpk-report-1", "summary": {}}', "got one without baselines, config, curve"),
     ):
         (tmp_path / "report.json").write_text(text)

@@ -82,11 +82,12 @@ def render(folder: str | os.PathLike[str]) -> Path:
     if not source.is_file():
         raise FileNotFoundError(f"folder: wanted a folder with a report.json, got {os.fspath(folder)!r}")
     try:
-        report = json.loads(source.read_text())
-        if report["format"] != _FORMAT:
-            raise ValueError(f"{source}: wanted format {_FORMAT}, got {report['format']!r}")
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{source}: wanted a report of format {_FORMAT}: {error}") from error
+        report = json.loads(source.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{source}: wanted a report of format {_FORMAT}, got what is no JSON: {error}") from error
+    found = report.get("format", "one that names none") if isinstance(report, dict) else type(report).__name__
+    if found != _FORMAT:
+        raise ValueError(f"{source}: wanted a report of format {_FORMAT}, got {found}")
     missing = sorted(_PARTS - report.keys())
     if missing:
         raise ValueError(f"{source}: wanted a report of format {_FORMAT}, got one without {', '.join(missing)}")
