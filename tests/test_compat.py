@@ -216,6 +216,23 @@ def test_what_is_not_offered_is_refused(mlp, options, words):
         SFPK(masked(mlp), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"r": 0.5}, ValueError, "^r: wanted a number > 1, got 0.5"),
+        ({"N": 0}, ValueError, "^N: wanted an integer ≥ 1"),
+        ({"n_mc": "ten"}, TypeError, "^n_mc: wanted an integer"),
+        ({"repl": -1}, ValueError, "^repl: wanted a number ≥ 0"),
+        ({"vote_mode": "loud"}, ValueError, "^vote_mode: wanted one of 'soft', 'hard'"),
+        ({"n_steps": 0}, ValueError, "^n_steps: wanted an integer ≥ 1"),
+        ({"colour": 1}, TypeError, "unknown field colour"),
+    ],
+)
+def test_the_object_names_its_own_arguments(mlp, options, error, words):
+    with pytest.raises(error, match=words):
+        SFPK(masked(mlp), **options)
+
+
 def test_wrong_use_is_named(mlp, vectors):
     with pytest.raises(ValueError, match="weight_mask buffers, got none"):
         SFPK(mlp)
@@ -231,6 +248,12 @@ def test_wrong_use_is_named(mlp, vectors):
     for value, error in ((0.0, ValueError), (1.5, ValueError), ("half", TypeError), ([0.5, 0.5], NotImplementedError)):
         with pytest.raises(error, match="^sparsity: wanted"):
             pruner.mask(value)
+    with pytest.raises(ValueError, match="^sparsity: wanted a fraction kept of at least one of 160 weights, got 1e-06"):
+        pruner.mask(1e-6)
+    pruner.score(F.cross_entropy, [{"x": x, "y": y} for x, y in vectors])
+    with pytest.raises(TypeError, match=r"^dataloader: wanted batches \(x, y\), got dict"):
+        pruner.mask(0.5)
+    assert pruner.stats(mlp) == (160, 160, 1.0)
     mlp.extra = nn.LayerNorm(4)
     mlp.extra.register_buffer("weight_mask", torch.ones(4))
     with pytest.raises(ValueError, match="got also extra.weight"):

@@ -53,11 +53,11 @@ def SFPK_prune(
     try:
         config = SFPKConfig.preset(preset, **{names[name]: value for name, value in given.items()}, **fields)
     except (TypeError, ValueError) as error:
-        raise type(error)(_renamed(str(error), names)) from None
+        raise type(error)(renamed(str(error), names)) from None
     return prune(model, loss_fn, dataloader, config, progress=progress)
 
 
-def _renamed(message: str, names: dict[str, str]) -> str:
+def renamed(message: str, names: dict[str, str]) -> str:
     """The message with the argument's name of this function."""
     field, colon, rest = message.partition(":")
     return next((name for name, of in names.items() if of == field), field) + colon + rest

@@ -15,10 +15,18 @@ from ..config import SFPKConfig
 from ..coordinates import Coordinates
 from ..energy import LossFn
 from ..pruner import PruneResult, SFPKPruner
+from .algorithm3 import renamed
 from .utils import masked_params, without_mask_hooks
 
 _BN_BATCHES = 2  # after a mask, as in the authors' code
 
+_FIELDS = {
+    "N": "n_steps",
+    "r": "radius",
+    "n_mc": "n_particles",
+    "repl": "repulsion",
+    "vote_mode": "vote",
+}  # by argument
 _SCHEDULES = {"exp": "exponential", "lin": "linear"}
 
 
@@ -64,7 +72,9 @@ class SFPK:
 
     Raises:
         NotImplementedError: an option this backend does not offer; the message names it.
-        ValueError: no masks on the model, or masks on parameters that are not prunable here.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range, no masks on the model, or masks on parameters that are not prunable
+            here.
     """
 
     def __init__(
@@ -112,24 +122,24 @@ class SFPK:
             raise ValueError(
                 "model: wanted modules with weight_mask buffers, got none: call init_masks_hooks(model) first"
             )
-        self._config = SFPKConfig.preset(
-            "authors",
-            sparsity=0.5,  # until mask() says
-            **{
-                "n_steps": N,
-                "radius": r,
-                "final_score": "mask_weight" if score_option == "mp" else "mask",
-                "polarizer": "mask_weight" if polarizing["mask_proc_mxp"] else "mask",
-                "schedule": _SCHEDULES[schedule],
-                "momentum": momentum,
-                "n_particles": n_mc,
-                "repulsion": repl,
-                "vote": vote_mode,
-                "vote_ratio": vote_ratio or 1.0,
-                "seed": torch.initial_seed() % 2**63,
-                **fields,
-            },
-        )
+        given = {
+            "n_steps": N,
+            "radius": r,
+            "final_score": "mask_weight" if score_option == "mp" else "mask",
+            "polarizer": "mask_weight" if polarizing["mask_proc_mxp"] else "mask",
+            "schedule": _SCHEDULES[schedule],
+            "momentum": momentum,
+            "n_particles": n_mc,
+            "repulsion": repl,
+            "vote": vote_mode,
+            "vote_ratio": vote_ratio or 1.0,
+            "seed": torch.initial_seed() % 2**63,
+        }
+        try:
+            self._config = SFPKConfig.preset("authors", sparsity=0.5, **{**given, **fields})  # 0.5 until mask() says
+        except (TypeError, ValueError) as error:
+            arguments = {name: field for name, field in _FIELDS.items() if field not in fields}
+            raise type(error)(renamed(str(error), arguments)) from None
         self.model = model
         self.total_param = sum(mask.numel() for _, mask, _ in masked_params(model))
         self.scores: dict[str, Tensor] = {
@@ -156,6 +166,8 @@ class SFPK:
             raise TypeError(f"criterion: wanted a function (output, y) -> scalar, got {type(criterion).__name__}")
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise TypeError(f"dataloader: wanted batches (x, y), got {type(batch).__name__}")
             x, y = batch
             output = model(x)
             return criterion(output if isinstance(output, Tensor) else output["logits"], y)
@@ -209,6 +221,9 @@ class SFPK:
         except ValueError as error:
             if str(error).startswith("start:"):
                 raise ValueError(f"sparsity: {config.target_density:g} cannot be reached: {error}") from None
+            if str(error).startswith("sparsity:"):
+                kept = f"a fraction kept of at least one of {self.total_param} weights"
+                raise ValueError(f"sparsity: wanted {kept}, got {1 - removed:g}") from None
             raise
         return pruner.run(loader)
 
