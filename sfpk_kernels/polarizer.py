@@ -163,7 +163,8 @@ class Polarizer:
         """The final mask: exactly :func:`budget` coordinates; with ``"threshold"`` the authors' count."""
         d = score.shape[0]
         if self._selection == "exact":
-            return topk_mask(score, budget(sparsity, d), backend=self._backend)
+            backend = "reference" if score.dtype == torch.float64 else self._backend  # hard votes; no other takes them
+            return topk_mask(score, budget(sparsity, d), backend=backend)
         removed = int(sparsity * d)
         return score > score.kthvalue(removed).values if removed else torch.ones_like(score, dtype=torch.bool)
 

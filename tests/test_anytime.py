@@ -68,7 +68,7 @@ def test_bad_checkpoints(mlp, checkpoints, error, words):
         SFPKPruner(mlp, None, quick(), checkpoints=checkpoints)
 
 
-def test_votes(mlp, vectors):
+def test_votes(mlp, vectors, caplog):
     result = prune(mlp, None, vectors, quick(consensus=0.0, polarizer="mask"))
     particles, kept = result.particles, round(0.2 * 144)
 
@@ -89,6 +89,7 @@ def test_votes(mlp, vectors):
         counts[particle.topk(kept).indices] += 1
     hard = result.vote("hard").flat()
     assert counts[hard].min() >= counts[~hard].max()
+    assert not caplog.records, "nothing about backends that its fp64 scores cannot take"
     assert result.vote("soft", sparsity=0.5).kept == 72
     with pytest.raises(ValueError, match="rule: wanted one of mean, soft, hard, best, top_ratio, got 'loud'"):
         result.vote("loud")
