@@ -308,32 +308,29 @@ def test_bad_arguments(mlp, vectors):
 
 
 @pytest.mark.slow
-def test_one_shot_and_five_with_the_same_passes_and_epochs():
-    """On the demo's task to 98 %, three seeds, the same search passes and retraining steps for both; preset "authors".
+def test_shots_beat_one_shot_with_the_same_epochs():
+    """The demo's task to 98 %, three seeds: five shots against one, 10 steps each, both 20 epochs of retraining.
 
-    Which of the two ends higher depends on seeds and on rounding (thread count) here: it is not asserted.
+    One search as long as all five together does as well (README): what pays is the search, not the shots.
     """
     pytest.importorskip("sklearn")
     from sfpk_kernels import recalibrate_batchnorm
     from sfpk_kernels.demo.task import TRAINING_BATCH, accuracy, load_digits, train
 
-    digits, how = load_digits(), RetrainConfig(epochs=10)
-    found = {"one shot": [], "gradual": []}
+    digits, how = load_digits(), RetrainConfig(epochs=20)
+    data = TensorDataset(digits.train_x, digits.train_y)
+    batches, large = (DataLoader(data, size, shuffle=True, drop_last=True) for size in (64, TRAINING_BATCH))
+    found = {1: [], 5: []}
     for seed in range(3):
         dense = train(digits, seed, 15)
-        config = SFPKConfig.preset(
-            "authors", sparsity=0.98, seed=seed, n_particles=3, n_steps=50, energy_mode="sequential"
-        )
-        for name, shots in (("one shot", 1), ("gradual", 5)):
+        for shots, accuracies in found.items():
             model = copy.deepcopy(dense)
-            data = TensorDataset(digits.train_x, digits.train_y)
-            batches, large = (DataLoader(data, size, shuffle=True, drop_last=True) for size in (64, TRAINING_BATCH))
+            config = quick(0.98, seed=seed, n_particles=5, n_steps=10 * shots)
             pruner = GradualPruner(model, None, batches, config, shots=shots, retrain=how, retrain_loader=large)
             result = pruner.run()
-            assert sum(len(record.losses) for record in result.history) == 100
-            assert sum(len(record.search) for record in result.history) <= 50, "that preset stops at the target"
-            assert MaskSet.from_model(model).kept == result.mask.kept
+            assert sum(len(record.losses) for record in result.history) == 200
+            assert [len(record.search) for record in result.history] == [10] * shots
+            assert MaskSet.from_model(model).kept == result.mask.kept == round(0.02 * pruner.coordinates.d)
             recalibrate_batchnorm(model, DataLoader(data, TRAINING_BATCH))
-            found[name].append(accuracy(model, digits))
-    assert all(accuracy > 0.9 for accuracies in found.values() for accuracy in accuracies), found
-    assert abs(sum(found["gradual"]) - sum(found["one shot"])) < 3 * 0.03, found
+            accuracies.append(accuracy(model, digits))
+    assert sum(found[5]) > sum(found[1]) + 3 * 0.003, found
