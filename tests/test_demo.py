@@ -67,12 +67,15 @@ def test_sfpk_beats_the_baselines_at_95_percent(tmp_path):
 
 
 def test_masks_by_the_fast_and_the_reference_transition_differ_in_a_few_coordinates(digits):
-    """As long as no rounding moves a coordinate across a threshold and the searches part, as in long runs they do."""
+    """As long as no rounding moves a coordinate across a threshold and the searches part, as in long runs they do.
+
+    The timed choice of the energy mode could fall differently for the two, and gradients that differ part them at once.
+    """
     model = train(digits, seed=0, epochs=1)
     batches = list(zip(digits.train_x.split(64), digits.train_y.split(64), strict=True))
     flat = {}
     for backend in ("cpp", "reference"):
-        config = SFPKConfig(sparsity=0.95, n_particles=3, n_steps=15, backend=backend)
+        config = SFPKConfig(sparsity=0.95, n_particles=3, n_steps=15, backend=backend, energy_mode="sequential")
         flat[backend] = prune(model, None, batches, config, progress=False).mask.flat()
     differing = int((flat["cpp"] != flat["reference"]).sum())
     assert differing <= 0.002 * int(flat["cpp"].sum())
