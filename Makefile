@@ -24,11 +24,14 @@ demo: setup
 demo-full: setup
 	$(BIN)/sfpk demo --full --out demo-out
 
+# Several test processes share the cores: one thread in each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: setup
-	$(BIN)/python -m pytest -m ''
+	$(PYTEST) -m ''
 
 # Measure on this machine, append to benchmarks/results, renew the report and the README's table.
 bench: setup
