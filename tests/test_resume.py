@@ -257,7 +257,10 @@ def kill_and_resume(model, batches, path, kills, seed):
             time.sleep(draw.uniform(0, longest))
             os.kill(child, signal.SIGKILL)
             left -= 1
-        os.waitpid(child, 0)
+            os.waitpid(child, 0)
+        else:
+            os.waitpid(child, 0)
+            assert outcome.exists(), "a run that nobody killed ends"
         if left and outcome.exists():  # it was too quick for us: again from the start
             outcome.unlink()
             path.unlink(missing_ok=True)
