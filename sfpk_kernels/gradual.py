@@ -16,18 +16,20 @@ from torch import Tensor, nn
 from .config import SFPKConfig
 from .coordinates import Coordinates
 from .energy import LossFn
-from .files import load_state, save_state
+from .files import check_writable, load_state, save_state
 from .masks import MaskSet
 from .model_state import seeded
 from .polarizer import budget
 from .pruner import SFPKPruner
 from .records import StepRecord
 from .result import PruneResult
-from .retraining import RetrainConfig, check_label_smoothing, retrain
+from .retraining import RetrainConfig, check_label_smoothing, retrain, trained_parameters
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "sfpk-gradual-1"
+
+_PARTS = {"settings", "model", "particles", "values", "masks", "history"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +171,7 @@ class GradualPruner:
         self._retrain_loader = loader if retrain_loader is None else retrain_loader
         if isinstance(retrain, RetrainConfig):
             check_label_smoothing(loss_fn, retrain)
+            trained_parameters(model)
             self._steps = _spread(retrain.total_steps(self._retrain_loader), [shot.share for shot in self.plan])
         self._model, self._loss_fn, self._loader = model, loss_fn, loader
         self._retrain = retrain
@@ -190,22 +193,31 @@ class GradualPruner:
         return self.finished == len(self.plan)
 
     def run(
-        self, *, save: str | os.PathLike[str] | None = None, resume: str | os.PathLike[str] | None = None
+        self, *, save: str | os.PathLike[str] | None = None, resume: str | os.PathLike[str] | bool | None = None
     ) -> GradualResult:
         """All remaining shots.
 
         Args:
             save: a file written after every shot, atomically: a run killed at any moment finds there the last finished
                 shot.
-            resume: a file written so, to go on from; the model takes over the weights in it. With a named
-                ``energy_mode``, and loaders that draw their order from torch's global generator (or have a fixed one),
-                the outcome is that of an uninterrupted run, bit for bit.
+            resume: a file written so, to go on from (True: ``save``, if it exists); the model takes over the weights in
+                it. With a named ``energy_mode``, and loaders that draw their order from torch's global generator (or
+                have a fixed one) without ``persistent_workers``, the outcome is that of an uninterrupted run, bit for
+                bit.
 
         Raises:
             FileNotFoundError: ``resume`` is no file, or ``save`` in no folder.
+            OSError: ``save`` cannot be written, before the first shot or after one; that shot is not lost, the model
+                and :meth:`result` have it.
             ValueError: ``resume`` belongs to another run, or was cut or altered. Nothing has changed then.
             FloatingPointError: a loss that is not finite, in search or retraining.
         """
+        if save is not None:
+            check_writable(save, "save")
+        if isinstance(resume, bool):
+            if resume and save is None:
+                raise ValueError("resume: wanted a file, or True beside save=, got True alone")
+            resume = save if resume and save is not None and os.path.exists(save) else None
         if resume is not None:
             self.load_state_dict(load_state(resume, FORMAT))
         while not self.done:
@@ -321,9 +333,15 @@ class GradualPruner:
         """Take over what :meth:`state_dict` gave, model weights included.
 
         Raises:
+            TypeError: no dict.
             ValueError: of a run with other settings or another model; the message says what differs. Nothing has
                 changed then.
         """
+        if not isinstance(state, dict):
+            raise TypeError(f"state: wanted what GradualPruner.state_dict() returns, got {type(state).__name__}")
+        missing = sorted(_PARTS - state.keys())
+        if missing:
+            raise ValueError(f"state: wanted what GradualPruner.state_dict() returns, got one without {missing}")
         mine, theirs = self._settings(), state["settings"]
         differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if differing:
@@ -333,7 +351,7 @@ class GradualPruner:
         wrong = [
             name
             for name in {**tensors, **given}
-            if name not in tensors or name not in given or tensors[name].shape != given[name].shape
+            if name not in tensors or name not in given or _kind(tensors[name]) != _kind(given[name])
         ]
         if wrong:
             raise ValueError(f"state: wanted one of the same model, got another: {', '.join(wrong[:5])} differ")
@@ -370,6 +388,10 @@ def _spread(total: int, shares: list[float]) -> list[int]:
 def _square(density: float, kind: str) -> float:
     """Mean square of a particle with that soft density."""
     return density**2 if kind == "l2" else density
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

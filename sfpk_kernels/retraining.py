@@ -86,6 +86,18 @@ def check_label_smoothing(loss_fn: LossFn | None, config: RetrainConfig) -> None
         )
 
 
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those that require gradients.
+
+    Raises:
+        ValueError: none does.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("model: wanted parameters that require gradients, got none")
+    return parameters
+
+
 def retrain(
     model: nn.Module,
     loss_fn: LossFn | None,
@@ -125,9 +137,7 @@ def retrain(
     masks.apply_(model)
     if total == 0:
         return []
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ValueError("model: wanted parameters that require gradients, got none")
+    parameters = trained_parameters(model)
     optimizer = torch.optim.SGD(
         parameters, config.lr, momentum=config.momentum, nesterov=config.momentum > 0, weight_decay=config.weight_decay
     )

@@ -243,6 +243,38 @@ def test_another_run_is_not_resumed(mlp, vectors, tmp_path):
     assert same(mlp, before)
 
 
+def test_what_is_wrong_is_known_before_the_first_shot(mlp, vectors, tmp_path):
+    def never(model, batch):
+        raise AssertionError("a pass was run")
+
+    def make(**options):
+        return GradualPruner(mlp, never, vectors, quick(), **{"shots": 3, "retrain": 1, **options})
+
+    for path, error in [(tmp_path, IsADirectoryError), (tmp_path / "no" / "run", FileNotFoundError)]:
+        with pytest.raises(error, match="save: wanted a file"):
+            make().run(save=path)
+    with pytest.raises(ValueError, match="resume: wanted a file, or True beside save=, got True alone"):
+        make().run(resume=True)
+    for wrong, error, words in [
+        ("state", TypeError, "got str"), ({}, ValueError, r"got one without \['history', 'masks', "),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=f"state: wanted what GradualPruner.state_dict.. returns, {words}"):
+            make().load_state_dict(wrong)
+    mlp.requires_grad_(False)
+    with pytest.raises(ValueError, match="model: wanted parameters that require gradients, got none"):
+        make()
+
+
+def test_resume_true_begins_or_goes_on(mlp, vectors, tmp_path):
+    path, dense = tmp_path / "run", copy.deepcopy(mlp)
+    first = GradualPruner(mlp, None, vectors, quick(), shots=3, retrain=1).run(save=path, resume=True)
+    pruner = GradualPruner(dense, None, vectors, quick(), shots=3, retrain=1)
+    assert pruner.run(save=path, resume=True).mask == first.mask
+    assert same(dense, mlp.state_dict())
+    with pytest.raises(ValueError, match="of the same model, got another: 0.weight, 0.bias"):
+        GradualPruner(dense.double(), None, vectors, quick(), shots=3, retrain=1).run(resume=path)
+
+
 KILLED = """
 import os, signal, sys, torch
 from torch import nn
