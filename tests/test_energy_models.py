@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from sfpk_kernels import Coordinates, default_loss
 from sfpk_kernels.bench import models
 from sfpk_kernels.energy import ParticleEnergy
+from sfpk_kernels.energy._scale import LossScale
 from sfpk_kernels.model_state import guarded
 
 N = 3
@@ -233,3 +234,16 @@ def test_particles_elsewhere_than_the_model(vectors, monkeypatch):
     actual = energies(model, vectors, "sequential")
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
+
+
+def test_gradients_that_no_factor_helps_leave_the_loss_scale():
+    scale, loss = LossScale(True), torch.tensor(1.0)
+    for _ in range(2):
+        tries = 1
+        while not scale.accepts(loss, torch.tensor([1.0, float("nan")])):
+            tries += 1
+        assert tries == 17
+        assert scale.value == 2.0**16
+    assert not scale.accepts(loss, torch.tensor([float("inf")]))
+    assert scale.accepts(loss, torch.tensor([1.0]))
+    assert scale.value == 2.0**15, "this one the factor had caused"

@@ -19,21 +19,30 @@ class LossScale:
         self.active = active
         self.value = _FIRST if active else 1.0
         self.calm = 0
+        self._before: float | None = None  # the factor before the tries of this pass
 
     def accepts(
         self,
         loss: Tensor,  # any shape, unscaled
         grads: Tensor,  # scaled, in place
     ) -> bool:
-        """Unscale the gradients; False where they overflowed and the pass is worth another try at a lower factor."""
+        """Unscale the gradients; False where they overflowed and the pass is worth another try at a lower factor.
+
+        Where no factor helps, down to 1, it was not the factor: the next pass begins where this one did.
+        """
         if not self.active:
             return True
         low, high = grads.aminmax()
         overflowed = not bool((low.abs() + high.abs()).isfinite())
         if overflowed and self.value > 1.0 and bool(loss.isfinite().all()):
+            self._before = self._before or self.value
             self.value, self.calm = self.value / 2, 0
             return False
         grads.mul_(1.0 / self.value)
+        if overflowed:
+            self.value, self._before = self._before or self.value, None
+            return True
+        self._before = None
         self.calm += 1
         if self.calm >= _CALM:
             self.value, self.calm = self.value * 2, 0
