@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,6 +95,17 @@ def _kept(keep: Polarized, columns: slice, places: Tensor) -> Tensor:  # (n, cou
     return (score > threshold) | ((score == threshold) & (places < keep.cut.tie_end))
 
 
+def dying(shares: Mapping[str, float], density: float) -> dict[str, str]:
+    """Of tensors kept in these shares where ``density`` is kept of all: those that die, and what to say of them."""
+    return {
+        name: f"{name} is about to die: {100 * share:.2g} % of its weights are kept"
+        if share > 0
+        else f"{name} is dead: none of its weights is kept"
+        for name, share in shares.items()
+        if share < min(_DYING, 0.1 * density)
+    }
+
+
 class Alarms:
     """Says once each: particles that collapse, a layer about to die, a loss that falls when it should rise."""
 
@@ -124,11 +135,8 @@ class Alarms:
         return {"collapse": f"the particles have collapsed: they lie within {record.deviation:.1e} of their mean"}
 
     def _dying(self, record: StepRecord) -> dict[str, str]:
-        return {
-            f"dying {name}": f"{name} is about to die: {100 * share:.2g} % of its weights are kept"
-            for name, share in zip(self._names, record.layer_densities, strict=False)
-            if share < min(_DYING, 0.1 * self._config.target_density)
-        }
+        shares = dict(zip(self._names, record.layer_densities, strict=False))
+        return {f"dying {name}": words for name, words in dying(shares, self._config.target_density).items()}
 
     def _falling(self, history: Sequence[StepRecord]) -> dict[str, str]:
         """A.1 of the paper: removing weights from a trained model raises its loss; batches differ by chance."""

@@ -14,7 +14,7 @@ class StepRecord:
     scheduled_density: float  # ρ_k
     densities: list[float]  # soft density after the step
     energies: list[float]  # loss at the step's start, at the density of the step before
-    cosines: list[float]  # cosine between the move and -∂L/∂m
+    cosines: list[float]  # cosine between the transition's move, before retraction and consensus, and -∂L/∂m
     seconds: float
     start_density: float = 1.0  # mean soft density at the step's start, which the energies belong to
     deviation: float = 0.0  # after the step: rms distance of the particles from their mean, over their rms norm

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .anytime import Waypoint
 from .config import SFPKConfig
 from .coordinates import Coordinates
+from .diagnostics import dying
 from .masks import MaskSet
 from .planning import Plan
 from .polarizer import Polarizer, budget
@@ -53,11 +54,27 @@ class PruneResult:
 
     @property
     def alarms(self) -> list[str]:
-        """What looked wrong on the way, with its step."""
-        return [f"step {record.step}: {words}" for record in self.history for words in record.alarms]
+        """What looked wrong on the way, with its step, and layers that the masks leave next to nothing of."""
+        steps = [f"step {record.step}: {words}" for record in self.history for words in record.alarms]
+        return [*steps, *self.dead_layers]
+
+    @property
+    def dead_layers(self) -> list[str]:
+        """Tensors that lose (nearly) all their weights in the final mask or in one taken on the way.
+
+        The particles' own masks, which the steps look at, need not show it: without retraction they are denser.
+        """
+        masks = {waypoint.sparsity: waypoint.mask for waypoint in self.waypoints} | {self.config.sparsity: self.mask}
+        return [
+            f"mask at {sparsity:g}: {words}"
+            for sparsity, mask in masks.items()
+            for words in dying(mask.layer_densities(), 1.0 - sparsity).values()
+        ]
 
     def mask_at(self, sparsity: float) -> MaskSet:
-        """The mask of exactly round((1 - sparsity)·d) weights for a sparsity the run has passed.
+        """The mask of round((1 - sparsity)·d) weights for a sparsity the run has passed.
+
+        The count is exact (with ``selection="threshold"``, preset ``"authors"``, what their threshold keeps).
 
         For one of ``checkpoints`` that taken on the way. For any other, where the run kept scores
         (``keep_scores=True``), the exact selection from the score nearest in sparsity, the final one included.
@@ -67,15 +84,19 @@ class PruneResult:
             ValueError: a sparsity the run has not passed, or one between checkpoints without kept scores.
         """
         _check_number("sparsity", sparsity)
-        if sparsity == self.config.sparsity:
+        if math.isclose(sparsity, self.config.sparsity, rel_tol=1e-9):
             return self.mask
         for waypoint in self.waypoints:
-            if waypoint.sparsity == sparsity:
+            if math.isclose(sparsity, waypoint.sparsity, rel_tol=1e-9):
                 return waypoint.mask
-        known = [waypoint.sparsity for waypoint in self.waypoints] + [self.config.sparsity]
+        first, last = 1.0 - self.history[0].start_density, 1.0 - self.history[-1].scheduled_density
+        if self.config.early_stop:
+            last = max(last, 1.0 - float(self.densities.mean()))
+        last = min(last, self.config.sparsity)
+        if not first < sparsity <= last:
+            raise ValueError(f"sparsity: wanted one that the run has passed, {first:g} to {last:g}, got {sparsity!r}")
+        known = sorted({*(waypoint.sparsity for waypoint in self.waypoints), self.config.sparsity})
         scores = [(w.sparsity, w.score) for w in self.waypoints if w.score is not None]
-        if not 0 < sparsity < self.config.sparsity:
-            raise ValueError(f"sparsity: wanted one up to the run's {self.config.sparsity:g}, got {sparsity!r}")
         if not scores:
             raise ValueError(
                 f"sparsity: wanted one of {', '.join(f'{value:g}' for value in known)}, got {sparsity!r}; for others "
@@ -138,7 +159,11 @@ class PruneResult:
         return MaskSet({name: share > 1 - 0.5 / len(self.particles) for name, share in self.keep_probability().items()})
 
     def curve(self) -> list[dict[str, float]]:
-        """Loss over sparsity: one point per step, ``sparsity`` at its start; each particle on its own batch."""
+        """Loss over sparsity: one point per step, each particle on its own batch.
+
+        ``sparsity`` is the soft sparsity at the step's start, so the last point lies before the end of the schedule;
+        without retraction (presets ``"paper"`` and ``"authors"``) the particles also lag behind it.
+        """
         return [
             {
                 "sparsity": 1.0 - record.start_density,

@@ -25,10 +25,28 @@ def test_masks_are_exact_and_taken_when_the_schedule_passes(mlp, vectors):
         assert result.mask_at(waypoint.sparsity) == waypoint.mask
         assert waypoint.score is None
     assert result.waypoints[-1].mask == result.mask
-    with pytest.raises(ValueError, match="wanted one of 0.3, 0.5, 0.7, 0.8, 0.8, got 0.6; .* keep_scores=True"):
+    with pytest.raises(ValueError, match="wanted one of 0.3, 0.5, 0.7, 0.8, got 0.6; .* keep_scores=True"):
         result.mask_at(0.6)
-    with pytest.raises(ValueError, match="wanted one up to the run's 0.8"):
+    with pytest.raises(ValueError, match="wanted one that the run has passed, 0 to 0.8, got 0.9"):
         result.mask_at(0.9)
+
+
+def test_a_sparsity_is_found_up_to_rounding_and_only_where_the_run_was(mlp, vectors):
+    result = prune(mlp, None, vectors, quick(), checkpoints=[0.1 * 3])
+    assert result.mask_at(0.3) == result.waypoints[0].mask
+    half_way = SFPKPruner(mlp, None, quick(), checkpoints=[0.3], keep_scores=True)
+    for k in range(4):
+        half_way.step(vectors[k : k + 4])
+    reached = 1 - half_way.history[-1].scheduled_density
+    assert 0.3 < reached < 0.7
+    assert half_way.result().mask_at(0.35).kept == round(0.65 * 144)
+    with pytest.raises(ValueError, match=f"that the run has passed, 0 to {reached:g}, got 0.7"):
+        half_way.result().mask_at(0.7)
+    options = {"checkpoints": [0.9], "keep_scores": True, "start": result.particles}
+    further = prune(mlp, None, vectors, quick().replace(sparsity=0.95), **options)
+    assert further.mask_at(0.85).kept == round(0.15 * 144)
+    with pytest.raises(ValueError, match="that the run has passed, 0.8 to 0.95, got 0.3"):
+        further.mask_at(0.3)
 
 
 def test_taking_masks_does_not_change_the_run(mlp, vectors):
@@ -66,6 +84,21 @@ def test_kept_scores_give_every_sparsity_in_between(mlp, vectors):
 def test_bad_checkpoints(mlp, checkpoints, error, words):
     with pytest.raises(error, match=f"checkpoints: .*{words}"):
         SFPKPruner(mlp, None, quick(), checkpoints=checkpoints)
+
+
+def test_scores_are_kept_at_checkpoints(mlp):
+    with pytest.raises(ValueError, match="^keep_scores: wanted checkpoints=.* beside it"):
+        SFPKPruner(mlp, None, quick(), keep_scores=True)
+
+
+def test_the_ratio_of_voters_is_not_rounded_up_by_chance(mlp, vectors):
+    """0.56 · 25 in fp64 is a little above 14."""
+    result = prune(mlp, None, vectors, quick(n_particles=25, n_steps=2, consensus=0.0, polarizer="mask"))
+    best = result.energies.argsort()[:14].sort().values
+    mask = result.vote("top_ratio", ratio=0.56).flat()
+    assert set(torch.nonzero(mask).flatten().tolist()) == set(
+        result.particles[best].mean(dim=0).topk(29).indices.tolist()
+    )
 
 
 def test_votes(mlp, vectors, caplog):

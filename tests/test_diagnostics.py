@@ -160,3 +160,21 @@ def test_all_particles_without_finite_gradient_raise(mlp, vectors):
 
     with pytest.raises(FloatingPointError, match="particle 0"):
         prune(mlp, loss_fn, vectors, quick(nonfinite="skip_particle"))
+
+
+def test_layers_that_only_the_final_mask_loses(vectors, caplog):
+    """Without retraction the particles' own masks stay denser than the mask that is returned."""
+    model = nn.Sequential(nn.Linear(8, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 4))
+    with torch.no_grad():
+        model[2].weight.mul_(0.2)
+    config = SFPKConfig.preset("paper", sparsity=0.99, n_particles=2, n_steps=6, final_score="mask_weight")
+    with caplog.at_level(logging.WARNING, "sfpk_kernels"):
+        result = prune(model, None, vectors, config, checkpoints=[0.5])
+    densities = result.mask.layer_densities()
+    assert densities["2.weight"] < 0.001 < min(densities["0.weight"], densities["4.weight"])
+    assert all(record.layer_densities[1] >= 0.001 for record in result.history)
+    (words,) = result.dead_layers
+    assert words.startswith("mask at 0.99: 2.weight is ")
+    assert words in result.alarms
+    assert words in result.summary()["alarms"]
+    assert words in caplog.text
