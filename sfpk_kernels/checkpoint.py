@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .config import SFPKConfig
+from .files import check_writable
 
 KIND = "sfpk-run-1"  # format and version
 
@@ -79,7 +80,7 @@ def save_path(
 
     Raises:
         TypeError, ValueError: a bad ``every``, nothing to write to, or a file that would never be written.
-        FileNotFoundError: the folder does not exist.
+        OSError: the file cannot be written there.
     """
     if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
         raise TypeError(f"save_every: wanted a number of steps or None, got {every!r}")
@@ -91,6 +92,6 @@ def save_path(
         raise ValueError("save_path: wanted a file to write, got None")
     if path is not None and every is None and not resume:
         raise ValueError(f"save_every: wanted a number of steps beside save_path={os.fspath(path)!r}, got None")
-    if path is not None and every is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise FileNotFoundError(f"save_path: wanted a file in an existing folder, got {os.fspath(path)!r}")
+    if path is not None and every is not None:
+        check_writable(path, "save_path")
     return path

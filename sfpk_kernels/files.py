@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,28 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | os.PathLike[str], argument: str) -> None:
+    """That :func:`atomic_write` can write there, known before hours of work.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        IsADirectoryError: ``path`` is a folder.
+        OSError: the folder takes no files.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{argument}: wanted a file in an existing folder, got {os.fspath(path)!r}")
+    if target.is_dir():
+        raise IsADirectoryError(f"{argument}: wanted a file, got the folder {os.fspath(path)!r}")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{argument}: wanted a file in a folder that can be written, got {os.fspath(path)!r}"
+        ) from error
+
+
 def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
@@ -57,12 +80,22 @@ def save_state(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]
         path: the file.
         kind: names format and version; :func:`load_state` wants the same.
         state: what ``torch.load(weights_only=True)`` can read.
+
+    Raises:
+        OSError: it cannot be written: no such folder, no room, …; what was there stays.
     """
     header = f"{kind}\n".encode()
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(header + 65 * b"\0")
         hashing = _Hashing(file)
-        torch.save(dict(state), cast(IO[bytes], hashing))
+        try:
+            torch.save(dict(state), cast(IO[bytes], hashing))
+        except RuntimeError as error:
+            if hashing.error is None:
+                raise
+            # torch.save hides what went wrong, such as a full disk, behind an error of its own.
+            reason = hashing.error.strerror or str(hashing.error)
+            raise OSError(hashing.error.errno, f"{reason}: {os.fspath(path)!r}") from error
         file.seek(len(header))
         file.write(f"{hashing.digest.hexdigest()}\n".encode())
 
@@ -72,11 +105,16 @@ class _Hashing(io.RawIOBase):
 
     def __init__(self, file: Any):
         self.digest = hashlib.sha256()
+        self.error: OSError | None = None  # the first
         self._file = file
 
     def write(self, content: Any) -> int:
         self.digest.update(content)
-        return self._file.write(content)
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
     def writable(self) -> bool:
         return True

@@ -25,12 +25,14 @@ class ParticleSystem:
         start: (n, d) particles to go on from, copied; None for all at 1. The schedule begins at their mean density.
 
     Raises:
+        TypeError: ``start`` is no tensor.
         ValueError: ``start`` of another shape, not finite, or of a mean density not above the target and at most 1.
 
     Attributes:
         masks: (n, d) in ``config.particle_dtype``, the particles. May be written between steps; the
             statistics are then measured anew.
         step: steps done, 0 … K.
+        moves: of single particles, counted; after an interruption (KeyboardInterrupt) those begun count.
         schedule: K + 1 soft densities, ρ_0 = 1 (or that of ``start``) … ρ_K = 1 - sparsity.
     """
 
@@ -40,7 +42,7 @@ class ParticleSystem:
         self.masks = torch.ones(config.n_particles, d, dtype=dtype, device=theta.device, pin_memory=pinned)
         # What rounding took from bf16 particles.
         self._residual = torch.zeros_like(self.masks) if dtype == torch.bfloat16 else None
-        self.step = 0
+        self.step = self.moves = 0
         self._config = config
         self._theta = theta
         self._saliency = saliency
@@ -51,6 +53,8 @@ class ParticleSystem:
 
     def _begin(self, start: Tensor) -> float:
         """Take over given particles and return their mean density."""
+        if not isinstance(start, Tensor):
+            raise TypeError(f"start: wanted a tensor such as result.particles, got {type(start).__name__}")
         if tuple(start.shape) != tuple(self.masks.shape):
             raise ValueError(f"start: wanted shape {tuple(self.masks.shape)}, got {tuple(start.shape)}")
         self.masks.copy_(start)
@@ -97,27 +101,33 @@ class ParticleSystem:
         config = self._config
         target = self.schedule[self.step + 1]
         pulls = self.step + 1 > config.consensus_start * config.n_steps
-        stats = transition_(
-            self.masks,
-            weight_grads,
-            step=self.schedule[self.step] - target,
-            radius=config.radius,
-            repulsion=config.repulsion,
-            kernel=config.kernel,
-            saliency=self._saliency,
-            density=config.density,
-            target_density=target if config.retract else None,
-            consensus=config.consensus if pulls else 0.0,
-            weights=self._theta,
-            state=self.stats,
-            eps=config.eps,
-            residual=self._residual,
-            seed=config.seed,
-            step_index=self.step,
-            row=row,
-            nonfinite="skip" if config.nonfinite == "skip_particle" else "raise",
-            backend=None if config.backend is None else f"{config.backend}?",
-        )
+        moving = len(self.masks) if row is None else 1
+        self.moves += moving  # before the call: an interruption may come right after it
+        try:
+            stats = transition_(
+                self.masks,
+                weight_grads,
+                step=self.schedule[self.step] - target,
+                radius=config.radius,
+                repulsion=config.repulsion,
+                kernel=config.kernel,
+                saliency=self._saliency,
+                density=config.density,
+                target_density=target if config.retract else None,
+                consensus=config.consensus if pulls else 0.0,
+                weights=self._theta,
+                state=self.stats,
+                eps=config.eps,
+                residual=self._residual,
+                seed=config.seed,
+                step_index=self.step,
+                row=row,
+                nonfinite="skip" if config.nonfinite == "skip_particle" else "raise",
+                backend=None if config.backend is None else f"{config.backend}?",
+            )
+        except Exception:
+            self.moves -= moving  # an error moves nothing
+            raise
         self._stats, self._version = stats, self.masks._version
         if row is None or row == len(self.masks) - 1:
             self.step += 1

@@ -53,7 +53,7 @@ class SFPKPruner:
         start: (n, d) particles to go on from, such as those of an earlier run; the schedule begins at their mean
             density. ``None``: at 1, nothing removed.
         checkpoints: sparsities at which to take an exact mask on the way (``result.waypoints``, ``result.mask_at``).
-        keep_scores: keep the scores behind them, too (d fp32 numbers each), for the masks of sparsities in between.
+        keep_scores: keep the scores behind them, too (d numbers each), for the masks of sparsities in between.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -113,13 +113,14 @@ class SFPKPruner:
         self._diagnostics = Diagnostics(self.coordinates, config, self._theta.device)
         self._alarms = Alarms(config, [tensor.name for tensor in self.coordinates.tensors])
         self._checkpoints = sparsities(checkpoints, 1.0 - self._system.schedule[0], config.sparsity)
+        if keep_scores and not self._checkpoints:
+            raise ValueError("keep_scores: wanted checkpoints=[…] beside it, at which scores are kept, got none")
         self._due = list(self._checkpoints)  # those still to be passed
         self._keep_scores = keep_scores
         self._waypoints: list[Waypoint] = []
         self._last_energies: Tensor | None = None
-        self._taken = 0  # batches of the loader that were used by runs
-        self._skip = 0  # those of them a resumed run passes over
-        self._fingerprint: str | None = None
+        self._taken = 0  # batches of the loader that were used by run()
+        self._fingerprint = checkpoint.model_fingerprint(model)  # now: forward passes may write buffers
         self._broken: str | None = None  # why no step can follow
 
     def add_callback(self, callback: Callable[[StepRecord], None]) -> None:
@@ -153,11 +154,12 @@ class SFPKPruner:
 
         Args:
             loader: batches, cycled; n · K are used by a whole run. Its order is drawn under ``config.seed``
-                where it uses torch's global generator. A resumed run passes over the batches used before: give it the
-                same loader from its beginning (a list, or a DataLoader whose order and augmentation come from torch's
-                global generator).
+                where it uses torch's global generator. A resumed run, and a further call, pass over the batches used
+                before: give them the same loader from its beginning (a list, or a DataLoader whose order and
+                augmentation come from torch's global generator, without ``persistent_workers``).
             progress: show a bar; ``None`` for only on a terminal.
-            save_every: write ``save_path`` after so many steps, and at the end; ``None`` writes nothing.
+            save_every: write ``save_path`` after so many steps, and at the end; ``None`` writes nothing. Where that
+                fails (a full disk) the run goes on, with an error in the log.
             save_path: the file; ``None`` for that of ``resume``.
             resume: a file that a run with the same model, settings and loader has written (:meth:`load_state_dict`);
                 True for ``save_path`` if it exists.
@@ -168,6 +170,8 @@ class SFPKPruner:
                 model or other settings.
             FloatingPointError: a loss that is not finite; the message names step and particle.
             MemoryError: the run will not fit; the message holds the plan, and what would fit.
+            RuntimeError: an error or an interruption has left a step half done; what was saved before can be resumed.
+            OSError: ``save_path`` cannot be written, known before the first step.
         """
         target = checkpoint.save_path(save_every, save_path, resume)
         if resume is True:
@@ -176,27 +180,31 @@ class SFPKPruner:
             self.load(resume)
         n, remaining = self.config.n_particles, self.config.n_steps - self._system.step
         with (
-            self._guard(),
             seeded(self._step_seed(0), self.coordinates.device),
             tqdm(total=remaining, desc="SFPK", disable=None if progress is None else not progress) as bar,
         ):
             stream = BatchStream(loader, self.coordinates.device, n * remaining)  # draws the data order: seeded
-            stream.skip(self._skip)
-            self._skip = 0
+            if not self.done:
+                stream.skip(self._taken)
             while not self.done:
                 batches = stream.take(n)
-                if self.plan is None:
-                    plan = self._make_plan(batches[0])
-                    if not bar.disable:
-                        bar.write(str(plan), file=sys.stderr)
-                record = self._step(batches)
+                with self._guard():
+                    if self.plan is None:
+                        plan = self._make_plan(batches[0])
+                        if not bar.disable:
+                            bar.write(str(plan), file=sys.stderr)
+                    record = self._step(batches)
                 self._taken += n
+                self._call_back(record)
                 if save_every and target is not None and (record.step % save_every == 0 or self.done):
-                    self.save(target)
+                    self._try_to_save(target)
                 bar.set_postfix(loss=f"{record.energy:.4f}", sparsity=f"{1.0 - record.density:.4f}", refresh=False)
                 bar.update()
             self._energy.release()
-            return self.result()
+            result = self.result()
+        for words in result.dead_layers:
+            logger.warning("%s", words)
+        return result
 
     @autograd_allowed()
     def step(self, batches: Sequence[Any]) -> StepRecord:
@@ -206,7 +214,7 @@ class SFPKPruner:
             batches: n of them, one per particle.
 
         Raises:
-            RuntimeError: the run is over, or an error left a lean step half done.
+            RuntimeError: the run is over, or an error or an interruption has left a step half done.
             ValueError: another number of batches.
             FloatingPointError: a loss that is not finite. The particles have not moved then (``memory="lean"``: those
                 before it have, as the message says).
@@ -214,16 +222,18 @@ class SFPKPruner:
         """
         if self.done:
             raise RuntimeError(f"step: the run is over after {self._system.step} steps")
-        if self._broken is not None:
-            raise RuntimeError(f"step: this run cannot go on: {self._broken}")
         if not isinstance(batches, Sequence) or len(batches) != self.config.n_particles:
             got = len(batches) if isinstance(batches, Sequence) else type(batches).__name__
             raise ValueError(f"batches: wanted a list of {self.config.n_particles}, one per particle, got {got}")
         with self._guard():
-            return self._step([move_to(batch, self.coordinates.device) for batch in batches])
+            record = self._step([move_to(batch, self.coordinates.device) for batch in batches])
+        self._call_back(record)
+        return record
 
     def _step(self, batches: Sequence[Any]) -> StepRecord:
         """The numbered steps of the method, in their order."""
+        if self._broken is not None:
+            raise RuntimeError(f"step: this run cannot go on: {self._broken}")
         plan = self.plan or self._make_plan(batches[0])
         started = time.perf_counter()
         system, number = self._system, self._system.step + 1
@@ -231,9 +241,9 @@ class SFPKPruner:
         # 1. polarize
         keep = self._polarizer.polarize(system.masks, densities, self.config.polarizer)
         seen = self._diagnostics.see(keep)
-        # 2. energies, each particle on its own batch; 3.-7. repulsion, transition, retraction, consensus
-        moved = 0
+        before = system.moves
         try:
+            # 2. energies, each particle on its own batch; 3.-7. repulsion, transition, retraction, consensus
             with seeded(self._step_seed(number), self.coordinates.device):
                 if plan.memory == "fast":
                     energies, grads = self._energy(keep, batches)
@@ -249,37 +259,41 @@ class SFPKPruner:
                             skipped += self._check_finite(energies[i : i + 1], grad, number, first=i)
                             stats = system.move_(grad, row=i)
                             cosines[i] = stats.cosines[i]
-                            moved = i + 1
                     stats = stats._replace(cosines=cosines)
+            self._last_energies = energies
+            if self._vote.remembers:
+                self._vote.update(system.masks, stats.densities, energies)
+            self._pass_waypoints(number)
+            record = StepRecord(
+                step=number,
+                scheduled_density=system.schedule[number],
+                densities=stats.densities.tolist(),
+                energies=energies.tolist(),
+                cosines=stats.cosines.tolist(),
+                seconds=time.perf_counter() - started,
+                start_density=float(densities.mean()),
+                deviation=self._diagnostics.deviation(system.masks, stats),
+                overlaps=seen.overlaps,
+                layer_densities=seen.layer_densities,
+                skipped=skipped,
+            )
+            record.alarms.extend(self._alarms.check(self.history, record))
+            self.history.append(record)
         except BaseException as error:
+            moved = system.moves - before
             who = f"particles 0 … {moved - 1} have moved" if moved else "the particles have not moved"
-            if moved:
+            if moved:  # an interruption, or a lean step's error: no later step would be what it should
                 self._broken = f"step {number} stopped half-way, {who}"
             if hasattr(error, "add_note"):  # Python ≥ 3.11
                 error.add_note(f"sfpk_kernels: in step {number} of {self.config.n_steps}; {who}")
             raise
-        self._last_energies = energies
-        if self._vote.remembers:
-            self._vote.update(system.masks, stats.densities, energies)
-        self._pass_waypoints(number)
-        record = StepRecord(
-            step=number,
-            scheduled_density=system.schedule[number],
-            densities=stats.densities.tolist(),
-            energies=energies.tolist(),
-            cosines=stats.cosines.tolist(),
-            seconds=time.perf_counter() - started,
-            start_density=float(densities.mean()),
-            deviation=self._diagnostics.deviation(system.masks, stats),
-            overlaps=seen.overlaps,
-            layer_densities=seen.layer_densities,
-            skipped=skipped,
-        )
-        record.alarms.extend(self._alarms.check(self.history, record))
-        self.history.append(record)
-        for callback in self._callbacks:
-            callback(record)
         return record
+
+    def _call_back(self, record: StepRecord) -> None:
+        """After everything of the step is done: a callback may save. What it draws does not move the data's order."""
+        for callback in self._callbacks:
+            with seeded(self._step_seed(record.step), self.coordinates.device):
+                callback(record)
 
     def _pass_waypoints(self, number: int) -> None:
         """Take the masks of the sparsities that the schedule has just passed."""
@@ -288,7 +302,7 @@ class SFPKPruner:
             sparsity = self._due.pop(0)
             score = self._current_score()
             mask = MaskSet.from_flat(self._polarizer.final(score, sparsity), self.coordinates)
-            kept = score.to("cpu", torch.float32, copy=True) if self._keep_scores else None
+            kept = score.to("cpu", copy=True) if self._keep_scores else None
             self._waypoints.append(Waypoint(sparsity, number, mask, kept))
 
     def _current_score(self) -> Tensor:
@@ -313,7 +327,7 @@ class SFPKPruner:
             score=score.clone() if self._vote.remembers else score,
             config=self.config,
             coordinates=self.coordinates,
-            plan=self.plan,
+            plan=self._plan_in_use(),
             densities=self._system.densities.clone(),
             energies=self._last_energies.clone(),
             waypoints=list(self._waypoints),
@@ -328,7 +342,7 @@ class SFPKPruner:
         step from seed and step, so there is no random state to keep.
 
         Raises:
-            RuntimeError: an error has left a lean step half done.
+            RuntimeError: an error or an interruption has left a step half done.
         """
         return self._state(copy=True)
 
@@ -345,7 +359,7 @@ class SFPKPruner:
                 saved run has passed without taking a mask.
         """
         names = [tensor.name for tensor in self.coordinates.tensors]
-        checkpoint.check_same(state, self.config, self._model_fingerprint(), names)
+        checkpoint.check_same(state, self.config, self._fingerprint, names)
         device = self._theta.device
         vote = None if state["vote"] is None else state["vote"].to(device)
         energies = None if state["energies"] is None else state["energies"].to(device)
@@ -370,7 +384,7 @@ class SFPKPruner:
         self.history[:] = history
         self._waypoints, self._due = waypoints, due
         self._alarms.said = set(state["alarms"])
-        self._taken = self._skip = state["taken"]
+        self._taken = state["taken"]
         self._energy.scale.value, self._energy.scale.calm = state["scale"]
         if plan is not None:
             self.plan = plan
@@ -381,10 +395,17 @@ class SFPKPruner:
         """Write :meth:`state_dict` to a file, atomically: killed at any moment, it holds the old state or the new one.
 
         Raises:
-            FileNotFoundError: the folder does not exist.
-            RuntimeError: an error has left a lean step half done.
+            OSError: it cannot be written; FileNotFoundError where the folder does not exist.
+            RuntimeError: an error has left a step half done.
         """
         save_state(path, checkpoint.KIND, self._state(copy=False))
+
+    def _try_to_save(self, path: str | os.PathLike[str]) -> None:
+        """A full disk does not end a run: the file of before stays, the next save tries again."""
+        try:
+            self.save(path)
+        except OSError as error:
+            logger.error("step %d was not saved, the run goes on: %s", self._system.step, error)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """:meth:`load_state_dict` from a file.
@@ -400,7 +421,7 @@ class SFPKPruner:
             raise RuntimeError(f"state_dict: this run cannot go on: {self._broken}")
         vote, energies, scale = self._vote.score, self._last_energies, self._energy.scale
         return {
-            "model": self._model_fingerprint(),
+            "model": self._fingerprint,
             "config": self.config.to_json(),
             "names": [tensor.name for tensor in self.coordinates.tensors],
             "step": self._system.step,
@@ -415,13 +436,8 @@ class SFPKPruner:
             "alarms": sorted(self._alarms.said),
             "taken": self._taken,
             "scale": (scale.value, scale.calm),
-            "plan": None if self.plan is None else dataclasses.asdict(self.plan),
+            "plan": None if self.plan is None else dataclasses.asdict(self._plan_in_use()),
         }
-
-    def _model_fingerprint(self) -> str:
-        if self._fingerprint is None:
-            self._fingerprint = checkpoint.model_fingerprint(self._model)
-        return self._fingerprint
 
     def _make_plan(self, batch: Any) -> Plan:
         """Measure the first batch, decide what is left to decide, refuse what will not fit."""
@@ -436,6 +452,11 @@ class SFPKPruner:
         plan.check()
         self.plan = plan
         return plan
+
+    def _plan_in_use(self) -> Plan:
+        """The plan, with the way of computing energies that is in use: another than planned where vmap failed."""
+        assert self.plan is not None
+        return dataclasses.replace(self.plan, choice=self._energy.choice or self.plan.choice)
 
     def _step_seed(self, number: int) -> int:
         """One per step, far from those of neighbouring seeds."""

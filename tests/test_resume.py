@@ -1,8 +1,10 @@
 """Saving and resuming: bit for bit, at any moment, only what belongs together."""
 
 import copy
+import dataclasses
 import os
 import random
+import resource
 import signal
 import time
 from pathlib import Path
@@ -237,6 +239,179 @@ def test_a_lean_step_that_stopped_half_way_is_not_saved(mlp, vectors, tmp_path):
         pruner.save(path)
     resumed = prune(mlp, None, vectors, quick(memory="lean"), resume=path)
     assert torch.equal(resumed.particles, prune(mlp, None, vectors, quick(memory="lean")).particles)
+
+
+class Counting(torch.nn.Module):
+    """Writes buffers in its forward pass; one of them matters for what follows."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("drift", torch.zeros(8))
+
+    def forward(self, x):
+        self.calls += 1
+        self.drift.mul_(0.9).add_(0.1 * x.mean(dim=0))
+        return self.inner(x - self.drift)
+
+
+def test_a_model_that_writes_its_buffers(mlp, vectors, tmp_path):
+    """Every step begins with the buffers the model came with."""
+    model, path = Counting(mlp), tmp_path / "run"
+    whole = prune(model, None, vectors, quick())
+    with pytest.raises(Killed):
+        prune(model, None, vectors, quick(), save_every=2, save_path=path, callbacks=[stop_after(5)])
+    assert int(model.calls) == 0
+    again = prune(model, None, vectors, quick(), resume=path)
+    assert torch.equal(again.particles, whole.particles)
+    pruner = SFPKPruner(model, None, quick())
+    pruner.run(vectors).mask.apply_(model)
+    pruner.save(path)
+    with pytest.raises(ValueError, match="wanted one of this model"):
+        SFPKPruner(model, None, quick()).load(path)
+
+
+def test_callbacks_may_save_and_draw(mlp, vectors, tmp_path):
+    x, y = torch.cat([x for x, _ in vectors]), torch.cat([y for _, y in vectors])
+    loader = DataLoader(TensorDataset(x, y), 16, shuffle=True)
+    whole = prune(mlp, None, loader, quick())
+    drawn, modes, path = [], set(), tmp_path / "run"
+
+    def draw(record):
+        drawn.append(float(torch.rand(())))
+        modes.add(mlp.training)
+        for _ in DataLoader(TensorDataset(x), 16):  # draws a seed for workers, used or not
+            pass
+
+    pruner = SFPKPruner(mlp, None, quick(), callbacks=[draw])
+    pruner.add_callback(lambda record: pruner.save(path) if record.step == 5 else None)
+    mlp.train()
+    assert torch.equal(pruner.run(loader).particles, whole.particles)
+    assert modes == {True}, "between steps the model is as it was"
+    again = prune(mlp, None, loader, quick(), resume=path, callbacks=[draw])
+    assert torch.equal(again.particles, whole.particles)
+    assert drawn[8:] == drawn[5:8]
+
+
+def test_a_stopped_pruner_goes_on(mlp, vectors, tmp_path):
+    path = tmp_path / "run"
+    whole = prune(mlp, None, vectors, quick())
+    pruner = SFPKPruner(mlp, None, quick(), callbacks=[stop_after(3)])
+    with pytest.raises(Killed):
+        pruner.run(vectors)
+    pruner.save(path)
+    assert torch.equal(pruner.run(vectors).particles, whole.particles)
+    assert torch.equal(prune(mlp, None, vectors, quick(), resume=path).particles, whole.particles)
+
+
+@pytest.mark.parametrize("where", ["sfpk_kernels.diagnostics.Diagnostics.deviation", "sfpk_kernels.vote.Vote.update"])
+def test_an_interruption_after_the_move_is_not_saved(mlp, vectors, tmp_path, monkeypatch, where):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    pruner = SFPKPruner(mlp, None, quick(momentum=0.1))
+    pruner.step(vectors[:3])
+    with monkeypatch.context() as patch:
+        patch.setattr(where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pruner.step(vectors[3:6])
+    for wrong in (
+        lambda: pruner.save(tmp_path / "run"),
+        lambda: pruner.step(vectors[3:6]),
+        lambda: pruner.run(vectors),
+    ):
+        with pytest.raises(RuntimeError, match="step 2 stopped half-way, particles 0 … 2 have moved"):
+            wrong()
+
+
+def test_an_interruption_before_the_move_changes_nothing(mlp, vectors):
+    def loss_fn(model, batch):
+        raise KeyboardInterrupt
+
+    pruner, other = SFPKPruner(mlp, None, quick()), SFPKPruner(mlp, loss_fn, quick())
+    pruner.step(vectors[:3])
+    other.load_state_dict(pruner.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        other.step(vectors[3:6])
+    assert torch.equal(other.particles, pruner.particles)
+    other.state_dict()
+
+
+def test_a_full_disk_does_not_end_the_run(mlp, vectors, tmp_path, caplog):
+    path, wide = tmp_path / "run", torch.nn.Sequential(torch.nn.Linear(8, 300), torch.nn.Linear(300, 4))
+    whole = prune(wide, None, vectors, quick())
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fill(record):
+        if record.step in (3, 6):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if record.step == 3 else limits[0], limits[1]))
+
+    try:
+        pruner = SFPKPruner(wide, None, quick(), callbacks=[fill, stop_after(7)])
+        with pytest.raises(Killed):
+            pruner.run(vectors, save_every=2, save_path=path)
+        assert len(pruner.history) == 7
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
+        f"step 4 was not saved, the run goes on: [Errno 27] File too large: {str(path)!r}"
+    ]
+    assert os.listdir(tmp_path) == ["run"]
+    seen = []
+    assert torch.equal(
+        prune(wide, None, vectors, quick(), resume=path, callbacks=[seen.append]).particles, whole.particles
+    )
+    assert seen[0].step == 7, "the save of step 6 worked again"
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_run(mlp, vectors, tmp_path):
+    def never(model, batch):
+        raise AssertionError("a pass was run")
+
+    for path, error in [
+        (tmp_path, IsADirectoryError),
+        ("/proc/run", OSError),
+        (tmp_path / "no" / "run", FileNotFoundError),
+    ]:
+        with pytest.raises(error, match="save_path: wanted a file"):
+            prune(mlp, never, vectors, quick(), save_every=5, save_path=path)
+
+
+def test_reopening_a_finished_run_reads_no_data(mlp, vectors, tmp_path):
+    path = tmp_path / "run"
+    prune(mlp, None, vectors, quick(), save_every=5, save_path=path)
+
+    class Unread(list):
+        def __iter__(self):
+            return iter([])
+
+    assert prune(mlp, None, Unread(), quick(), resume=path).mask.kept == 29
+
+
+def test_a_way_given_up_on_the_way_is_remembered(vectors, tmp_path):
+    class Odd(torch.nn.Module):
+        """From some batch on it decides by values, which vmap cannot."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 4)
+
+        def forward(self, x):
+            if x.shape[0] == 9:
+                bool(x.sum() > 0)
+            return self.layer(x)
+
+    model, config = Odd(), quick(energy_mode="auto")
+    pruner = SFPKPruner(model, None, config)
+    pruner.step(vectors[:3])
+    pruner._energy.choice = dataclasses.replace(pruner._energy.choice, mode="vmap")
+    pruner.step([(x[:9], y[:9]) for x, y in vectors[:3]])
+    pruner.save(tmp_path / "run")
+    other = SFPKPruner(model, None, config)
+    other.load(tmp_path / "run")
+    assert other._energy.mode == other.plan.choice.mode == pruner.result().plan.choice.mode == "sequential"
 
 
 def kill_and_resume(model, batches, path, kills, seed):
