@@ -48,7 +48,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "schedule": ("cubic", "exponential", "linear"),
     "polarizer": POLARIZERS,
     "final_score": (*POLARIZERS, None),
-    "vote": ("soft", "hard"),
+    "vote": ("soft", "hard", "masked"),
     "selection": ("exact", "threshold"),
     "bn": ("batch", "running"),
     "energy_mode": ("auto", "vmap", "sequential", "cudagraph"),
@@ -83,7 +83,8 @@ class SFPKConfig:
         consensus_start: fraction of the run in [0, 1] after which the pull acts.
         momentum: in [0, 1): share of the previous steps' vote kept in the final score.
         vote: ``"soft"`` averages the scores of the voting particles, ``"hard"`` counts in how many of their
-            binary masks a coordinate is kept (equal counts are ranked by the soft score).
+            binary masks a coordinate is kept (equal counts are ranked by the soft score), ``"masked"`` averages
+            scores that are 0 outside each particle's own best at the final sparsity (the authors' hard vote).
         vote_ratio: fraction in (0, 1] of the particles that vote, best (lowest energy) first.
         selection: ``"exact"`` keeps exactly the counted coordinates, ties to the lower index;
             ``"threshold"`` keeps what the authors' thresholds keep, for parity with their code.

@@ -109,6 +109,7 @@ class SFPKPruner:
             config.vote,
             config.vote_ratio,
             config.momentum,
+            config.sparsity,
         )
         self._diagnostics = Diagnostics(self.coordinates, config, self._theta.device)
         self._alarms = Alarms(config, [tensor.name for tensor in self.coordinates.tensors])

@@ -137,8 +137,8 @@ class PruneResult:
             share = {"best": 1 / len(self.particles), "top_ratio": ratio}.get(rule, 1.0)
             rule = "hard" if rule == "hard" else "soft"
             densities = torch.full_like(self.densities, 1.0 - sparsity) if rule == "hard" else self.densities
-            score = Vote(self._polarizer, kind, rule, share, 0.0).update(self.particles, densities, self.energies)
-            return self._select(score, sparsity)
+            vote = Vote(self._polarizer, kind, rule, share, 0.0, sparsity)
+            return self._select(vote.update(self.particles, densities, self.energies), sparsity)
 
     def keep_probability(self) -> dict[str, Tensor]:
         """The share of the binary particles (at the run's sparsity) that keep a weight: fp32, by prunable tensor."""

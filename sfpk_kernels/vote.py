@@ -17,17 +17,20 @@ class Vote:
         polarizer: gives each particle's scores and binary mask.
         kind: score name, see :meth:`Polarizer.score`.
         rule: ``"soft"``: mean score of the voting particles. ``"hard"``: in how many of their binary masks a
-            coordinate is kept, equal counts ranked by the soft score.
+            coordinate is kept, equal counts ranked by the soft score. ``"masked"``: the mean of the scores, each
+            particle's 0 outside its own best coordinates at the final sparsity (the authors' hard vote).
         ratio: fraction of the particles that vote, those of lowest energy, at least one.
         momentum: after each step, score ← vote + momentum · score.
+        sparsity: the final one.
     """
 
-    def __init__(self, polarizer: Polarizer, kind: str, rule: str, ratio: float, momentum: float):
+    def __init__(self, polarizer: Polarizer, kind: str, rule: str, ratio: float, momentum: float, sparsity: float):
         self._polarizer = polarizer
         self._kind = kind
         self._rule = rule
         self._ratio = ratio
         self._momentum = momentum
+        self._sparsity = sparsity
         self.score: Tensor | None = None  # (d,) as of the last update
 
     @property
@@ -45,8 +48,10 @@ class Vote:
         count = max(1, math.ceil(self._ratio * masks.shape[0] - 1e-9))  # 0.56 · 25 is a little above 14
         voters = torch.argsort(energies, stable=True)[:count]
         rows = voters.sort().values.tolist()
-        soft = self._polarizer.mean_score(masks, rows, self._kind)
-        vote = soft
+        if self._rule == "masked":
+            vote = self._masked(masks, rows)
+        else:
+            vote = soft = self._polarizer.mean_score(masks, rows, self._kind)
         if self._rule == "hard":
             kept = self._polarizer.keeps(masks, densities, self._kind, rows)
             fine = soft.double()  # fp32 would lose the order of small scores beside the counts
@@ -56,6 +61,13 @@ class Vote:
             vote = vote + self._momentum * self.score
         self.score = vote
         return vote
+
+    def _masked(self, masks: Tensor, rows: list[int]) -> Tensor:
+        total = torch.zeros_like(masks[0], dtype=torch.promote_types(masks.dtype, torch.float32))
+        for row in rows:
+            score = self._polarizer.score(masks[row].to(total.dtype), self._kind)
+            total += score * self._polarizer.final(score, self._sparsity)
+        return total / len(rows)
 
     def current(self, masks: Tensor, densities: Tensor, energies: Tensor) -> Tensor:
         """The score as it stands: the remembered one, else the vote of these particles alone."""

@@ -93,6 +93,25 @@ def test_the_object_gives_the_mask_of_the_recorded_run(name, build):
     assert (kept, total, share) == (int(flat.sum()), flat.numel(), kept / total)
 
 
+def test_the_hard_vote_is_theirs(mlp, vectors):
+    """Scores at or below a particle's own threshold are 0, then averaged over the particles that vote."""
+    theta = torch.cat([mlp[0].weight.flatten(), mlp[2].weight.flatten()]).detach()
+    masked(mlp)
+    for module in (mlp[0], mlp[2]):
+        del module.bias_mask
+    pruner = SFPK(mlp, **{**SMALL, "n_mc": 5}, vote_mode="hard", vote_ratio=0.6, momentum=0)
+    pruner.score(F.cross_entropy, vectors)
+    pruner.mask(0.2)
+    voters = pruner.result.energies.argsort()[:3].sort().values
+    total = torch.zeros(144)
+    for particle in pruner.result.particles[voters]:
+        score = (particle * theta).abs()
+        total += torch.where(score <= score.kthvalue(int(0.8 * 144)).values, 0.0, score)
+    torch.testing.assert_close(pruner.result.score, total / 3)
+    flat = torch.cat([mask.flatten() for _, mask, _ in masked_params(mlp)]).bool()
+    assert torch.equal(flat, total > total.kthvalue(int(0.8 * 144)).values)
+
+
 def test_masks_act_in_forward_and_in_gradients(convnet, images):
     masked(convnet)
     pruner = SFPK(convnet, **SMALL)

@@ -157,7 +157,7 @@ def test_hard_vote_ranks_equal_counts_by_the_soft_score():
         def keeps(self, masks, densities, kind, rows):
             return torch.ones(masks.shape[1])
 
-    vote = Vote(Scores(), "mask", "hard", 1.0, 0.0)
+    vote = Vote(Scores(), "mask", "hard", 1.0, 0.0, 0.5)
     score = vote.update(torch.tensor([[1e6, 1.0, 1.2, 1.1, 1.3]]), torch.ones(1), torch.ones(1))
     assert torch.argsort(score, descending=True).tolist() == [0, 4, 2, 3, 1]
 

@@ -27,6 +27,7 @@ _FIELDS = {
     "repl": "repulsion",
     "vote_mode": "vote",
 }  # by argument
+_VOTES = {"hard": "masked"}
 _SCHEDULES = {"exp": "exponential", "lin": "linear"}
 
 
@@ -39,8 +40,7 @@ class SFPK:
 
     Arguments are those of the authors' class, at the defaults of their scripts; what this backend does not offer is
     refused. Differences: the energy is the ``criterion`` given (theirs is always cross-entropy); mini-batches are
-    drawn under a seed taken from ``torch.initial_seed()``; ``vote_mode="hard"`` counts in how many particles' binary
-    masks a weight is kept; batch-norm is re-estimated with dropout off.
+    drawn under a seed taken from ``torch.initial_seed()``; batch-norm is re-estimated with dropout off.
 
     Args:
         model: with masks on it, see :mod:`sfpk_kernels.compat.utils`. What has no mask is not pruned.
@@ -131,7 +131,7 @@ class SFPK:
             "momentum": momentum,
             "n_particles": n_mc,
             "repulsion": repl,
-            "vote": vote_mode,
+            "vote": _VOTES.get(vote_mode, vote_mode),
             "vote_ratio": vote_ratio or 1.0,
             "seed": torch.initial_seed() % 2**63,
         }
