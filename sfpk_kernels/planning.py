@@ -69,13 +69,14 @@ class Plan:
             raise MemoryError(f"this run will not fit:\n{self}{self._advice()}")
 
     def _advice(self) -> str:
-        if not self.ways_out:
-            return ""
         limit = self.available
         lines = [
             f"  {way}: {in_words(size)}{'' if limit is None or size <= _SHARE * limit else ' (still too much)'}"
             for way, size in self.ways_out.items()
+            if size < self.peak_bytes  # of a run refused before its first pass only the largest parts are known
         ]
+        if not lines:
+            return ""
         return "\nwhat takes less:\n" + "\n".join(lines)
 
     def __str__(self) -> str:

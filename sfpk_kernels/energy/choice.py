@@ -63,7 +63,7 @@ def choose(
         try:
             if name == "vmap":
                 seconds[name], transient[name] = _time_batched(problem, batch, chunk, single, room, mode == "auto")
-            elif problem.device.type == "cuda" and not problem.compiled:
+            elif mode == name or (problem.device.type == "cuda" and not problem.compiled):
                 seconds[name], transient[name] = _time_one_by_one(Graphed(problem, LossScale(False)), batch)
         except CannotRunError as error:
             if mode == name:
