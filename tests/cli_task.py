@@ -60,6 +60,16 @@ def batchnorm():
     return model, None, batches, lambda net: float(net[1].running_mean.abs().sum())
 
 
+def talks():
+    print("hello from the task")
+
+    def eval_fn(net):
+        print("hello from eval_fn")
+        return float("nan")
+
+    return *without_eval(), eval_fn
+
+
 def interrupted():
     raise KeyboardInterrupt
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import shlex
+import subprocess
 import sys
 
 import pytest
@@ -58,6 +60,48 @@ def test_lines_without_a_terminal_and_quiet(tmp_path, capsys):
     assert said.out == said.err == ""
 
 
+def test_json_is_all_there_is_on_stdout(tmp_path, capsys):
+    """Whatever the task prints, and whatever number it evaluates to."""
+    for quiet in ([], ["--quiet"]):
+        assert main(["prune", "tests.cli_task:talks", *QUICK, "--out", str(tmp_path), "--json", *quiet]) == 0
+        said = capsys.readouterr()
+        found = json.loads(said.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert found["dense_eval"] is found["pruned_eval"] is None
+        assert said.err.count("hello from eval_fn") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [(["info"], "| true"), (["prune", TASK, *QUICK, "--json"], "| true"),
+     (["prune", TASK, *QUICK, "--json"], "2>&1 >/dev/null | true")],
+)  # fmt: skip
+def test_a_reader_that_has_gone_is_no_failure(arguments, where, tmp_path):
+    out = ["--out", str(tmp_path)] if "prune" in arguments else []
+    command = shlex.join([sys.executable, "-m", "sfpk_kernels.cli", *arguments, *out])
+    script = f"set -o pipefail; {command} {where}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "rror" not in done.stderr
+    assert (tmp_path / "mask.safetensors").is_file() == bool(out)
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    command = [sys.executable, "-m", "sfpk_kernels.cli", "info"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "sfpk info: [Errno 28] No space left on device\n")
+
+
+def test_masks_of_an_earlier_run_are_named(tmp_path, capsys, caplog):
+    command = ["prune", "tests.cli_task:without_eval", *QUICK, "--out", str(tmp_path), "--quiet", "--checkpoints"]
+    assert main([*command, "0.2", "0.4"]) == 0
+    assert not caplog.records
+    assert main([*command, "0.4", "0.6"]) == 0
+    assert caplog.messages == [f"{tmp_path} also holds masks of another run: mask-0.2.safetensors"]
+    metadata = MaskSet.load(tmp_path / "mask-0.6.safetensors").metadata
+    assert (metadata["sparsity"], metadata["config"]["n_steps"]) == (0.6, 6)
+
+
 def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     arguments = ["prune", "tests.cli_task:without_eval", *QUICK, "--out", str(tmp_path)]
@@ -78,6 +122,8 @@ def test_plan_runs_nothing(tmp_path, capsys, monkeypatch):
     assert "3 particles of 144 weights" in capsys.readouterr().out
     assert main(["prune", TASK, *QUICK, "--plan", "--json", "--out", str(out)]) == 0
     assert json.loads(capsys.readouterr().out)["coordinates"] == 144
+    assert main(["prune", TASK, *QUICK, "--plan", "--quiet", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == ""
     assert main(["prune", TASK, *QUICK, "--plan", "--memory-limit", "100", "--out", str(out)]) == 1
     assert not out.exists()
 
@@ -150,6 +196,11 @@ def test_options_reach_the_config(tmp_path, capsys):
         ([TASK, *QUICK, "--n-particles", "0"], 2, "--n-particles: wanted"),
         ([TASK, *QUICK, "--resume", "no-such-file"], 2, "--resume: wanted a file"),
         ([TASK, *QUICK, "--out", "README.md"], 2, "--out: wanted a folder"),
+        ([TASK, *QUICK, "--out", "README.md/here"], 2, "--out: wanted a folder that can be written or made"),
+        ([TASK, *QUICK, "--out", "/proc/here"], 2, "--out: wanted a folder that can be written or made"),
+        ([TASK, *QUICK, "--ignore", "re:.*"], 2, "--ignore: wanted patterns that leave something to prune"),
+        ([TASK, *QUICK, "--plan", "--checkpoints", "0.9"], 2, "--checkpoints: wanted sparsities above 0 and up to"),
+        ([TASK, *QUICK[:-1], "cudagraph"], 1, "energy_mode='cudagraph' cannot run this model: CUDA graphs need a CUDA"),
         ([TASK, *QUICK, "--checkpoints", "0.9"], 2, "--checkpoints: wanted sparsities above 0 and up to the run's 0.8"),
     ],
 )
@@ -160,6 +211,13 @@ def test_wrong_input(arguments, code, words, tmp_path, capsys):
     assert words in said.err
     assert "Traceback" not in said.err
     assert said.out == ""
+
+
+def test_a_syntax_error_is_placed_in_its_file(tmp_path, capsys, monkeypatch):
+    (tmp_path / "half_written.py").write_text("def task(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["prune", "half_written:task", *QUICK, "--out", str(tmp_path / "out")]) == 2
+    assert f"at {tmp_path / 'half_written.py'}:1" in capsys.readouterr().err
 
 
 def test_traceback_on_request(tmp_path, capsys):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from .._version import __version__
 from ..bench.command import add_command as _add_bench
 from . import demo, info, masks, prune, report
-from ._words import INTERRUPTED, refuse
+from ._words import FAILED, INTERRUPTED, refuse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
-        return options.run(options)
+        code: int = options.run(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return refuse(options.command, "interrupted", INTERRUPTED)
+    except BrokenPipeError:  # as of `| head`: who read this has seen enough
+        _drop_stdout()
+        return 0
+    except OSError as error:
+        _drop_stdout()
+        return refuse(options.command, error, FAILED)
+    return code
+
+
+def _drop_stdout() -> None:
+    """What is still buffered would fail again when Python exits."""
+    with contextlib.suppress(OSError, ValueError):  # no file descriptor, such as in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import sys
+from pathlib import Path
+from typing import Any
+
+from ..files import check_writable
 
 USAGE = 2
 FAILED = 1
@@ -11,5 +18,37 @@ INTERRUPTED = 130
 
 def refuse(command: str, message: object, code: int = USAGE) -> int:
     """Print to stderr, return the exit code."""
-    print(f"sfpk {command}: {message}", file=sys.stderr)
+    say(f"sfpk {command}: {message}")
     return code
+
+
+def say(text: str) -> None:
+    """Print to stderr, if anybody still reads it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def make_folder(path: Path) -> None:
+    """The folder of --out, made if absent.
+
+    Raises:
+        OSError: it cannot be made, or takes no files; the message names the option.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        check_writable(path / "report.json", "--out")
+    except OSError as error:
+        raise OSError(f"--out: wanted a folder that can be written or made, got {str(path)!r}") from error
+
+
+def to_json(value: Any) -> str:
+    """As JSON, in which numbers that are not finite are null."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value

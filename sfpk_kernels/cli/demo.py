@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from ._words import FAILED, make_folder, refuse
 
 
 def add_command(commands: Any) -> None:
@@ -27,14 +28,11 @@ def add_command(commands: Any) -> None:
 def _demo(options: argparse.Namespace) -> int:
     missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
-        print(
-            f"sfpk demo needs {' and '.join(missing)}: pip install 'sfpk_kernels[demo]'",
-            file=sys.stderr,
-        )
-        return 1
-    if options.out.exists() and not options.out.is_dir():
-        print(f"sfpk demo: --out: wanted a folder, got the file {options.out}", file=sys.stderr)
-        return 2
+        return refuse("demo", f"it needs {' and '.join(missing)}: pip install 'sfpk_kernels[demo]'", FAILED)
+    try:
+        make_folder(options.out)
+    except OSError as error:
+        return refuse("demo", error)
     from ..demo.run import Demo
 
     silent: dict[str, Any] = {"say": lambda text: None} if options.json or options.quiet else {}

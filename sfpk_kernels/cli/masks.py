@@ -85,9 +85,10 @@ def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 
-    from ..files import atomic_write
+    from ..files import atomic_write, check_writable
     from ..masks import MaskSet
 
+    check_writable(options.out, "--out")
     masks = MaskSet.load(options.file)
     source = options.weights
     if not source.is_file():

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import json
 import logging
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..anytime import sparsities
 from ..batchnorm import recalibrate_batchnorm
 from ..config import CHOICES, PRESETS, SFPKConfig
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
-from ._words import FAILED, refuse
+from ._words import FAILED, make_folder, refuse, say, to_json
+
+logger = logging.getLogger(__name__)
 
 _KINDS = ("embeddings", "biases", "norms")
 _OPTIONS = {"ignored_layers": "--ignore", "checkpoints": "--checkpoints", "sparsity": "--sparsity"}  # by argument
+_NOTHING = "model: wanted at least one prunable tensor"
 
 
 def add_command(commands: Any) -> None:
@@ -39,7 +42,7 @@ def add_command(commands: Any) -> None:
     prune.add_argument("--out", type=Path, default=Path("sfpk-out"), metavar="DIR", help="default: sfpk-out")
     prune.add_argument("--plan", action="store_true", help="only print memory and time of the run")
     prune.add_argument("--checkpoints", type=float, nargs="+", default=(), metavar="S",
-                       help="sparsities at which to write a mask on the way")  # fmt: skip
+                       help="sparsities at which to write a mask on the way; -- ends the list")  # fmt: skip
     prune.add_argument("--save-every", type=int, metavar="STEPS", help="write DIR/run.sfpk after so many steps")
     prune.add_argument("--resume", nargs="?", const=True, metavar="FILE",
                        help="go on from FILE (default: DIR/run.sfpk, if it exists)")  # fmt: skip
@@ -52,7 +55,7 @@ def add_command(commands: Any) -> None:
                        "(default: 50)")  # fmt: skip
     prune.add_argument("--traceback", action="store_true", help="show where an error came from in full")
     prune.add_argument("--json", action="store_true", help="the outcome as JSON on stdout")
-    prune.add_argument("--quiet", action="store_true", help="no progress, no text")
+    prune.add_argument("--quiet", action="store_true", help="no progress, no text (what TASK prints goes to stderr)")
     settings = prune.add_argument_group("settings", "fields of SFPKConfig; without the option the preset's value")
     words = _descriptions()
     for field in dataclasses.fields(SFPKConfig):
@@ -100,8 +103,6 @@ def _prune(options: argparse.Namespace) -> int:
     except (TypeError, ValueError) as error:
         field, _, words = str(error).partition(":")
         return refuse("prune", f"--{field.replace('_', '-')}:{words}")
-    if options.out.exists() and not options.out.is_dir():
-        return refuse("prune", f"--out: wanted a folder, got the file {options.out}")
     if isinstance(options.resume, str) and not Path(options.resume).is_file():
         return refuse("prune", f"--resume: wanted a file, got {options.resume!r}, which is none")
     for name in ("save_every", "bn_batches"):
@@ -109,7 +110,13 @@ def _prune(options: argparse.Namespace) -> int:
         if value is not None and value < least:
             return refuse("prune", f"--{name.replace('_', '-')}: wanted ≥ {least}, got {value}")
     try:
-        return _run(call_task(find_task(options.task)), config, options)
+        with contextlib.redirect_stdout(sys.stderr):  # what the task prints is not the outcome
+            code, text = _run(call_task(find_task(options.task)), config, options)
+        if text:
+            print(text)
+        return code
+    except BrokenPipeError:
+        raise
     except WrongTask as error:
         return refuse("prune", f"TASK: {error}")
     except _WrongOption as error:
@@ -125,19 +132,22 @@ class _WrongOption(ValueError):
     """Named as on the command line."""
 
 
-@contextmanager
-def _as_options() -> Iterator[None]:
-    """Errors about arguments of the pruner are about options here."""
+@contextlib.contextmanager
+def _as_options(ignores: bool) -> Iterator[None]:
+    """Errors about arguments of the pruner are about options here; ``ignores``: whether --ignore was given."""
     try:
         yield
     except (TypeError, ValueError) as error:
         argument, _, words = str(error).partition(":")
+        if ignores and str(error).startswith(_NOTHING):
+            argument, words = "ignored_layers", " wanted patterns that leave something to prune, got ones that do not"
         if argument not in _OPTIONS:
             raise
         raise _WrongOption(f"{_OPTIONS[argument]}:{words}") from error
 
 
-def _run(task: Task, config: SFPKConfig, options: argparse.Namespace) -> int:
+def _run(task: Task, config: SFPKConfig, options: argparse.Namespace) -> tuple[int, str]:
+    """Exit code, and what to print."""
     from ..planning import plan
     from ..pruner import SFPKPruner
 
@@ -147,11 +157,12 @@ def _run(task: Task, config: SFPKConfig, options: argparse.Namespace) -> int:
         batch = next(iter(task.loader), None)
         if batch is None:
             raise WrongTask("loader: wanted batches, got an empty iterable")
-        with _as_options():
+        with _as_options(bool(options.ignore)):
+            sparsities(options.checkpoints, 0.0, config.sparsity)
             found = plan(task.model, config, batch, task.loss_fn, **which)
-        print(json.dumps(found.to_dict(), indent=1) if options.json else found)
-        return 0 if found.fits else FAILED
-    with _as_options():
+        text = to_json(found.to_dict()) if options.json else "" if options.quiet else str(found)
+        return 0 if found.fits else FAILED, text
+    with _as_options(bool(options.ignore)):
         pruner = SFPKPruner(task.model, task.loss_fn, config, checkpoints=options.checkpoints, **which)
     saved = options.out / "run.sfpk"
     start = options.resume if isinstance(options.resume, str) else saved if options.resume and saved.exists() else None
@@ -160,7 +171,10 @@ def _run(task: Task, config: SFPKConfig, options: argparse.Namespace) -> int:
             pruner.load(start)
         except ValueError as error:
             raise _WrongOption(f"--resume: {str(error).removeprefix('path: ')}") from error
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        make_folder(options.out)
+    except OSError as error:
+        raise _WrongOption(error) from error
     shows = not options.quiet and sys.stderr.isatty()
     if not options.quiet and not shows:
         pruner.add_callback(_log_line(config))
@@ -172,17 +186,16 @@ def _run(task: Task, config: SFPKConfig, options: argparse.Namespace) -> int:
         result.apply_(task.model)
         _recalibrate(task, options.bn_batches)
         outcome |= {"dense_eval": dense, "pruned_eval": task.evaluate()}
-    if options.json:
-        print(json.dumps(outcome, indent=1))
-    elif not options.quiet:
-        print(result.mask)
-        if dense is not None:
-            before, after = (value if isinstance(value, dict) else {"eval": value}
-                             for value in (dense, outcome["pruned_eval"]))  # fmt: skip
-            for name in before:
-                print(f"{name}: {before[name]:.6g} dense, {after[name]:.6g} pruned")
-        print("\n".join(outcome["files"]))
-    return 0
+    return 0, to_json(outcome) if options.json else "" if options.quiet else _words(result.mask, outcome)
+
+
+def _words(mask: Any, outcome: dict[str, Any]) -> str:
+    lines = [str(mask)]
+    if "dense_eval" in outcome:
+        before, after = (value if isinstance(value, dict) else {"eval": value}
+                         for value in (outcome["dense_eval"], outcome["pruned_eval"]))  # fmt: skip
+        lines += [f"{name}: {before[name]:.6g} dense, {after[name]:.6g} pruned" for name in before]
+    return "\n".join([*lines, *outcome["files"]])
 
 
 def _recalibrate(task: Task, batches: int) -> None:
@@ -191,21 +204,26 @@ def _recalibrate(task: Task, batches: int) -> None:
         try:
             recalibrate_batchnorm(task.model, task.loader, max_batches=batches)
         except TypeError as error:  # batches that only loss_fn understands
-            logging.getLogger(__name__).warning("batch-norm was not re-estimated: %s", error)
+            logger.warning("batch-norm was not re-estimated: %s", error)
 
 
 def _write(result: Any, folder: Path) -> list[str]:
     """Masks, and the report where it can be drawn."""
-    metadata = {"sparsity": result.config.sparsity, "config": result.config.to_dict()}
-    files = [folder / "mask.safetensors"]
-    result.mask.save(files[0], metadata)
+    config = result.config.to_dict()
+    masks = {"mask.safetensors": (result.mask, {"sparsity": result.config.sparsity, "config": config})}
     for waypoint in result.waypoints:
-        files.append(folder / f"mask-{waypoint.sparsity:g}.safetensors")
-        waypoint.mask.save(files[-1], {"sparsity": waypoint.sparsity, "step": waypoint.step})
+        metadata = {"sparsity": waypoint.sparsity, "step": waypoint.step, "config": config}
+        masks[f"mask-{waypoint.sparsity:g}.safetensors"] = (waypoint.mask, metadata)
+    for name, (mask, metadata) in masks.items():
+        mask.save(folder / name, metadata)
+    files = [folder / name for name in masks]
+    others = sorted(path.name for path in folder.glob("mask-*.safetensors") if path.name not in masks)
+    if others:
+        logger.warning("%s also holds masks of another run: %s", folder, ", ".join(others))
     try:
         files.append(result.report(folder))
     except ImportError as error:
-        logging.getLogger(__name__).warning("no report: %s: pip install 'sfpk_kernels[demo]'", error)
+        logger.warning("no report: %s: pip install 'sfpk_kernels[demo]'", error)
     return [str(file) for file in files]
 
 
@@ -215,11 +233,9 @@ def _log_line(config: SFPKConfig) -> Callable[[Any], None]:
 
     def callback(record: Any) -> None:
         if record.step % every == 0 or record.step == config.n_steps:
-            print(
+            say(
                 f"step {record.step} of {config.n_steps}: loss {record.energy:.4g}, "
-                f"sparsity {1.0 - record.density:.4f}, {record.seconds:.3g} s",
-                file=sys.stderr,
-                flush=True,
+                f"sparsity {1.0 - record.density:.4f}, {record.seconds:.3g} s"
             )
 
     return callback
