@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -140,15 +141,19 @@ class Alarms:
 
     def _falling(self, history: Sequence[StepRecord]) -> dict[str, str]:
         """A.1 of the paper: removing weights from a trained model raises its loss; batches differ by chance."""
-        window = max(3, math.ceil(_WINDOW * self._config.n_steps))
-        if len(history) <= window or self._config.n_particles < 2:
+        alone = self._config.n_particles < 2
+        window = max(5 if alone else 3, math.ceil(_WINDOW * self._config.n_steps))
+        if len(history) <= (2 * window if alone else window):
             return {}
-        first = history[0]
-        recent = sum(record.energy for record in history[-window:]) / window
-        fallen = first.energy - recent
-        if not (fallen > 2.0 * first.energy_std and fallen > 0.1 * abs(first.energy)):
+        # One particle has no spread in a step: its first steps, which remove little, stand in.
+        start, noise = history[0].energy, history[0].energy_std
+        if alone:
+            energies = [record.energy for record in history[:window]]
+            start, noise = statistics.fmean(energies), statistics.pstdev(energies)
+        recent = statistics.fmean(record.energy for record in history[-window:])
+        if not (start - recent > 2.0 * noise and start - recent > 0.1 * abs(start)):
             return {}
         return {
-            "falling": f"the loss falls ({first.energy:.3g} at the start, {recent:.3g} now) while weights are removed: "
+            "falling": f"the loss falls ({start:.3g} at the start, {recent:.3g} now) while weights are removed: "
             "is the model trained, and is this its loss?"
         }

@@ -101,7 +101,8 @@ def test_a_falling_loss_is_an_alarm_and_chance_is_none():
     assert run([0.5, 0.5, 0.6, 0.7, 0.9, 1.2], 0.01) is None
 
 
-def test_an_untrained_model_is_noticed(caplog):
+@pytest.mark.parametrize("n", [1, 4])
+def test_an_untrained_model_is_noticed(n, caplog):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4))
     with torch.no_grad():
@@ -109,9 +110,18 @@ def test_an_untrained_model_is_noticed(caplog):
     x = torch.randn(256, 8)
     batches = [(x, torch.randint(4, (256,)))] * 4
     with caplog.at_level(logging.WARNING, logger="sfpk_kernels"):
-        result = prune(model, None, batches, quick(n_steps=20))
+        result = prune(model, None, batches, quick(n_steps=20, n_particles=n))
     assert any("the loss falls" in words for words in result.alarms)
     assert "is the model trained" in caplog.text
+
+
+def test_one_particle_whose_batches_differ_is_no_alarm():
+    alarms, history = Alarms(SFPKConfig(0.8, n_particles=1, n_steps=40), ["0.weight"]), []
+    for k in range(40):
+        energy = 0.5 + (0.3, -0.2, 0.1, -0.3, 0.2)[k % 5] - 0.002 * k
+        record = StepRecord(k + 1, 1 - k / 50, [1 - k / 50], [energy], [0.0], 0.1, deviation=1.0, layer_densities=[0.5])
+        assert not alarms.check(history, record)
+        history.append(record)
 
 
 def spoiled(vectors, what):
