@@ -24,6 +24,7 @@ from .energy import LossFn
 from .files import load_state, save_state
 from .masks import MaskSet
 from .model_state import autograd_allowed, check_no_inference_tensors, guarded, seeded
+from .nonfinite import mark_nonfinite
 from .ops import pack_mask, unpack_mask
 from .particles import ParticleSystem
 from .planning import Plan, check_state, make_energy, plan_run, state_device
@@ -248,7 +249,7 @@ class SFPKPruner:
             with seeded(self._step_seed(number), self.coordinates.device):
                 if plan.memory == "fast":
                     energies, grads = self._energy(keep, batches)
-                    skipped = self._check_finite(energies, grads, number)
+                    skipped = mark_nonfinite(energies, grads, self.config, number)
                     stats = system.move_(grads)
                 else:
                     energies = torch.empty(len(keep), dtype=torch.float64, device=self._theta.device)
@@ -257,7 +258,7 @@ class SFPKPruner:
                     with self._energy.one_by_one():
                         for i in range(len(keep)):
                             energies[i] = self._energy.single(i, keep.rows(slice(i, i + 1)), batches[i], grad[0])
-                            skipped += self._check_finite(energies[i : i + 1], grad, number, first=i)
+                            skipped += mark_nonfinite(energies[i : i + 1], grad, self.config, number, first=i)
                             stats = system.move_(grad, row=i)
                             cosines[i] = stats.cosines[i]
                     stats = stats._replace(cosines=cosines)
@@ -465,26 +466,6 @@ class SFPKPruner:
 
     def _guard(self) -> Any:
         return guarded(self._model, bn=self.config.bn, dropout=self.config.dropout)
-
-    def _check_finite(self, energies: Tensor, grads: Tensor, number: int, first: int = 0) -> list[int]:
-        """Particles to skip, their gradients made NaN; or an error, as ``config.nonfinite`` says."""
-        finite = torch.isfinite(energies)
-        what, value = "loss", energies
-        if bool(finite.all()) or self.config.nonfinite != "raise":
-            # Row by row: no (n, d) temporary, and all threads at work. A NaN is both lowest and highest.
-            extremes = torch.stack([torch.stack(torch.aminmax(row)) for row in grads])
-            steep = extremes.abs().amax(dim=1)
-            if bool(finite.all()):
-                what, value = "gradient", steep
-            finite = finite & torch.isfinite(steep)
-        if bool(finite.all()):
-            return []
-        bad = torch.nonzero(~finite).flatten().tolist()
-        if self.config.nonfinite == "raise" or len(bad) == self.config.n_particles:
-            got = f"{float(value[bad[0]])} in step {number}, particle {first + bad[0]}"
-            raise FloatingPointError(f"loss_fn: wanted a finite {what}, got {got}")
-        grads[bad] = float("nan")
-        return [first + i for i in bad]
 
 
 def _functions(callbacks: Iterable[Any]) -> list[Callable[[StepRecord], None]]:
