@@ -120,10 +120,10 @@ class MaskSet:
         return torch.cat([self[name].view(-1) for name in self])
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes and bits: equal exactly when the masks are equal."""
+        """SHA-256 over names, shapes and bits: equal exactly when the masks are equal, whatever order they are in."""
         digest = hashlib.sha256()
-        for name, shape in self._shapes.items():
-            digest.update(json.dumps([name, list(shape)]).encode())
+        for name in sorted(self._shapes):
+            digest.update(json.dumps([name, list(self._shapes[name])]).encode())
             digest.update(self._bits[name].tobytes())
         return digest.hexdigest()
 
