@@ -263,12 +263,17 @@ class MaskSet:
     ) -> MaskEnforcer:
         """Keep the removed weights at exactly 0 through training: masked now, and again after every optimizer step.
 
-        No hooks on the forward pass, no change to the model; an optimizer hook does it, until ``remove()`` of what is
-        returned, or the end of the block where that is used as a context manager. Optimizer state (momentum) is not
-        masked. Optimizers that keep copies of their own (fp32 master weights, sharded parameters) are not covered.
+        No hooks on the forward pass, no change to the model; optimizer hooks do it, until ``remove()`` of what is
+        returned, or the end of the block where that is used as a context manager. What is masked after a step is what
+        the optimizer holds at that step, so parameter groups may be added later. A closure passed to ``step`` sees
+        masked weights and leaves no gradient for removed ones, so LBFGS, too, optimizes within the masks.
+
+        Removed weights have gradients: call ``mask_gradients_()`` of what is returned before ``clip_grad_norm_``, or
+        they count in the norm. Optimizer state (momentum) is not masked. Copies of the optimizer are not enforced, nor
+        are optimizers that keep copies of the weights (fp32 master weights, sharded parameters) covered.
 
         Args:
-            optimizer: that trains the model.
+            optimizer: that trains the model, or accelerate's wrapper around it.
             model: whose parameters the masks name; may be left out if the optimizer was made from
                 ``model.named_parameters()``.
             strict: refuse an optimizer that lacks masked parameters; False enforces those it holds, such as one of
@@ -276,7 +281,8 @@ class MaskSet:
 
         Raises:
             TypeError: no torch optimizer.
-            ValueError: an optimizer without some masked parameter, or the masks of another model.
+            ValueError: an optimizer without some masked parameter, or the masks of another model. Nothing is changed
+                then.
         """
         return MaskEnforcer(self, optimizer, model, strict)
 
