@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .coordinates import Coordinates
+from .coordinates import Coordinates, named_parameters
 from .enforce import MaskEnforcer
 from .files import atomic_write
 from .mask_files import decode, encode, json_dict
@@ -209,24 +209,33 @@ class MaskSet:
         )
 
     def check(self, model: nn.Module) -> None:
-        """That every mask fits a parameter of ``model``.
+        """That every mask fits a parameter of ``model``, and can be applied to it.
+
+        Names are those of the model inside ``torch.compile``, DataParallel and DistributedDataParallel.
 
         Raises:
             TypeError: no module.
-            ValueError: one does not fit; the message says which names are missing, which shapes differ, and what is
-                prunable in the model but has no mask (which alone is no error: layers may have been ignored).
+            ValueError: one does not fit; the message says which names are missing, which shapes differ, which are
+                already under torch.nn.utils.prune, which have no values here (meta device), and what is prunable in
+                the model but has no mask (which alone is no error: layers may have been ignored).
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = named_parameters(model)
+        handed_over = {id(p): n.removesuffix("_orig") for n, p in parameters.items() if n.endswith("_orig")}
         problems = []
         for name, shape in self._shapes.items():
-            if f"{name}_orig" in parameters:
-                problems.append(f"{name} is under torch.nn.utils.prune: call prune.remove first")
-            elif name not in parameters:
+            parameter = parameters.get(name, parameters.get(f"{name}_orig"))
+            pruned_as = handed_over.get(id(parameter))
+            if parameter is None:
                 problems.append(f"{name} is not in the model")
-            elif tuple(parameters[name].shape) != shape:
-                problems.append(f"{name} is {tuple(parameters[name].shape)} in the model, {shape} in the masks")
+            elif pruned_as is not None:
+                tied = "" if pruned_as == name else f", tied to {name},"
+                problems.append(f"{pruned_as}{tied} is under torch.nn.utils.prune: call prune.remove first")
+            elif tuple(parameter.shape) != shape:
+                problems.append(f"{name} is {tuple(parameter.shape)} in the model, {shape} in the masks")
+            elif parameter.is_meta:
+                problems.append(f"{name} has no values here (meta device): it is offloaded, or not loaded yet")
         if problems:
             raise ValueError(
                 f"model: wanted the model these masks were made for, got another: {_some(problems, '; ')}"
@@ -252,7 +261,7 @@ class MaskSet:
             ValueError: the masks belong to another model.
         """
         self.check(model)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = named_parameters(model)
         for name in self:
             parameter = parameters[name]
             parameter.masked_fill_(~self[name].to(parameter.device), 0)
@@ -292,8 +301,9 @@ class MaskSet:
         Every masked ``weight`` becomes the parameter ``weight_orig`` (the same nn.Parameter object, values untouched)
         and the buffer ``weight_mask``; ``weight`` is their product, made before each forward pass.
         ``prune.remove(module, "weight")`` makes it permanent: the same parameter under its old name, with zeros. Tied
-        weights are handed over in every module that uses them. Modules whose weight is read without calling them
-        (``out_proj`` of nn.MultiheadAttention) cannot be trained so; that is a limit of torch.nn.utils.prune.
+        weights are handed over in every module that uses them. Limits of torch.nn.utils.prune: modules whose weight is
+        read without calling them (``out_proj`` of nn.MultiheadAttention) can be neither trained nor deep-copied so;
+        other models cannot be deep-copied after a forward pass with gradients until one under ``torch.no_grad()``.
 
         Raises:
             ValueError: the masks belong to another model; nothing is changed then.
