@@ -24,6 +24,22 @@ _PIECE = 1 << 18  # elements
 Ignored = str | type[nn.Module] | nn.Module
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's wrapper, DataParallel and DistributedDataParallel: its names are the names."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule":  # by name: torch._dynamo would be loaded for the type
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by every name it goes by in the model inside such wrappers."""
+    return dict(unwrapped(model).named_parameters(remove_duplicate=False))
+
+
 @dataclass(frozen=True)
 class PrunableTensor:
     """One prunable parameter and its place in the flat vector."""
@@ -54,7 +70,8 @@ class Coordinates:
     several names is one tensor here, and is pruned only if every use of it may be pruned.
 
     Args:
-        model: the trained model, all on one device. Only its structure is kept, no reference to it.
+        model: the trained model, all on one device. Only its structure is kept, no reference to it. Inside
+            ``torch.compile``, DataParallel and DistributedDataParallel the names are those of the model within.
         ignored_layers: what to leave alone: module instances or module types (with everything inside them),
             names of modules or parameters, or ``"re:PATTERN"``, matched from the start of parameter names.
         include_embeddings: prune Embedding and EmbeddingBag weights, too.
@@ -78,6 +95,7 @@ class Coordinates:
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
+        model = unwrapped(model)
         self.device = _single_device(model)
         include = {"embedding": include_embeddings, "bias": include_biases, "norm": include_norms}
         ignored = _ignored_names(model, ignored_layers)
@@ -104,6 +122,7 @@ class Coordinates:
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """The prunable parameters of ``model``, in flat order."""
+        model = unwrapped(model)
         return [model.get_parameter(tensor.name) for tensor in self.tensors]
 
     def flatten(self, model: nn.Module) -> Tensor:

@@ -10,6 +10,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .batches import forward, move_to
+from .coordinates import named_parameters, unwrapped
 from .files import atomic_write
 from .masks import MaskSet
 from .memory import in_words
@@ -49,6 +52,7 @@ class ExportReport:
     latency: float | None  # seconds of one forward pass on the example, median
     runs: int  # behind the median
     device: str
+    uncounted: tuple[str, ...] = ()  # types of recurrent layers whose FLOPs torch does not count
 
     @property
     def sparsity(self) -> float:
@@ -62,11 +66,12 @@ class ExportReport:
     def __str__(self) -> str:
         unknown = "not measured: no example batch"
         where = f"median of {self.runs} ({self.device})"
+        zeros = ", ".join(["zeros counted", *(f"{layer} not counted" for layer in self.uncounted)])
         rows = [
             ("parameters", f"{self.parameters:,}, {self.nonzero:,} of them not zero"),
             ("prunable", f"{self.prunable:,}, {self.kept:,} kept (sparsity {self.sparsity:.4f})"),
             ("on disk", in_words(self.bytes_on_disk)),
-            ("FLOPs", unknown if self.flops is None else f"{self.flops:,} per forward pass, zeros counted"),
+            ("FLOPs", unknown if self.flops is None else f"{self.flops:,} per forward pass, {zeros}"),
             ("latency", unknown if self.latency is None else f"{_time(self.latency)}, {where}"),
             ("verified", self.verified or "no"),
         ]  # fmt: skip
@@ -91,11 +96,12 @@ def export(
 ) -> ExportReport:
     """Write a pruned model to a file, read it back, compare, and report size, FLOPs and latency.
 
-    The file takes its place only when everything has been compared. The model is not changed (its outputs are taken in
-    eval mode, without gradients).
+    The file takes its place only when everything has been compared and measured. The model is not changed (its outputs
+    are taken in eval mode, without gradients).
 
     Args:
-        model: the pruned model, on one device.
+        model: the pruned model, on one device. Of ``torch.compile``, DataParallel and DistributedDataParallel the model
+            inside is written and measured.
         path: the safetensors file, written atomically.
         verify: read the file back into a copy of the model whose own values were wiped out, and compare every
             tensor, and the outputs on ``example``, exactly.
@@ -110,9 +116,12 @@ def export(
         runs: forward passes behind the median latency, ≥ 1.
 
     Raises:
-        ValueError: an unknown kind (``"shrunk"`` among them: it takes structured pruning), masks of another model.
+        TypeError: masks that are no MaskSet.
+        ValueError: an unknown kind (``"shrunk"`` among them: it takes structured pruning), masks of another model, a
+            state dict with other things than tensors, or with tensors that share memory without being the same one.
         FileNotFoundError: no such folder.
-        RuntimeError: what was read back differs. The file is then not written.
+        RuntimeError: what was read back differs, or the model cannot be copied to compare it. After an error, one of
+            the model on the example among them, no file is written.
     """
     if kind == "shrunk":
         raise ValueError(
@@ -123,11 +132,17 @@ def export(
         raise ValueError(f"kind: wanted one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
         raise ValueError(f"runs: wanted an integer ≥ 1, got {runs!r}")
+    if masks is not None and not isinstance(masks, MaskSet):
+        raise TypeError(f"masks: wanted a MaskSet or None, got {type(masks).__name__}")
+    model = unwrapped(model)
     masks = MaskSet.from_model(model) if masks is None else masks
     masks.check(model)
     if metadata is not None:
         masks = masks.with_metadata(metadata)
-    pruned = model if _holds(masks, model) else masks.apply_(copy.deepcopy(model))
+    if kind == "dense":
+        _check_state(model)
+    cure = "apply the masks first, masks.apply_(model), and pass verify=False"
+    pruned = model if _holds(masks, model) else masks.apply_(_copy(model, cure))
     device = next(model.parameters()).device
     batch = None if example is None else move_to(example, device)
     with atomic_write(path) as temporary:
@@ -136,22 +151,24 @@ def export(
         else:
             masks.save(temporary)
         verified = _verify(pruned, model, masks, kind, temporary, batch, forward_fn) if verify else None
-    flops, share = (None, None) if batch is None else _flops(pruned, masks, batch, forward_fn)
-    report = ExportReport(
-        path=os.fspath(path),
-        kind=kind,
-        bytes_on_disk=Path(path).stat().st_size,
-        parameters=sum(parameter.numel() for parameter in pruned.parameters()),
-        nonzero=sum(int(parameter.detach().count_nonzero()) for parameter in pruned.parameters()),
-        prunable=masks.prunable,
-        kept=masks.kept,
-        verified=verified,
-        flops=flops,
-        flops_nonzero=share,
-        latency=None if batch is None else _latency(pruned, batch, forward_fn, runs, device),
-        runs=0 if batch is None else runs,
-        device=str(device),
-    )
+        # Measured before the file takes its place: an example that the model cannot run leaves none.
+        flops, share, uncounted = (None, None, ()) if batch is None else _flops(pruned, masks, batch, forward_fn)
+        report = ExportReport(
+            path=os.fspath(path),
+            kind=kind,
+            bytes_on_disk=temporary.stat().st_size,
+            parameters=sum(parameter.numel() for parameter in pruned.parameters()),
+            nonzero=sum(int(parameter.detach().count_nonzero()) for parameter in pruned.parameters()),
+            prunable=masks.prunable,
+            kept=masks.kept,
+            verified=verified,
+            flops=flops,
+            flops_nonzero=share,
+            latency=None if batch is None else _latency(pruned, batch, forward_fn, runs, device),
+            runs=0 if batch is None else runs,
+            device=str(device),
+            uncounted=uncounted,
+        )
     logger.info("exported %s", report)
     return report
 
@@ -159,8 +176,48 @@ def export(
 @torch.no_grad()
 def _holds(masks: MaskSet, model: nn.Module) -> bool:
     """Whether every removed weight is 0 already."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = named_parameters(model)
     return not any(bool(parameters[n][(~masks[n]).to(parameters[n].device)].count_nonzero()) for n in masks)
+
+
+def _check_state(model: nn.Module) -> None:
+    """That the state dict can be written: tensors, of which none is a view of another one.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    state = model.state_dict()
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"model: wanted a state dict of tensors, which is what safetensors holds, got {', '.join(others[:5])}, "
+            "which is none: kind='masks' writes the masks alone"
+        )
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    spans = sorted((str(value.device), value.data_ptr(), _end(value), name) for name, value in state.items())
+    # In the order of their beginnings: where any two overlap, two neighbours do.
+    for (device, _, end, name), (other_device, begin, _, other) in pairwise(spans):
+        if device == other_device and begin < end and own.get(name) is not own.get(other):
+            raise ValueError(
+                f"model: wanted tensors that are the same (tied) or apart, got {name} and {other}, which share memory "
+                "without being one: a file would hold one of them; give each its own, such as by .clone()"
+            )
+
+
+def _end(tensor: Tensor) -> int:
+    """The address behind its last element."""
+    if tensor.numel() == 0:
+        return tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _copy(model: nn.Module, cure: str) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RuntimeError(f"export: the model cannot be copied ({reason}): {cure}") from error
 
 
 def _save_dense(pruned: nn.Module, masks: MaskSet, path: Path) -> None:
@@ -178,7 +235,7 @@ def _verify(
     pruned: nn.Module, model: nn.Module, masks: MaskSet, kind: str, path: Path, batch: Any, forward_fn: Forward
 ) -> str:
     """Read the file back and compare; says what was compared."""
-    again = copy.deepcopy(model)
+    again = _copy(model, "verify=False writes it without reading it back")
     if kind == "dense":
         _wipe(again)
         load_model(again, str(path))
@@ -188,7 +245,8 @@ def _verify(
             raise RuntimeError(f"export: verify: masks read back from {path.parent} differ from those written")
         loaded.apply_(again)
     written, read = pruned.state_dict(), again.state_dict()
-    differing = [name for name, value in written.items() if not _equal(value, read.get(name))]
+    tensors = {name: value for name, value in written.items() if isinstance(value, Tensor)}
+    differing = [name for name, value in tensors.items() if not _equal(value, read.get(name))]
     if differing or written.keys() != read.keys():
         raise RuntimeError(f"export: verify: what was read back differs in {', '.join(differing[:5]) or 'its names'}")
     if batch is None:
@@ -228,26 +286,31 @@ def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _flops(model: nn.Module, masks: MaskSet, batch: Any, forward_fn: Forward) -> tuple[int, float]:
-    """FLOPs as torch counts them, and the share that multiplies kept weights.
+def _flops(model: nn.Module, masks: MaskSet, batch: Any, forward_fn: Forward) -> tuple[int, float, tuple[str, ...]]:
+    """FLOPs as torch counts them, the share that multiplies kept weights, and types of layers torch does not count.
 
     What a module with masked weights computes counts by their density there; everything else in full.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode  # here, because it imports Triton
 
+    on_cpu = next(model.parameters()).device.type == "cpu"
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # torch does not count the fused attention layer
     try:
-        with FlopCounterMode(display=False) as counter:
+        # Fused attention is counted on GPUs, but not on the CPU.
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext(), FlopCounterMode(display=False) as counter:
             _run(model, batch, forward_fn)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     counts = counter.get_flop_counts()
-    total = sum(counts.get("Global", {}).values())
+    total, root = sum(counts.get("Global", {}).values()), type(model).__name__
+    recurrent = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.RNNBase)]
+    uncounted = tuple(sorted({type(m).__name__ for n, m in recurrent if not counts.get(f"{root}.{n}" if n else root)}))
     if total == 0:
-        return 0, 1.0
+        return 0, 1.0, uncounted
     densities = {id(model.get_parameter(name)): density for name, density in masks.layer_densities().items()}
-    saved, root = 0.0, type(model).__name__
+    saved = 0.0
     for prefix, module in model.named_modules():
         weights = [p for p in module.parameters(recurse=isinstance(module, nn.MultiheadAttention)) if p.dim() > 1]
         if not any(id(weight) in densities for weight in weights):
@@ -256,7 +319,7 @@ def _flops(model: nn.Module, masks: MaskSet, batch: Any, forward_fn: Forward) ->
         by_op = counts.get(f"{root}.{prefix}" if prefix else root, {})
         own = sum(flops for op, flops in by_op.items() if not _multiplies_activations(str(op)))
         saved += own * (1.0 - kept / sum(weight.numel() for weight in weights))
-    return total, 1.0 - saved / total
+    return total, 1.0 - saved / total, uncounted
 
 
 def _multiplies_activations(op: str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-FORMAT = "sfpk-masks-1"
+FORMAT = "sfpk-masks-2"  # 1 had fingerprints that depended on the order of the masks
 
 
 def json_dict(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -65,11 +65,9 @@ def decode(
         raise ValueError(f"{source}: wanted a file of format {FORMAT}, got {header.get('format')!r}")
     try:
         shapes = {name: tuple(shape) for name, shape in json.loads(header["shapes"]).items()}
-        fingerprint, facts = header["fingerprint"], {}
-        if "facts" in header:  # files of before have none
-            facts = json.loads(header["facts"])
-            if hashlib.sha256(header["facts"].encode()).hexdigest() != header["facts_sha256"]:
-                raise ValueError("its metadata does not match its checksum")
+        fingerprint, facts = header["fingerprint"], json.loads(header["facts"])
+        if hashlib.sha256(header["facts"].encode()).hexdigest() != header["facts_sha256"]:
+            raise ValueError("its metadata does not match its checksum")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{source} was altered: its metadata is broken") from error
     return {name: packed.get(name, np.empty(0, np.uint8)) for name in shapes}, shapes, fingerprint, facts

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .coordinates import Coordinates
+from .coordinates import Coordinates, named_parameters
 from .enforce import MaskEnforcer
 from .files import atomic_write
 from .mask_files import decode, encode, json_dict
@@ -120,10 +120,10 @@ class MaskSet:
         return torch.cat([self[name].view(-1) for name in self])
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes and bits: equal exactly when the masks are equal."""
+        """SHA-256 over names, shapes and bits: equal exactly when the masks are equal, whatever order they are in."""
         digest = hashlib.sha256()
-        for name, shape in self._shapes.items():
-            digest.update(json.dumps([name, list(shape)]).encode())
+        for name in sorted(self._shapes):
+            digest.update(json.dumps([name, list(self._shapes[name])]).encode())
             digest.update(self._bits[name].tobytes())
         return digest.hexdigest()
 
@@ -209,24 +209,33 @@ class MaskSet:
         )
 
     def check(self, model: nn.Module) -> None:
-        """That every mask fits a parameter of ``model``.
+        """That every mask fits a parameter of ``model``, and can be applied to it.
+
+        Names are those of the model inside ``torch.compile``, DataParallel and DistributedDataParallel.
 
         Raises:
             TypeError: no module.
-            ValueError: one does not fit; the message says which names are missing, which shapes differ, and what is
-                prunable in the model but has no mask (which alone is no error: layers may have been ignored).
+            ValueError: one does not fit; the message says which names are missing, which shapes differ, which are
+                already under torch.nn.utils.prune, which have no values here (meta device), and what is prunable in
+                the model but has no mask (which alone is no error: layers may have been ignored).
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = named_parameters(model)
+        handed_over = {id(p): n.removesuffix("_orig") for n, p in parameters.items() if n.endswith("_orig")}
         problems = []
         for name, shape in self._shapes.items():
-            if f"{name}_orig" in parameters:
-                problems.append(f"{name} is under torch.nn.utils.prune: call prune.remove first")
-            elif name not in parameters:
+            parameter = parameters.get(name, parameters.get(f"{name}_orig"))
+            pruned_as = handed_over.get(id(parameter))
+            if parameter is None:
                 problems.append(f"{name} is not in the model")
-            elif tuple(parameters[name].shape) != shape:
-                problems.append(f"{name} is {tuple(parameters[name].shape)} in the model, {shape} in the masks")
+            elif pruned_as is not None:
+                tied = "" if pruned_as == name else f", tied to {name},"
+                problems.append(f"{pruned_as}{tied} is under torch.nn.utils.prune: call prune.remove first")
+            elif tuple(parameter.shape) != shape:
+                problems.append(f"{name} is {tuple(parameter.shape)} in the model, {shape} in the masks")
+            elif parameter.is_meta:
+                problems.append(f"{name} has no values here (meta device): it is offloaded, or not loaded yet")
         if problems:
             raise ValueError(
                 f"model: wanted the model these masks were made for, got another: {_some(problems, '; ')}"
@@ -252,7 +261,7 @@ class MaskSet:
             ValueError: the masks belong to another model.
         """
         self.check(model)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = named_parameters(model)
         for name in self:
             parameter = parameters[name]
             parameter.masked_fill_(~self[name].to(parameter.device), 0)
@@ -263,12 +272,17 @@ class MaskSet:
     ) -> MaskEnforcer:
         """Keep the removed weights at exactly 0 through training: masked now, and again after every optimizer step.
 
-        No hooks on the forward pass, no change to the model; an optimizer hook does it, until ``remove()`` of what is
-        returned, or the end of the block where that is used as a context manager. Optimizer state (momentum) is not
-        masked. Optimizers that keep copies of their own (fp32 master weights, sharded parameters) are not covered.
+        No hooks on the forward pass, no change to the model; optimizer hooks do it, until ``remove()`` of what is
+        returned, or the end of the block where that is used as a context manager. What is masked after a step is what
+        the optimizer holds at that step, so parameter groups may be added later. A closure passed to ``step`` sees
+        masked weights and leaves no gradient for removed ones, so LBFGS, too, optimizes within the masks.
+
+        Removed weights have gradients: call ``mask_gradients_()`` of what is returned before ``clip_grad_norm_``, or
+        they count in the norm. Optimizer state (momentum) is not masked. Copies of the optimizer are not enforced, nor
+        are optimizers that keep copies of the weights (fp32 master weights, sharded parameters) covered.
 
         Args:
-            optimizer: that trains the model.
+            optimizer: that trains the model, or accelerate's wrapper around it.
             model: whose parameters the masks name; may be left out if the optimizer was made from
                 ``model.named_parameters()``.
             strict: refuse an optimizer that lacks masked parameters; False enforces those it holds, such as one of
@@ -276,7 +290,8 @@ class MaskSet:
 
         Raises:
             TypeError: no torch optimizer.
-            ValueError: an optimizer without some masked parameter, or the masks of another model.
+            ValueError: an optimizer without some masked parameter, or the masks of another model. Nothing is changed
+                then.
         """
         return MaskEnforcer(self, optimizer, model, strict)
 
@@ -286,8 +301,9 @@ class MaskSet:
         Every masked ``weight`` becomes the parameter ``weight_orig`` (the same nn.Parameter object, values untouched)
         and the buffer ``weight_mask``; ``weight`` is their product, made before each forward pass.
         ``prune.remove(module, "weight")`` makes it permanent: the same parameter under its old name, with zeros. Tied
-        weights are handed over in every module that uses them. Modules whose weight is read without calling them
-        (``out_proj`` of nn.MultiheadAttention) cannot be trained so; that is a limit of torch.nn.utils.prune.
+        weights are handed over in every module that uses them. Limits of torch.nn.utils.prune: modules whose weight is
+        read without calling them (``out_proj`` of nn.MultiheadAttention) can be neither trained nor deep-copied so;
+        other models cannot be deep-copied after a forward pass with gradients until one under ``torch.no_grad()``.
 
         Raises:
             ValueError: the masks belong to another model; nothing is changed then.

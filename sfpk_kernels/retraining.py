@@ -29,7 +29,8 @@ class RetrainConfig:
         momentum: of SGD (Nesterov), in [0, 1).
         weight_decay: of every trained parameter, ≥ 0.
         label_smoothing: of the default cross-entropy on batches (x, y), in [0, 1).
-        clip_norm: largest norm of the gradient of all parameters together, > 0; ``None`` for no clipping.
+        clip_norm: largest norm of the gradient of all parameters together, without removed weights, > 0; ``None`` for
+            no clipping.
 
     Raises:
         TypeError: a value that is no number.
@@ -149,7 +150,7 @@ def retrain(
         model.train()
         with (
             seeded(seed, device),
-            masks.enforce(optimizer, model, strict=False),
+            masks.enforce(optimizer, model, strict=False) as enforcer,
             tqdm(total=total, desc="retrain", disable=None if progress is None else not progress) as bar,
         ):
             stream = BatchStream(loader, device, total)
@@ -163,6 +164,7 @@ def retrain(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 if config.clip_norm is not None:
+                    enforcer.mask_gradients_()
                     nn.utils.clip_grad_norm_(parameters, config.clip_norm)
                 optimizer.step()
                 schedule.step()

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune
+
+from .coordinates import named_parameters
 
 if TYPE_CHECKING:
     from .masks import MaskSet
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 def to_torch_prune(masks: MaskSet, model: nn.Module) -> nn.Module:
     """What :meth:`MaskSet.to_torch_prune` does."""
     masks.check(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = named_parameters(model)
     names = {id(parameters[name]): name for name in masks}
     uses = [
         (module, local, names[id(parameter)])
@@ -24,4 +27,8 @@ def to_torch_prune(masks: MaskSet, model: nn.Module) -> nn.Module:
     ]
     for module, local, name in uses:
         prune.custom_from_mask(module, local, masks[name].to(parameters[name].device))
+        if not isinstance(module, NonDynamicallyQuantizableLinear):
+            # Every call of the module makes it anew; one with a history could not be copied. Not for out_proj of
+            # nn.MultiheadAttention, which is never called: torch's error in training there is better than silence.
+            setattr(module, local, getattr(module, local).detach())
     return model

@@ -7,6 +7,8 @@ from torch.nn.utils import parametrizations, prune
 
 from sfpk_kernels import Coordinates
 
+from .wrappers import WRAPPERS
+
 
 def names(model, **options):
     return [tensor.name for tensor in Coordinates(model, **options).tensors]
@@ -147,6 +149,14 @@ def test_masked_and_parametrized_layers_say_what_to_do(mlp):
         Coordinates(mlp)
     assert "call prune.remove first" in str(caught.value)
     assert "remove_parametrizations" in str(caught.value)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_names_are_those_of_the_model_inside(mlp, wrap):
+    wrapped = wrap(mlp)
+    assert names(wrapped) == ["0.weight", "2.weight"]
+    assert names(wrapped, ignored_layers=["0"]) == names(wrapped, ignored_layers=[mlp[0]]) == ["2.weight"]
+    assert Coordinates(mlp).parameters(wrapped) == [mlp[0].weight, mlp[2].weight]
 
 
 def test_refused_models(mlp):

@@ -6,11 +6,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sfpk_kernels import Coordinates, default_loss
+from sfpk_kernels import Coordinates, SFPKConfig, default_loss, prune
 from sfpk_kernels.bench import models
 from sfpk_kernels.energy import ParticleEnergy
 from sfpk_kernels.energy._scale import LossScale
 from sfpk_kernels.model_state import guarded
+
+from .wrappers import WRAPPERS
 
 N = 3
 
@@ -184,6 +186,17 @@ def test_compiled(mode):
     compiled = energies(model, batches, mode, compiled=True)
     close(compiled, energies(model, batches, mode), 1e-5)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("mode", ["sequential", "vmap"])
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrapped_models_get_the_masks_of_the_model_inside(wrap, mode):
+    model, batches = task("gpt")  # with tied weights
+    config = SFPKConfig(0.6, n_particles=2, n_steps=3, energy_mode=mode)
+    expected = prune(model, None, batches, config).mask
+    found = prune(wrap(model), None, batches, config).mask
+    assert list(found) == list(expected)
+    assert found == expected
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from sfpk_kernels import MaskSet, SFPKConfig, export, prune
 from sfpk_kernels.bench.models import Gpt, texts
 
 from .snapshot import Snapshot
+from .wrappers import WRAPPERS
 
 
 @pytest.fixture
@@ -93,6 +94,96 @@ def test_what_is_read_back_wrong_is_not_left(pruned, images, tmp_path, monkeypat
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrapped_models_are_written_as_the_model_inside(pruned, images, tmp_path, wrap):
+    report = export(wrap(pruned), tmp_path / "m", example=images[0], runs=1)
+    other = copy.deepcopy(pruned)
+    nn.init.zeros_(other[0].weight)
+    load_model(other, tmp_path / "m")
+    assert torch.equal(other(images[0][0]), pruned(images[0][0]))
+    plain = export(pruned, tmp_path / "m", example=images[0], runs=1)
+    assert (report.flops, report.flops_nonzero) == (plain.flops, plain.flops_nonzero)
+
+
+def test_attention_counts_and_lstm_is_said_not_to(tmp_path):
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    report = export(layer, tmp_path / "m", example=torch.randn(1, 256, 32), runs=1)
+    linear = 256 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    assert report.flops == linear + 2 * 2 * 256 * 256 * 32 == 12_582_912
+    assert report.uncounted == ()
+
+    class Recurrent(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.recurrent, self.head = kind(16, 16, batch_first=True), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.head(self.recurrent(x)[0])
+
+    for kind in (nn.LSTM, nn.GRU):
+        report = export(Recurrent(kind), tmp_path / "m", example=torch.randn(2, 8, 16), runs=1)
+        head = 2 * 8 * 2 * 16 * 4
+        counted = report.flops > head  # which of them torch counts depends on its version
+        assert report.uncounted == (() if counted else (kind.__name__,))
+        assert counted or f"{head:,} per forward pass, zeros counted, {kind.__name__} not counted" in str(report)
+
+
+def test_a_model_that_cannot_be_copied(mlp, tmp_path):
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = mlp[0]
+
+        def forward(self, x):
+            self.last = self.layer(x)
+            return self.last
+
+    model = Caching()
+    model(torch.ones(2, 8)).sum().backward()
+    masks = MaskSet({"layer.weight": torch.rand(12, 8) > 0.5})
+    with pytest.raises(RuntimeError, match=r"cannot be copied \(.*\): apply the masks first, .* verify=False"):
+        export(model, tmp_path / "m", masks=masks)
+    masks.apply_(model)
+    with pytest.raises(RuntimeError, match=r"cannot be copied \(.*\): verify=False writes it without"):
+        export(model, tmp_path / "m", masks=masks)
+    assert not list(tmp_path.iterdir())
+    assert export(model, tmp_path / "m", verify=False, masks=masks).verified is None
+
+
+def test_a_state_dict_with_other_things_than_tensors(mlp, tmp_path):
+    class Extra(nn.Sequential):
+        def get_extra_state(self):
+            return {"scale": torch.ones(2)}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = Extra(mlp[0])
+    with pytest.raises(ValueError, match="model: wanted a state dict of tensors, .* got _extra_state"):
+        export(model, tmp_path / "m", verify=False)
+    export(model, tmp_path / "m", kind="masks")
+
+
+@pytest.mark.parametrize("view", [lambda w: w[:2], lambda w: w.T, lambda w: w, lambda w: w.flatten()[3:7].view(2, 2)])
+def test_views_are_refused(tmp_path, view):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 4))
+    export(model, tmp_path / "fine")
+    model[1].weight = nn.Parameter(view(model[0].weight.detach()))
+    for verify in (True, False):
+        with pytest.raises(ValueError, match="got [01].weight and [01].weight, which share memory without being one"):
+            export(model, tmp_path / "m", verify=verify)
+    assert not (tmp_path / "m").exists()
+    model[1].weight = model[0].weight  # the same parameter is written once
+    export(model, tmp_path / "m")
+
+
+def test_an_example_that_does_not_run_leaves_no_file(pruned, tmp_path):
+    for verify in (True, False):
+        with pytest.raises(RuntimeError):
+            export(pruned, tmp_path / "m", verify, example=torch.ones(2, 7))
+    assert not list(tmp_path.iterdir())
+
+
 def test_wrong_input(pruned, mlp, tmp_path):
     with pytest.raises(ValueError, match="take structured pruning"):
         export(pruned, tmp_path / "m", kind="shrunk")
@@ -100,6 +191,8 @@ def test_wrong_input(pruned, mlp, tmp_path):
         export(pruned, tmp_path / "m", kind="onnx")
     with pytest.raises(ValueError, match="wanted the model these masks were made for"):
         export(mlp, tmp_path / "m", masks=MaskSet.from_model(pruned))
+    with pytest.raises(TypeError, match="masks: wanted a MaskSet or None, got dict"):
+        export(mlp, tmp_path / "m", masks={})
     with pytest.raises(FileNotFoundError, match="existing folder"):
         export(pruned, tmp_path / "no" / "m")
     with pytest.raises(ValueError, match="runs"):

@@ -14,7 +14,7 @@ from sfpk_kernels.baselines import magnitude
 pytest.importorskip("lightning")
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, ModelCheckpoint
 
 from sfpk_kernels.integrations.lightning import SFPKCallback
 
@@ -120,6 +120,118 @@ def test_several_optimizers_by_hand_and_a_submodule(tmp_path, loader):
     trainer(tmp_path, callback).fit(model, loader)
     assert callback.exact == [True] * 10
     assert MaskSet.from_model(model.net) == masks
+
+
+class Parts(LightningModule):
+    """Backbone and head, trained by whatever requires gradients at the start."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(8, 12), nn.ReLU())
+        self.head = nn.Linear(12, 4)
+
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 0.01)
+
+
+def test_groups_that_are_added_later(tmp_path, loader):
+    model = Parts()
+    callback = Watch(magnitude(model, None, None, 0.8))
+    before = model.backbone[0].weight.detach().clone()
+    trainer(tmp_path, BackboneFinetuning(2, verbose=False), callback, max_epochs=3).fit(model, loader)
+    assert callback.exact == [True] * 15
+    kept = callback.masks["backbone.0.weight"]
+    assert not torch.equal(model.backbone[0].weight[kept], before[kept]), "it was unfrozen"
+
+
+def test_optimizers_that_are_exchanged(tmp_path, loader):
+    class Exchanging(Plain):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.trainer.optimizers = [torch.optim.SGD(self.parameters(), 0.1)]
+
+    model = Exchanging()
+    callback = Watch(magnitude(model, None, None, 0.7))
+    trainer(tmp_path, callback, max_epochs=3).fit(model, loader)
+    assert callback.exact == [True] * 15
+
+
+def test_masked_a_last_time(tmp_path, loader):
+    class Late(Plain):
+        def on_train_batch_end(self, *_):
+            nn.init.ones_(self.net[0].weight)
+
+    model = Late()
+    masks = magnitude(model, None, None, 0.7)
+    trainer(tmp_path, SFPKCallback(masks)).fit(model, loader)
+    assert MaskSet.from_model(model) == masks
+
+
+def test_clipping_counts_kept_weights_alone(tmp_path, loader):
+    class Clipped(Plain):
+        def configure_gradient_clipping(self, optimizer, **options):
+            self.removed = self.net[0].weight.grad[~masks["net.0.weight"]]
+            super().configure_gradient_clipping(optimizer, **options)
+
+    model = Clipped()
+    masks = magnitude(model, None, None, 0.7)
+    trainer(tmp_path, SFPKCallback(masks), gradient_clip_val=0.1).fit(model, loader)
+    assert len(model.removed)
+    assert (model.removed == 0).all()
+
+
+def test_lbfgs(tmp_path, loader):
+    class Quasi(Plain):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), 0.5, max_iter=4)
+
+    model = Quasi()
+    callback = Watch(magnitude(model, None, None, 0.7))
+    trainer(tmp_path, callback).fit(model, loader)
+    assert callback.exact == [True] * 10
+
+
+def test_several_callbacks_for_several_submodules(tmp_path, loader):
+    def callbacks(model, *masks):
+        return [SFPKCallback(m, name) for m, name in zip(masks, ("backbone", "head"), strict=True)]
+
+    model = Parts()
+    masks = [magnitude(part, None, None, share) for part, share in ((model.backbone, 0.7), (model.head, 0.4))]
+    trainer(
+        tmp_path, *callbacks(model, *masks), ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    ).fit(model, loader)  # fmt: skip
+    assert [MaskSet.from_model(part) for part in (model.backbone, model.head)] == masks
+    resumed, again = Parts(), callbacks(model, None, None)
+    trainer(tmp_path, *again, max_epochs=3).fit(resumed, loader, ckpt_path=tmp_path / "last.ckpt")
+    assert [callback.masks for callback in again] == masks
+    assert [MaskSet.from_model(part) for part in (resumed.backbone, resumed.head)] == masks
+
+
+def test_copies_while_training_enforce_nothing(tmp_path, loader):
+    class Copying(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.copied = copy.deepcopy(trainer.callbacks[0])
+
+    model, copying = Plain(), Copying()
+    callback = Watch(magnitude(model, None, None, 0.7))
+    trainer(tmp_path, callback, copying).fit(model, loader)
+    assert callback.exact == [True] * 10
+    assert copying.copied.masks == callback.masks
+    assert not copying.copied._enforcers
+
+
+def test_a_callback_taken_up_again_is_told_what_to_do(tmp_path, loader):
+    for share in (0.5, 0.7):
+        model = Plain()
+        saved = ModelCheckpoint(dirpath=tmp_path / str(share), save_last=True)
+        trainer(tmp_path, SFPKCallback(magnitude(model, None, None, share)), saved).fit(model, loader)
+    callback = SFPKCallback()
+    trainer(tmp_path, callback, max_epochs=3).fit(Plain(), loader, ckpt_path=tmp_path / "0.5" / "last.ckpt")
+    with pytest.raises(ValueError, match="a new callback with masks=None goes on with those of the checkpoint"):
+        trainer(tmp_path, callback, max_epochs=3).fit(Plain(), loader, ckpt_path=tmp_path / "0.7" / "last.ckpt")
 
 
 def test_refusals(tmp_path, loader):

@@ -13,6 +13,8 @@ from torch.nn.utils import prune as torch_prune
 from sfpk_kernels import MaskSet
 from sfpk_kernels.baselines import magnitude
 
+from .wrappers import WRAPPERS
+
 
 @pytest.fixture
 def masks():
@@ -86,18 +88,16 @@ def test_altered_metadata_are_refused(masks, tmp_path):
         MaskSet.load(path)
 
 
-def test_files_without_facts_still_load(masks, tmp_path):
-    """Those of version 0.1 held shapes and fingerprint alone."""
+def test_files_of_the_format_before_are_refused(masks, tmp_path):
+    """Their fingerprints depended on the order of the masks."""
     header = {
         "format": "sfpk-masks-1",
         "shapes": json.dumps({name: list(shape) for name, shape in masks.shapes.items()}),
         "fingerprint": masks.fingerprint(),
     }
     save_file(masks._bits, tmp_path / "m", metadata=header)
-    loaded = MaskSet.load(tmp_path / "m")
-    assert loaded == masks
-    assert loaded.kept == masks.kept
-    assert loaded.metadata == {}
+    with pytest.raises(ValueError, match="wanted a file of format sfpk-masks-2, got 'sfpk-masks-1'"):
+        MaskSet.load(tmp_path / "m")
 
 
 def test_bytes_round_trip(masks):
@@ -122,6 +122,34 @@ def test_masks_of_a_pruned_model(masks, mlp):
     masks.apply_(mlp)
     assert MaskSet.from_model(mlp) == masks
     assert list(MaskSet.from_model(mlp, ignored_layers=["0"])) == ["2.weight"]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrapped_models_have_the_names_of_the_model_inside(masks, mlp, wrap):
+    wrapped = wrap(mlp)
+    assert masks.apply_(wrapped) is wrapped
+    assert MaskSet.from_model(wrapped) == MaskSet.from_model(mlp) == masks
+    with masks.enforce(torch.optim.SGD(wrapped.parameters(), 0.1), wrapped) as handle:
+        assert len(handle) == 2
+    expected = mlp(torch.ones(2, 8))
+    assert masks.to_torch_prune(wrapped) is wrapped
+    assert hasattr(mlp[0], "weight_mask")
+    assert torch.equal(wrapped(torch.ones(2, 8)), expected)
+
+
+def test_weights_that_are_elsewhere_are_refused(masks, mlp):
+    model = copy.deepcopy(mlp)
+    model[2].to("meta")  # as offloading leaves it
+    optimizer = torch.optim.SGD(model.named_parameters(), 0.1)
+    before = model[0].weight.detach().clone()
+    for act in (
+        masks.check, masks.apply_, masks.to_torch_prune, lambda m: masks.enforce(optimizer, m),
+        lambda m: masks.enforce(optimizer),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"2.weight.*meta device"):
+            act(model)
+    assert torch.equal(model[0].weight, before)
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_apply_state_dict_load(convnet, images):
@@ -181,6 +209,41 @@ def test_torch_prune_of_tied_weights(mlp):
     assert model.a.weight is weight
     assert model.b.weight is weight
     assert MaskSet.from_model(model) == mask
+
+
+def test_torch_prune_on_one_of_two_tied_weights_is_seen(mlp):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    mask = magnitude(model, None, None, 0.5)
+    torch_prune.identity(model[1], "weight")
+    names = list(model.state_dict())
+    for act in (mask.apply_, mask.to_torch_prune):
+        with pytest.raises(ValueError, match=r"1.weight, tied to 0.weight, is under torch.nn.utils.prune"):
+            act(model)
+    assert list(model.state_dict()) == names
+
+
+def test_copies_right_after_the_hand_over(masks, mlp):
+    x = torch.ones(2, 8)
+    expected = masks.apply_(copy.deepcopy(mlp))(x)
+    masks.to_torch_prune(mlp)
+    assert torch.equal(copy.deepcopy(mlp)(x), expected)
+    mlp(x).sum().backward()
+    with torch.no_grad():
+        mlp(x)
+    again = copy.deepcopy(mlp)
+    again(x).sum().backward()
+    assert again[0].weight_orig.grad is not None
+
+
+def test_torch_prune_of_attention_is_no_silent_freeze():
+    """out_proj is read without being called: torch refuses to train it, rather than leave it as it is."""
+    model = nn.MultiheadAttention(8, 2)
+    magnitude(model, None, None, 0.5).to_torch_prune(model)
+    x = torch.ones(3, 8)
+    model(x, x, x)[0].sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        model(x, x, x)[0].sum().backward()
 
 
 def test_torch_prune_refuses_another_model_unchanged(masks, mlp):

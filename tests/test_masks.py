@@ -52,6 +52,15 @@ def test_any_difference_changes_the_fingerprint(masks):
     assert len({masks.fingerprint(), *(other.fingerprint() for other in others)}) == 5
 
 
+def test_the_order_of_the_masks_does_not_matter(masks, tmp_path):
+    turned = MaskSet({name: masks[name] for name in reversed(list(masks))})
+    assert turned == masks
+    assert hash(turned) == hash(masks)
+    turned.save(tmp_path / "m")
+    assert MaskSet.load(tmp_path / "m") == masks
+    assert list(MaskSet.load(tmp_path / "m")) == list(turned)
+
+
 def test_apply(masks, mlp):
     mlp[0].weight.data[0, 0] = float("nan")
     masks = MaskSet({"0.weight": masks["0.weight"].index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(False)),

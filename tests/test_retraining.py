@@ -81,6 +81,19 @@ def test_options_act(mlp, vectors, loader):
     assert outcome(batches=loader, seed=1)[0] != outcome(batches=loader, seed=2)[0]
 
 
+def test_clipping_counts_kept_weights_alone(mlp, vectors, monkeypatch):
+    mask = magnitude(mlp, None, None, 0.9)
+    real, seen = nn.utils.clip_grad_norm_, []
+
+    def watched(parameters, limit):
+        seen.append(all(bool((mlp.get_parameter(name).grad[~mask[name]] == 0).all()) for name in mask))
+        return real(parameters, limit)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", watched)
+    retrain(mlp, None, vectors, mask, RetrainConfig(epochs=1, clip_norm=0.1))
+    assert seen == [True] * 10
+
+
 def test_frozen_weights_are_masked_and_stay(mlp, vectors):
     mask = magnitude(mlp, None, None, 0.5)
     mlp[0].weight.requires_grad_(False)

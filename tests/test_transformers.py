@@ -102,6 +102,49 @@ def test_callback_states_restored_by_the_trainer(tmp_path):
     assert MaskSet.from_model(model) == masks
 
 
+def test_masks_lost_to_the_option_that_restores_callbacks(tmp_path):
+    masks = magnitude(tiny(), None, None, 0.7)
+    trainer(tmp_path / "a", tiny(), SFPKTrainerCallback(masks)).train()
+    options = {"max_steps": 6, "restore_callback_states_from_checkpoint": True}
+    callback = SFPKTrainerCallback.from_checkpoint(tmp_path / "a" / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"leave that option off\): SFPKTrainerCallback.from_checkpoint"):
+        trainer(tmp_path / "b", tiny(), callback, **options).train(str(tmp_path / "a" / "checkpoint-4"))
+
+
+def test_the_folder_of_another_run_is_not_read(tmp_path):
+    """A checkpoint of the same step lies in output_dir, of a run with other masks."""
+    masks, others = (magnitude(tiny(), None, None, share) for share in (0.7, 0.3))
+    trainer(tmp_path / "dense", tiny()).train()
+    trainer(tmp_path / "pruned", tiny(), SFPKTrainerCallback(masks)).train()
+    trainer(tmp_path / "here", tiny(), SFPKTrainerCallback(others)).train()
+    for before in ("dense", "pruned"):
+        shutil.copytree(tmp_path / "here", tmp_path / before / "here")
+        checkpoint, here = str(tmp_path / before / "checkpoint-4"), tmp_path / before / "here"
+        with pytest.raises(ValueError, match="got neither"):
+            trainer(here, tiny(), SFPKTrainerCallback(), max_steps=6).train(checkpoint)
+        model, callback = tiny(), SFPKTrainerCallback(masks)
+        trainer(here, model, callback, max_steps=6).train(checkpoint)
+        assert callback.masks == masks
+        assert MaskSet.from_model(model) == masks
+
+
+def test_two_callbacks_are_refused(tmp_path):
+    model = tiny()
+    masks = magnitude(model, None, None, 0.7)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="callbacks: wanted one SFPKTrainerCallback in a Trainer, got a second one"):
+        trainer(tmp_path, model, Watch(masks), SFPKTrainerCallback(masks))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    late = trainer(tmp_path, model, SFPKTrainerCallback(masks))
+    late.add_callback(SFPKTrainerCallback(masks))
+    with pytest.raises(ValueError, match="got a second one"):
+        late.train()
+    again = trainer(tmp_path, model, SFPKTrainerCallback(masks))
+    again.train()
+    again.train()
+    assert MaskSet.from_model(model) == masks
+
+
 def test_refusals(tmp_path):
     model = tiny()
     masks, others = magnitude(model, None, None, 0.7), magnitude(model, None, None, 0.5)
@@ -114,7 +157,7 @@ def test_refusals(tmp_path):
         trainer(tmp_path / "a", model, SFPKTrainerCallback(wrong)).train()
     trainer(tmp_path / "a", model, SFPKTrainerCallback(masks)).train()
     folder = tmp_path / "a" / "checkpoint-4"
-    with pytest.raises(ValueError, match="masks: wanted those of the checkpoint checkpoint-4"):
+    with pytest.raises(ValueError, match="masks: wanted those of the checkpoint, with the fingerprint"):
         trainer(tmp_path / "a", tiny(), SFPKTrainerCallback(others), max_steps=6).train(
             resume_from_checkpoint=str(folder)
         )
@@ -124,7 +167,7 @@ def test_refusals(tmp_path):
         trainer(tmp_path / "b", tiny(), SFPKTrainerCallback(others), max_steps=6).train(
             resume_from_checkpoint=str(elsewhere)
         )
-    with pytest.raises(ValueError, match="masks: wanted a MaskSet, or a checkpoint with masks in output_dir"):
+    with pytest.raises(ValueError, match=r"got neither: SFPKTrainerCallback.from_checkpoint\(folder\) takes them"):
         trainer(tmp_path / "b", tiny(), SFPKTrainerCallback(), max_steps=6).train(resume_from_checkpoint=str(elsewhere))
     fresh = tiny()
     callback = SFPKTrainerCallback.from_checkpoint(elsewhere)

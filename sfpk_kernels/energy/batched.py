@@ -47,7 +47,9 @@ class Batched:
             if isinstance(module, nn.RNNBase):
                 raise CannotRunError(f"{type(module).__name__} keeps a list of its weights that no batched one enters")
         self._module = _Loss(problem)
-        self._names = [f"model.{tensor.name}" for tensor in problem.coordinates.tensors]
+        # Looked up by identity: inside a wrapper (DataParallel) a parameter has another name than its coordinates.
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        self._names = [names[id(parameter)] for parameter in problem.coordinates.parameters(problem.model)]
         self._dtypes = problem.dtypes
         # Everything else detached: no gradient is computed for it. Tied parameters stand here under their first
         # name alone; functional_call carries them over to the others.

@@ -20,6 +20,6 @@ def restored(given: MaskSet | None, found: MaskSet, where: str) -> MaskSet:
     if given is not None and given != found:
         raise ValueError(
             f"masks: wanted those of {where}, {found!r}, got others, {given!r}: "
-            "pass masks=None to go on with those of the checkpoint"
+            "a new callback with masks=None goes on with those of the checkpoint"
         )
     return found if given is None else given

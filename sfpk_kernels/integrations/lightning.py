@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ __all__ = ["SFPKCallback"]
 class SFPKCallback(Callback):
     """Keeps removed weights at exactly 0 while a Lightning Trainer fits, and saves the masks in its checkpoints.
 
-    The weights are masked before the first step and after every step of every optimizer (accumulated batches, manual
-    optimization and mixed precision included). Resuming from a checkpoint restores its masks. Strategies that shard
-    parameters or keep copies of them (FSDP, DeepSpeed) are not covered.
+    The weights are masked before the first step, after every step of every optimizer (accumulated batches, manual
+    optimization and mixed precision included) and at the end. Parameter groups and optimizers may be added or exchanged
+    meanwhile. Gradient clipping counts kept weights alone, except by hand (``clip_gradients`` in manual optimization).
+    Resuming from a checkpoint restores its masks. Several callbacks may hold masks of different submodules. Strategies
+    that shard parameters or keep copies of them (FSDP, DeepSpeed) are not covered.
 
     Args:
         masks: of the module, named as in its ``named_parameters()``; ``None`` to take those of the checkpoint that
@@ -39,7 +42,13 @@ class SFPKCallback(Callback):
             raise TypeError(f"submodule: wanted a name, got {submodule!r:.80}")
         self.masks = masks
         self.submodule = submodule
-        self._enforcers: list[MaskEnforcer] = []
+        self._optimizers: list[Any] = []
+        self._enforcers: list[MaskEnforcer] = []  # one for each of them, while training
+
+    @property
+    def state_key(self) -> str:
+        """Under which the masks lie in a checkpoint: one for each submodule."""
+        return self._generate_state_key(submodule=self.submodule) if self.submodule else super().state_key
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check and mask, before the sanity check validates."""
@@ -50,13 +59,24 @@ class SFPKCallback(Callback):
         """Mask what was restored, and from now on after every optimizer step."""
         if self.masks is None:
             raise ValueError("masks: wanted a MaskSet, or a checkpoint with masks to resume from, got neither")
-        model = self._model(pl_module)
-        self.masks.apply_(model)
-        self._release()
-        self._enforcers = [self.masks.enforce(optimizer, model, strict=False) for optimizer in trainer.optimizers]
+        self.masks.apply_(self._model(pl_module))
+        self._follow(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Enforce on other optimizers, if they were exchanged."""
+        optimizers = trainer.optimizers
+        if len(optimizers) != len(self._optimizers) or not all(map(operator.is_, optimizers, self._optimizers)):
+            self._follow(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """No gradients for removed weights: Lightning clips after this."""
+        for enforcer in self._enforcers:
+            enforcer.mask_gradients_()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop enforcing."""
+        """Mask a last time, and stop enforcing."""
+        if self.masks is not None:
+            self.masks.apply_(self._model(pl_module))
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -85,7 +105,18 @@ class SFPKCallback(Callback):
         except AttributeError as error:
             raise ValueError(f"submodule: wanted a part of the module, got {self.submodule!r}: {error}") from error
 
+    def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.masks is not None
+        self._release()
+        model = self._model(pl_module)
+        self._optimizers = list(trainer.optimizers)
+        self._enforcers = [self.masks.enforce(optimizer, model, strict=False) for optimizer in self._optimizers]
+
     def _release(self) -> None:
         for enforcer in self._enforcers:
             enforcer.remove()
-        self._enforcers = []
+        self._optimizers, self._enforcers = [], []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which enforce nothing before a fit of their own."""
+        return {**self.__dict__, "_optimizers": [], "_enforcers": []}

@@ -13,9 +13,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..coordinates import named_parameters
 from ..enforce import MaskedParameters
 from ..masks import MaskSet
-from ._restore import check_masks, restored
+from ._restore import check_masks
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +30,19 @@ class SFPKTrainerCallback(TrainerCallback, ExportableState):
 
     The weights are masked before the first step and after every optimizer step (not after every accumulated batch).
     Every checkpoint folder gets a file ``sfpk_masks.safetensors``, and the masks' fingerprint goes into its
-    ``trainer_state.json``. A run that resumes is refused if its masks are not those of the checkpoint. Sharded or
+    ``trainer_state.json``. A run that resumes is refused if its masks are not those of the checkpoint. The Trainer
+    clips before any callback is asked, so ``max_grad_norm`` counts the gradients of removed weights, too. Sharded or
     offloaded parameters (FSDP, DeepSpeed) are not covered.
 
     Args:
         masks: of the model. ``None`` when a run resumes: they are read from the checkpoint, if it lies in the
-            ``output_dir``; :meth:`from_checkpoint` reads them from anywhere.
+            ``output_dir``; :meth:`from_checkpoint` reads them from anywhere. With
+            ``restore_callback_states_from_checkpoint=True`` the Trainer makes the callback anew, as with ``None``.
 
     Raises:
         TypeError: no MaskSet.
-        ValueError: at the start of training: masks of another model, none at all, or others than those of the
-            checkpoint.
+        ValueError: for a second one in the same Trainer; at the start of training: masks of another model, none at
+            all, or others than those of the checkpoint.
     """
 
     def __init__(self, masks: MaskSet | None = None):
@@ -56,19 +59,33 @@ class SFPKTrainerCallback(TrainerCallback, ExportableState):
         """What the Trainer writes into ``trainer_state.json``; see :class:`transformers.TrainerCallback`."""
         return {"args": {}, "attributes": {} if self.masks is None else {"fingerprint": self.masks.fingerprint()}}
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse a second callback of this kind."""
+        self._claim(state)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Restore or check the masks of a resumed run; mask."""
+        self._claim(state)
         if state.global_step > 0:
             self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
         if self.masks is None:
+            lost = ""
+            if state.global_step > 0 and args.restore_callback_states_from_checkpoint:
+                lost = (
+                    " (restore_callback_states_from_checkpoint=True made the callback anew, without the masks it may "
+                    "have had: leave that option off)"
+                )
             raise ValueError(
                 "masks: wanted a MaskSet, or a checkpoint with masks in output_dir to resume from, got neither"
+                f"{lost}: SFPKTrainerCallback.from_checkpoint(folder) takes them from a checkpoint elsewhere"
             )
         model = kwargs["model"]
         self.masks.apply_(model)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        if isinstance(state.stateful_callbacks, dict):  # the Trainer saves into the entry a resumed state may lack
+            state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        parameters = named_parameters(model)
         self._masked = MaskedParameters(self.masks, {name: parameters[name] for name in self.masks})
 
     def on_optimizer_step(
@@ -96,18 +113,26 @@ class SFPKTrainerCallback(TrainerCallback, ExportableState):
             self._masked.apply_()
             self._masked = None
 
+    def _claim(self, state: TrainerState) -> None:
+        """One callback for each Trainer: two would write the same file. Its state is what they share."""
+        if vars(state).setdefault("_sfpk_callback", self) is not self:
+            raise ValueError(
+                f"callbacks: wanted one {type(self).__name__} in a Trainer, got a second one, which would write the "
+                f"same {MASK_FILE}: put all masks into one MaskSet"
+            )
+
     def _resume(self, checkpoint: Path, state: TrainerState) -> None:
-        """Masks of the checkpoint, if they are found; the trainer's state says which belong to it."""
+        """Masks of the checkpoint, whose state names their fingerprint: the folder here may be of another run."""
         saved: Any = (state.stateful_callbacks or {}).get(type(self).__name__) or {}
         saved = saved[0] if isinstance(saved, list) else saved
         expected = saved.get("attributes", {}).get("fingerprint")
+        if expected is None:  # of a run without masks
+            return
         file = checkpoint / MASK_FILE
-        if file.is_file():
+        if self.masks is None and file.is_file():
             found = MaskSet.load(file)
-            if expected in (None, found.fingerprint()):
-                self.masks = restored(self.masks, found, f"the checkpoint {checkpoint.name}")
-                return
-        if expected is not None and self.masks is not None and self.masks.fingerprint() != expected:
+            self.masks = found if found.fingerprint() == expected else None
+        elif self.masks is not None and self.masks.fingerprint() != expected:
             raise ValueError(
                 f"masks: wanted those of the checkpoint, with the fingerprint {expected[:12]}, got {self.masks!r}: "
                 "SFPKTrainerCallback.from_checkpoint(folder) takes them from there"
