@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .config import SFPKConfig
+from .coordinates import unwrapped
 from .files import check_writable
 
 KIND = "sfpk-run-1"  # format and version
@@ -26,9 +27,9 @@ _PARTS = {
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and values of all parameters and buffers."""
+    """SHA-256 over names, shapes, dtypes and values of all parameters and buffers, the same inside a wrapper."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in unwrapped(model).state_dict().items():
         if not isinstance(value, torch.Tensor):
             continue
         value = value.detach().cpu().contiguous()

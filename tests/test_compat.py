@@ -112,6 +112,18 @@ def test_the_hard_vote_is_theirs(mlp, vectors):
     assert torch.equal(flat, total > total.kthvalue(int(0.8 * 144)).values)
 
 
+def test_a_model_in_dataparallel(convnet, images):
+    """As their scripts wrap it on several GPUs."""
+    kept = []
+    for wrap in (lambda model: model, nn.DataParallel):
+        model = wrap(masked(copy.deepcopy(convnet)))
+        pruner = SFPK(model, **SMALL)
+        pruner.score(F.cross_entropy, images)
+        pruner.mask(0.3)
+        kept.append(torch.cat([mask.flatten() for _, mask, _ in masked_params(model)]))
+    assert torch.equal(*kept)
+
+
 def test_masks_act_in_forward_and_in_gradients(convnet, images):
     masked(convnet)
     pruner = SFPK(convnet, **SMALL)

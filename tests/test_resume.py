@@ -272,6 +272,14 @@ def test_a_model_that_writes_its_buffers(mlp, vectors, tmp_path):
         SFPKPruner(model, None, quick()).load(path)
 
 
+def test_a_run_goes_on_with_the_model_in_a_wrapper(mlp, vectors, tmp_path):
+    whole = prune(mlp, None, vectors, quick())
+    with pytest.raises(Killed):
+        prune(mlp, None, vectors, quick(), save_every=2, save_path=tmp_path / "run", callbacks=[stop_after(5)])
+    again = prune(torch.nn.DataParallel(mlp), None, vectors, quick(), resume=tmp_path / "run")
+    assert again.mask == whole.mask
+
+
 def test_callbacks_may_save_and_draw(mlp, vectors, tmp_path):
     x, y = torch.cat([x for x, _ in vectors]), torch.cat([y for _, y in vectors])
     loader = DataLoader(TensorDataset(x, y), 16, shuffle=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..batchnorm import recalibrate_batchnorm
 from ..config import SFPKConfig
-from ..coordinates import Coordinates
+from ..coordinates import Coordinates, named_parameters
 from ..energy import LossFn
 from ..pruner import PruneResult, SFPKPruner
 from .algorithm3 import renamed
@@ -243,7 +243,7 @@ def _only(name: str, value: Any, *offered: Any) -> None:
 def _coordinate_options(model: nn.Module, masked: list[str]) -> dict[str, Any]:
     """What makes the masked parameters, and only them, prunable."""
     options: dict[str, Any] = {
-        "ignored_layers": [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in masked],
+        "ignored_layers": [name for name in named_parameters(model) if name not in masked],
         "include_biases": any(name.endswith("bias") for name in masked),
     }
     names = [tensor.name for tensor in Coordinates(model, **options).tensors]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..coordinates import unwrapped
+
 logger = logging.getLogger(__name__)
 
 _MASKED = (nn.Linear, nn.Conv2d)
@@ -27,7 +29,7 @@ def is_masked_module(module: nn.Module) -> bool:
 
 def masked_params(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
     """Name, mask and parameter of everything masked, weights before biases, in the order of the modules."""
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         for kind in ("weight", "bias"):
             if hasattr(module, f"{kind}_mask"):
                 prefix = f"{name}." if name else ""
