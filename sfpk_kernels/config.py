@@ -81,6 +81,9 @@ class SFPKConfig:
         retract: rescale every particle onto the schedule after each move.
         consensus: η in [0, 1]: how far particles are pulled to their mean in each step, late in the run.
         consensus_start: fraction of the run in [0, 1] after which the pull acts.
+        settle: with checkpoints: slow down towards each of them as towards the target, and let the pull begin before
+            the first (``consensus_start`` is then a fraction of the way there). The masks taken on the way come close
+            to those of runs of their own; the run is another one.
         momentum: in [0, 1): share of the previous steps' vote kept in the final score.
         vote: ``"soft"`` averages the scores of the voting particles, ``"hard"`` counts in how many of their
             binary masks a coordinate is kept (equal counts are ranked by the soft score), ``"masked"`` averages
@@ -136,6 +139,7 @@ class SFPKConfig:
     retract: bool = True
     consensus: float = 0.3
     consensus_start: float = 0.5
+    settle: bool = False
     momentum: float = 0.0
     vote: str = "soft"
     vote_ratio: float = 1.0
@@ -172,7 +176,7 @@ class SFPKConfig:
         for name in ("chunk_size", "microbatch", "memory_limit"):
             if getattr(self, name) is not None:
                 self._check_int(name, 1)
-        for name in ("retract", "early_stop", "dropout", "compile"):
+        for name in ("retract", "settle", "early_stop", "dropout", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: wanted a bool, got {getattr(self, name)!r}")
         if self.energy_mode == "vmap" and (self.memory == "lean" or self.offload is not None):

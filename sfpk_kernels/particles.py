@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class ParticleSystem:
         self._version = self.masks._version
         first = 1.0 if start is None else self._begin(start)
         self.schedule = density_schedule(config.schedule, config.target_density, config.n_steps, first)
+        self._pull_after = config.consensus_start * config.n_steps  # steps
 
     def _begin(self, start: Tensor) -> float:
         """Take over given particles and return their mean density."""
@@ -64,6 +66,22 @@ class ParticleSystem:
                 f"start: wanted particles of a mean density above the target {target:g}, at most 1, got {density:g}"
             )
         return min(density, 1.0)
+
+    def settle_at(
+        self,
+        stops: Sequence[float],  # densities, falling
+    ) -> None:
+        """Have the schedule slow down towards each of them, and the pull to the mean begin before the first.
+
+        Raises:
+            ValueError: fewer steps than parts.
+        """
+        config = self._config
+        stops = [stop for stop in stops if stop > config.target_density * (1 + 1e-9)]
+        if stops:
+            schedule = density_schedule(config.schedule, config.target_density, config.n_steps, self.schedule[0], stops)
+            self._pull_after = config.consensus_start * schedule.index(stops[0])
+            self.schedule = schedule
 
     @property
     def done(self) -> bool:
@@ -100,7 +118,7 @@ class ParticleSystem:
         """
         config = self._config
         target = self.schedule[self.step + 1]
-        pulls = self.step + 1 > config.consensus_start * config.n_steps
+        pulls = self.step + 1 > self._pull_after
         moving = len(self.masks) if row is None else 1
         self.moves += moving  # before the call: an interruption may come right after it
         try:

@@ -54,6 +54,7 @@ class SFPKPruner:
         start: (n, d) particles to go on from, such as those of an earlier run; the schedule begins at their mean
             density. ``None``: at 1, nothing removed.
         checkpoints: sparsities at which to take an exact mask on the way (``result.waypoints``, ``result.mask_at``).
+            Taking them does not change the run, unless ``config.settle`` is set.
         keep_scores: keep the scores behind them, too (d numbers each), for the masks of sparsities in between.
 
     Raises:
@@ -117,6 +118,10 @@ class SFPKPruner:
         self._checkpoints = sparsities(checkpoints, 1.0 - self._system.schedule[0], config.sparsity)
         if keep_scores and not self._checkpoints:
             raise ValueError("keep_scores: wanted checkpoints=[…] beside it, at which scores are kept, got none")
+        if config.settle:
+            if not self._checkpoints:
+                raise ValueError("settle: wanted checkpoints=[…] to settle at, got none")
+            self._system.settle_at([1.0 - sparsity for sparsity in self._checkpoints])
         self._due = list(self._checkpoints)  # those still to be passed
         self._keep_scores = keep_scores
         self._waypoints: list[Waypoint] = []
@@ -362,6 +367,8 @@ class SFPKPruner:
         """
         names = [tensor.name for tensor in self.coordinates.tensors]
         checkpoint.check_same(state, self.config, self._fingerprint, names)
+        if self.config.settle and state["particles"]["schedule"] != self._system.schedule:
+            raise ValueError("checkpoints: wanted those of the saved run, which settles at them, got others")
         device = self._theta.device
         vote = None if state["vote"] is None else state["vote"].to(device)
         energies = None if state["energies"] is None else state["energies"].to(device)

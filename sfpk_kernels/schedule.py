@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 
 _SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
     # (start ρ_0, target ρ_K, progress k/K in [0, 1]) -> ρ_k
@@ -17,14 +19,19 @@ def density_schedule(
     target: float,  # ρ_K in (0, 1)
     n_steps: int,  # K ≥ 1
     start: float = 1.0,  # ρ_0 > ρ_K
+    stops: Sequence[float] = (),  # densities in between, falling
 ) -> list[float]:  # K + 1 densities: ρ_0 = start, …, ρ_K = target, strictly falling
     """The densities a run passes; step k moves every particle by Δt_k = ρ_{k-1} - ρ_k.
 
     From ρ_0 = 1, ``"exponential"``: ρ_K^(k/K) (authors); ``"linear"``: 1 - (1 - ρ_K) k/K (paper); ``"cubic"``:
     ρ_K + (1 - ρ_K)(1 - k/K)³ (ours: most of the removal early, small steps near the target).
 
+    With ``stops`` the rule runs from ρ_0 to the first of them, from there to the next, and so on; every part gets steps
+    in proportion to the logarithm of its fall, at least one.
+
     Raises:
-        ValueError: an unknown name, a target outside (0, 1), a start at or below it, or fewer than one step.
+        ValueError: an unknown name, a target outside (0, 1), a start at or below it, fewer than one step, or than one
+            for every part; stops that do not fall from start to target.
     """
     if name not in _SCHEDULES:
         raise ValueError(f"density_schedule: name: wanted one of {', '.join(_SCHEDULES)}, got {name!r}")
@@ -34,5 +41,20 @@ def density_schedule(
         raise ValueError(f"density_schedule: start: wanted a density above the target {target!r}, got {start!r}")
     if n_steps < 1:
         raise ValueError(f"density_schedule: n_steps: wanted ≥ 1, got {n_steps!r}")
-    rule = _SCHEDULES[name]
-    return [start, *(rule(start, target, k / n_steps) for k in range(1, n_steps)), target]
+    rule, corners = _SCHEDULES[name], [start, *stops, target]
+    if any(a <= b for a, b in itertools.pairwise(corners)):
+        raise ValueError(
+            f"density_schedule: stops: wanted densities that fall from {start:g} to {target:g}, got {list(stops)}"
+        )
+    if n_steps < len(corners) - 1:
+        raise ValueError(f"density_schedule: n_steps: wanted ≥ {len(corners) - 1}, one for every part, got {n_steps}")
+    densities, whole = [start], math.log(start / target)
+    for part, (first, last) in enumerate(itertools.pairwise(corners), start=1):
+        done = len(densities) - 1
+        end = round(n_steps * math.log(start / last) / whole)
+        end = min(
+            max(end, done + 1), n_steps - (len(corners) - 1 - part)
+        )  # one step at least, for each that follows, too
+        count = end - done
+        densities += [*(rule(first, last, k / count) for k in range(1, count)), last]
+    return densities

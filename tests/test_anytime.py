@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from sfpk_kernels import MaskSet, SFPKConfig, SFPKPruner, prune
+from sfpk_kernels import MaskSet, SFPKConfig, SFPKPruner, particles, prune
+from sfpk_kernels.ops import transition_
 from sfpk_kernels.records import StepRecord
 from sfpk_kernels.result import PruneResult
+from sfpk_kernels.schedule import density_schedule
 
 
 def quick(**overrides):
@@ -84,6 +86,33 @@ def test_kept_scores_give_every_sparsity_in_between(mlp, vectors):
 def test_bad_checkpoints(mlp, checkpoints, error, words):
     with pytest.raises(error, match=f"checkpoints: .*{words}"):
         SFPKPruner(mlp, None, quick(), checkpoints=checkpoints)
+
+
+def test_settling_at_checkpoints(mlp, vectors, tmp_path, monkeypatch):
+    """The schedule slows down towards each, and the pull begins half-way to the first."""
+    pulls = []
+
+    def recorded(*args, **options):
+        pulls.append(options["consensus"])
+        return transition_(*args, **options)
+
+    monkeypatch.setattr(particles, "transition_", recorded)
+    config = quick(settle=True, n_steps=40)
+    path = tmp_path / "run"
+    result = prune(mlp, None, vectors, config, checkpoints=[0.5, 0.7, 0.8], save_every=13, save_path=path)
+    densities = [record.scheduled_density for record in result.history]
+    assert [1.0, *densities] == density_schedule("cubic", 1 - 0.8, 40, 1.0, [1 - 0.5, 1 - 0.7])
+    first = round(40 * math.log(2) / math.log(5))
+    assert result.waypoints[0].step == first == 17
+    assert pulls == [0.0] * 8 + [0.3] * 32
+    assert [w.mask.kept for w in result.waypoints] == [72, 43, 29]
+    assert prune(mlp, None, vectors, config, checkpoints=[0.5, 0.7, 0.8], resume=path).mask == result.mask
+    with pytest.raises(ValueError, match="^checkpoints: wanted those of the saved run, which settles at them"):
+        prune(mlp, None, vectors, config, checkpoints=[0.6, 0.7], resume=path)
+    with pytest.raises(ValueError, match="^settle: wanted checkpoints=.* to settle at, got none"):
+        SFPKPruner(mlp, None, config)
+    alone = prune(mlp, None, vectors, config, checkpoints=[0.8])
+    assert alone.mask == prune(mlp, None, vectors, quick(n_steps=40)).mask, "nothing to settle at before the end"
 
 
 def test_scores_are_kept_at_checkpoints(mlp):

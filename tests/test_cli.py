@@ -199,6 +199,7 @@ def test_options_reach_the_config(tmp_path, capsys):
         ([TASK, *QUICK, "--out", "README.md/here"], 2, "--out: wanted a folder that can be written or made"),
         ([TASK, *QUICK, "--out", "/proc/here"], 2, "--out: wanted a folder that can be written or made"),
         ([TASK, *QUICK, "--ignore", "re:.*"], 2, "--ignore: wanted patterns that leave something to prune"),
+        ([TASK, *QUICK, "--settle"], 2, "--settle: wanted checkpoints"),
         ([TASK, *QUICK, "--plan", "--checkpoints", "0.9"], 2, "--checkpoints: wanted sparsities above 0 and up to"),
         ([TASK, *QUICK[:-1], "cudagraph"], 1, "energy_mode='cudagraph' cannot run this model: CUDA graphs need a CUDA"),
         ([TASK, *QUICK, "--checkpoints", "0.9"], 2, "--checkpoints: wanted sparsities above 0 and up to the run's 0.8"),

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 
 import pytest
 
@@ -66,6 +67,7 @@ def test_replace_checks_again():
         ("seed", -1, ValueError),
         ("chunk_size", 0, ValueError),
         ("retract", 1, TypeError),
+        ("settle", None, TypeError),
         ("dropout", "no", TypeError),
         ("backend", "fortran", ValueError),
         ("kernel", "gauss", ValueError),
@@ -121,6 +123,24 @@ def test_schedule_values():
     for k in range(steps):
         delta = target * ((1 / target) ** (1 - k / steps) - (1 / target) ** (1 - (k + 1) / steps))
         assert densities[k] - densities[k + 1] == pytest.approx(delta)
+
+
+@pytest.mark.parametrize("name", ["exponential", "linear", "cubic"])
+def test_schedules_with_stops(name):
+    densities = density_schedule(name, 0.02, 100, 1.0, [0.2, 0.05])
+    corners = [0, round(100 * math.log(5) / math.log(50)), round(100 * math.log(20) / math.log(50)), 100]
+    assert [densities[k] for k in corners] == [1.0, 0.2, 0.05, 0.02]
+    for begin, end in itertools.pairwise(corners):
+        part = density_schedule(name, densities[end], end - begin, densities[begin])
+        assert densities[begin : end + 1] == part
+    assert all(a > b for a, b in itertools.pairwise(densities))
+    assert density_schedule(name, 0.02, 3, 1.0, [0.99, 0.98]) == [1.0, 0.99, 0.98, 0.02]
+    assert density_schedule(name, 0.02, 3, 1.0, [0.0202, 0.0201]) == [1.0, 0.0202, 0.0201, 0.02]
+    with pytest.raises(ValueError, match="n_steps: wanted ≥ 3, one for every part, got 2"):
+        density_schedule(name, 0.02, 2, 1.0, [0.2, 0.05])
+    for stops in ([0.05, 0.2], [1.0], [0.02], [0.2, 0.2]):
+        with pytest.raises(ValueError, match="stops: wanted densities that fall from 1 to 0.02"):
+            density_schedule(name, 0.02, 100, 1.0, stops)
 
 
 @pytest.mark.parametrize(

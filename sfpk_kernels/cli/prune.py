@@ -22,7 +22,9 @@ from ._words import FAILED, make_folder, refuse, say, to_json
 logger = logging.getLogger(__name__)
 
 _KINDS = ("embeddings", "biases", "norms")
-_OPTIONS = {"ignored_layers": "--ignore", "checkpoints": "--checkpoints", "sparsity": "--sparsity"}  # by argument
+_OPTIONS = {
+    "ignored_layers": "--ignore", "checkpoints": "--checkpoints", "sparsity": "--sparsity", "settle": "--settle",
+}  # by argument  # fmt: skip
 _NOTHING = "model: wanted at least one prunable tensor"
 
 
