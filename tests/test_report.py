@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 
 from sfpk_kernels import SFPKConfig, prune
 from sfpk_kernels import report as reports
-from sfpk_kernels.report.charts import _style
+from sfpk_kernels.report import charts
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROWS = [
@@ -59,7 +59,25 @@ def test_rendered_again_from_json_alone(result, tmp_path):
 
 
 def test_series_differ_without_colours():
-    assert len({_style(number)[1:] for number in range(36)}) == 36
+    assert len({charts._style(number)[1:] for number in range(36)}) == 36
+
+
+def test_the_end_of_a_run_is_not_one_line():
+    cubic = [100 * (1 - 0.02 - 0.98 * (1 - k / 100) ** 3) for k in range(101)]
+    figure, axes = charts._figure(1)
+    axes.plot(cubic, cubic)
+    charts._sparsity_axis(axes, cubic)
+    figure.canvas.draw()
+    places = axes.transData.transform([(x, 1.0) for x in (0, 97, 98)])[:, 0]
+    assert places[2] - places[1] > 0.08 * (places[2] - places[0]), "from left to right; linear it would be 0.01"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "50", "80", "90", "95", "98"]
+    for values in ([0.0, 90.0], [95.5, 96.5], [], [50.0]):
+        figure, axes = charts._figure(1)
+        charts._sparsity_axis(axes, values)
+        assert axes.get_xscale() == "linear"
+        assert axes.get_xlabel() == "soft sparsity (% removed)"
+    charts._sparsity_axis(axes, [0.0, 100.0])
+    figure.canvas.draw()
 
 
 def test_many_masks_methods_and_layers(mlp, vectors, tmp_path):

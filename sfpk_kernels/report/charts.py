@@ -13,6 +13,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 _LINES = ("-", "--", "-.", ":")
 _NAMED = 60  # layers whose names fit below a picture
 _INSIDE = 4  # series whose legend fits beside them
+_BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}  # the axes and their label
+_REMOVED = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.98, 99.99)  # ticks, evenly apart in their logarithm
 
 
 def plot_loss_versus_sparsity(
@@ -34,19 +36,10 @@ def plot_loss_versus_sparsity(
     figure, (left, right) = _figure(2)
 
     sparsities = [100 * (1 - record.start_density) for record in history]
-    mean = [record.energy for record in history]
-    left.fill_between(
-        sparsities,
-        [min(record.energies) for record in history],
-        [max(record.energies) for record in history],
-        alpha=0.25,
-        color=_COLOURS[0],
-        linewidth=0,
-        label="lowest to highest particle",
-    )
-    left.plot(sparsities, mean, color=_COLOURS[0], label="mean of the particles")
+    low, high = [min(record.energies) for record in history], [max(record.energies) for record in history]
+    _losses(left, sparsities, [record.energy for record in history], low, high, len(history[0].energies))
+    _sparsity_axis(left, sparsities)
     left.set_yscale("log")
-    left.set_xlabel("soft sparsity (% removed)")
     left.set_ylabel("mini-batch loss")
     left.set_title("Loss along one SFPK run")
     left.legend()
@@ -64,11 +57,7 @@ def plot_loss(path: Path, report: Mapping[str, Any]) -> None:
     points = [point for point in report["curve"] if point["energy"] is not None]
     sparsity = [100 * point["sparsity"] for point in points]
     low, high = [point["lowest"] for point in points], [point["highest"] for point in points]
-    axes.fill_between(
-        sparsity, low, high, alpha=0.25, color=_COLOURS[0], linewidth=0, label="lowest to highest particle"
-    )
-    axes.plot(sparsity, [point["energy"] for point in points], color=_COLOURS[0], label="mean of the particles",
-              marker=_dot(points))  # fmt: skip
+    _losses(axes, sparsity, [point["energy"] for point in points], low, high, report["config"]["n_particles"])
     if min(low, default=0) > 0 and max(high) > 20 * min(low):
         axes.set_yscale("log")
     if report["knee"] is not None:
@@ -77,7 +66,8 @@ def plot_loss(path: Path, report: Mapping[str, Any]) -> None:
     for number, waypoint in enumerate(report["waypoints"]):
         axes.axvline(100 * waypoint["sparsity"], color="0.6", linestyle=":", linewidth=1,
                      label="mask taken" if number == 0 else None)  # fmt: skip
-    axes.set(xlabel="soft sparsity (% removed)", ylabel="mini-batch loss", title="Loss along the run")
+    _sparsity_axis(axes, [*sparsity, *(100 * waypoint["sparsity"] for waypoint in report["waypoints"])])
+    axes.set(ylabel="mini-batch loss", title="Loss along the run")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
@@ -85,25 +75,24 @@ def plot_loss(path: Path, report: Mapping[str, Any]) -> None:
 
 def plot_particles(path: Path, report: Mapping[str, Any]) -> None:
     """How far apart the particles are: their deviation (the paper's Figure 5), overlap and effective number."""
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = _figure(2, (11, 4.8))
     steps = report["history"]
     sparsity = [100 * (1 - step["start_density"]) for step in steps]
     after = [100 * (1 - sum(step["densities"]) / len(step["densities"])) for step in steps]
     left.plot(after, [100 * step["deviation"] for step in steps], color=_COLOURS[0], marker=_dot(steps))
-    left.set(xlabel="soft sparsity (% removed)", ylabel="distance from the mean particle\n(% of a particle's norm)",
+    left.set(ylabel="distance from the mean particle\n(% of a particle's norm)",
              title="Spread of the soft masks", ylim=(0, None))  # fmt: skip
     overlaps = [step["mean_overlap"] for step in steps]
     right.plot(sparsity, overlaps, color=_COLOURS[0], label="mean IoU of two (left axis)", marker=_dot(steps))
-    right.set(
-        xlabel="soft sparsity (% removed)", ylabel="intersection over union", title="Binary masks", ylim=(0, 1.03)
-    )
+    right.set(ylabel="intersection over union", title="Binary masks", ylim=(0, 1.03))
     count = right.twinx()
     count.plot(sparsity, [step["effective_particles"] for step in steps], color=_COLOURS[1], linestyle="--",
                label="effective number (right axis)", marker=_dot(steps))  # fmt: skip
     count.set(ylabel=f"effective particles of {report['config']['n_particles']}", ylim=(0, None))
     lines = [*right.get_lines(), *count.get_lines()]
-    right.legend(lines, [str(line.get_label()) for line in lines], loc="lower left")
+    right.legend(lines, [str(line.get_label()) for line in lines], **_BELOW)
     for axes in (left, right):
+        _sparsity_axis(axes, [*sparsity, *after])
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
@@ -140,6 +129,42 @@ def plot_baselines(path: Path, report: Mapping[str, Any]) -> None:
     _accuracies(axes, report["baselines"], report["dense_accuracy"])
     axes.set_title("Accuracy by method")
     figure.savefig(path, dpi=130)
+
+
+def _losses(
+    axes: Any,
+    sparsity: Sequence[float],
+    energies: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    particles: int,
+) -> None:
+    """The particles' mean energy over sparsity in %, with their band; one particle has none."""
+    if particles > 1:
+        axes.fill_between(
+            sparsity, low, high, alpha=0.25, color=_COLOURS[0], linewidth=0, label="lowest to highest particle"
+        )
+    label = "mean of the particles" if particles > 1 else "the particle"
+    axes.plot(sparsity, energies, color=_COLOURS[0], label=label, marker=_dot(energies))
+
+
+def _sparsity_axis(axes: Any, values: Sequence[float]) -> None:
+    """Sparsity in %; for a run beyond 90 % even in the logarithm of what is kept, or its end would be one line."""
+    import numpy as np
+
+    first, last = (max(100 - value, 1e-6) for value in (min(values, default=0.0), max(values, default=0.0)))  # kept, %
+    ticks = [tick for tick in _REMOVED if 0.98 * last <= 100 - tick <= 1.02 * first]
+    label = "soft sparsity (% removed)"
+    if last < 10 and len(ticks) > 2:
+        axes.set_xscale(
+            "function",
+            functions=(lambda removed: -np.log(np.maximum(100 - removed, 1e-6)), lambda x: 100 - np.exp(-x)),
+        )
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        margin = (first / last) ** 0.03
+        axes.set_xlim(100 - first * margin, 100 - last / margin)
+        label += ", logarithmic in the weights kept"
+    axes.set_xlabel(label)
 
 
 def _style(number: int) -> tuple[str, str, str]:
