@@ -58,6 +58,20 @@ def test_rendered_again_from_json_alone(result, tmp_path):
     assert page.read_text() == before
 
 
+def test_one_particle_has_no_band_and_no_spread(mlp, vectors, tmp_path):
+    config = SFPKConfig(0.8, n_particles=3, n_steps=10, energy_mode="sequential")
+    prune(mlp, None, vectors, config).report(tmp_path, ROWS)
+    html = prune(mlp, None, vectors, config.replace(n_particles=1)).report(tmp_path).read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["layers.png", "loss.png", "report.html", "report.json"]
+    assert html.count("data:image/png;base64,") == 2
+    assert "Mini-batch loss of the particle over" in html
+    assert "particles from their mean" not in html
+    for particles, labels in ((1, ["the particle"]), (2, ["lowest to highest particle", "mean of the particles"])):
+        _, axes = charts._figure(1)
+        charts._losses(axes, [0, 1], [1, 2], [1, 2], [1, 2], particles)
+        assert sorted(axes.get_legend_handles_labels()[1]) == labels
+
+
 def test_series_differ_without_colours():
     assert len({charts._style(number)[1:] for number in range(36)}) == 36
 

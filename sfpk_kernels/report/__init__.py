@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import numbers
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["plot_loss_versus_sparsity", "render", "write"]
 
 _FORMAT = "sfpk-report-1"
+_PICTURES = {
+    "loss.png": plot_loss, "particles.png": plot_particles, "layers.png": plot_layers, "baselines.png": plot_baselines
+}  # fmt: skip
 _PARTS = {
     "version", "summary", "config", "plan", "curve", "knee", "waypoints", "layer_densities", "layer_sizes", "history",
     "baselines", "dense_accuracy",
@@ -35,6 +39,8 @@ def write(
     dense_accuracy: float | None = None,
 ) -> Path:
     """Write ``report.json``, its pictures and ``report.html`` into a folder, made if absent.
+
+    Pictures of an earlier report there are replaced, or removed where this one has none such.
 
     Args:
         result: of a run.
@@ -91,14 +97,28 @@ def render(folder: str | os.PathLike[str]) -> Path:
     missing = sorted(_PARTS - report.keys())
     if missing:
         raise ValueError(f"{source}: wanted a report of format {_FORMAT}, got one without {', '.join(missing)}")
-    pictures = {"loss.png": plot_loss, "particles.png": plot_particles, "layers.png": plot_layers}
-    if report["baselines"]:
-        pictures["baselines.png"] = plot_baselines
-    for name, draw in pictures.items():
-        draw(source.with_name(name), report)
-    target = source.with_name("report.html")
-    with atomic_write(target) as temporary:
-        temporary.write_text(page(report, {name: source.with_name(name).read_bytes() for name in pictures}), "utf-8")
+    return _draw(source.parent, report)
+
+
+def _draw(folder: Path, report: Mapping[str, Any]) -> Path:
+    """The pictures and the page; pictures of another report go."""
+    pictures = {}
+    for name, draw in _PICTURES.items():
+        if name == "particles.png" and report["config"]["n_particles"] == 1:
+            continue
+        if name == "baselines.png" and not report["baselines"]:
+            continue
+        picture = io.BytesIO()
+        draw(picture, report)
+        pictures[name] = picture.getvalue()
+    text = page(report, pictures)
+    for name in _PICTURES:
+        if name not in pictures:
+            (folder / name).unlink(missing_ok=True)
+    target = folder / "report.html"
+    for path, content in {**{folder / name: png for name, png in pictures.items()}, target: text.encode()}.items():
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content)
     return target
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..records import StepRecord
 
@@ -51,7 +51,7 @@ def plot_loss_versus_sparsity(
     figure.savefig(path, dpi=130)
 
 
-def plot_loss(path: Path, report: Mapping[str, Any]) -> None:
+def plot_loss(target: IO[bytes], report: Mapping[str, Any]) -> None:
     """Energy and spread of the particles over soft sparsity, the knee and the masks taken on the way."""
     figure, axes = _figure(1)
     points = [point for point in report["curve"] if point["energy"] is not None]
@@ -70,10 +70,10 @@ def plot_loss(path: Path, report: Mapping[str, Any]) -> None:
     axes.set(ylabel="mini-batch loss", title="Loss along the run")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    figure.savefig(target, dpi=130)
 
 
-def plot_particles(path: Path, report: Mapping[str, Any]) -> None:
+def plot_particles(target: IO[bytes], report: Mapping[str, Any]) -> None:
     """How far apart the particles are: their deviation (the paper's Figure 5), overlap and effective number."""
     figure, (left, right) = _figure(2, (11, 4.8))
     steps = report["history"]
@@ -94,10 +94,10 @@ def plot_particles(path: Path, report: Mapping[str, Any]) -> None:
     for axes in (left, right):
         _sparsity_axis(axes, [*sparsity, *after])
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    figure.savefig(target, dpi=130)
 
 
-def plot_layers(path: Path, report: Mapping[str, Any]) -> None:
+def plot_layers(target: IO[bytes], report: Mapping[str, Any]) -> None:
     """Share of each tensor's weights that is kept (the paper's Figure 4), of the final mask and of those on the way."""
     final = report["layer_densities"]
     names = list(final)
@@ -120,15 +120,15 @@ def plot_layers(path: Path, report: Mapping[str, Any]) -> None:
              xlabel="" if shown else f"{len(names)} prunable tensors, in the model's order")  # fmt: skip
     _legend(axes, len(report["waypoints"]) + 2)
     axes.grid(alpha=0.3, axis="y")
-    figure.savefig(path, dpi=130)
+    figure.savefig(target, dpi=130)
 
 
-def plot_baselines(path: Path, report: Mapping[str, Any]) -> None:
+def plot_baselines(target: IO[bytes], report: Mapping[str, Any]) -> None:
     """Accuracy of several methods over sparsity, as given to the report."""
     figure, axes = _figure(1)
     _accuracies(axes, report["baselines"], report["dense_accuracy"])
     axes.set_title("Accuracy by method")
-    figure.savefig(path, dpi=130)
+    figure.savefig(target, dpi=130)
 
 
 def _losses(
