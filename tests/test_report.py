@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
@@ -72,6 +73,20 @@ def test_one_particle_has_no_band_and_no_spread(mlp, vectors, tmp_path):
         assert sorted(axes.get_legend_handles_labels()[1]) == labels
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"history": 3}, {"summary": {}}, {"curve": ["x"]}, {"config": None}, {"baselines": [{}]}, {"layer_densities": []}],
+)
+def test_a_damaged_report_changes_nothing(result, tmp_path, damage):
+    result.report(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**report, **damage}))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"report.json: wanted a report of format sfpk-report-1, got a damaged one: "):
+        reports.render(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_series_differ_without_colours():
     assert len({charts._style(number)[1:] for number in range(36)}) == 36
 
@@ -114,6 +129,14 @@ def test_numbers_that_are_not_finite(result, tmp_path):
     assert saved["baselines"][0]["accuracy_mean"] == 0.5
 
 
+def test_numbers_of_torch_and_numpy_in_rows(result, tmp_path):
+    row = {**ROWS[0], "accuracy_mean": torch.tensor(0.5), "accuracy_std": np.float32(0.25), "seeds": np.int64(3)}
+    result.report(tmp_path, [row], dense_accuracy=np.array(0.75))
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["baselines"] == [{**ROWS[0], "accuracy_mean": 0.5, "accuracy_std": 0.25, "seeds": 3}]
+    assert saved["dense_accuracy"] == 0.75
+
+
 def test_markup_in_names_is_text(result, tmp_path):
     result.history[0].alarms.append("<script>alert(1)</script>")
     assert "<script>" not in result.report(tmp_path).read_text()
@@ -129,6 +152,14 @@ def test_wrong_input(result, tmp_path):
     for name in ("sparsity", "accuracy_mean", "accuracy_std"):
         with pytest.raises(ValueError, match=rf"^baselines: {name}: wanted a fraction in \[0, 1\], got 95"):
             result.report(tmp_path, [{**ROWS[1], name: 95}])
+    for name, value in {"accuracy_mean": torch.rand(2), "sparsity": torch.tensor(95), "accuracy_std": "low"}.items():
+        with pytest.raises(ValueError, match=rf"^baselines: {name}: wanted a fraction in \[0, 1\], got"):
+            result.report(tmp_path, [{**ROWS[1], name: value}])
+    for extra in (torch.tensor(1.0), {1, 2}, [object()]):
+        with pytest.raises(TypeError, match="^baselines: extra: wanted numbers, text, lists and dicts of them, got"):
+            result.report(tmp_path, [{**ROWS[1], "extra": extra}])
+    with pytest.raises(TypeError, match=r"^baselines: method: wanted a name, got \['x'\]"):
+        result.report(tmp_path, [{**ROWS[1], "method": ["x"]}])
     with pytest.raises(ValueError, match=r"^dense_accuracy: wanted a fraction in \[0, 1\], got 'high'"):
         result.report(tmp_path, dense_accuracy="high")
     assert not list(tmp_path.iterdir())
