@@ -109,6 +109,28 @@ def test_the_end_of_a_run_is_not_one_line():
     figure.canvas.draw()
 
 
+def test_layers_are_numbered_and_dead_ones_marked(tmp_path, result, monkeypatch):
+    names = [f"block.{i}.weight" for i in range(150)]
+    page = result.report(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    report["layer_sizes"] = dict.fromkeys(names, 10)
+    report["layer_densities"] = {name: 0.0 if i in (3, 77) else 0.2 for i, name in enumerate(names)}
+    report["waypoints"] = []
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    made = []
+    figure = charts._figure
+    monkeypatch.setattr(charts, "_figure", lambda *arguments: made.append(figure(*arguments)) or made[-1])
+    reports.render(tmp_path)
+    axes = made[2][1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"{n}" for n in range(10, 151, 10)]
+    assert axes.get_xticks().tolist() == list(range(9, 150, 10))
+    marks = {line.get_label(): line for line in axes.get_lines()}["nothing kept"]
+    assert list(marks.get_xdata()) == [3, 77]
+    assert '<td class="number">78</td><td>block.77.weight</td>' in page.read_text()
+    for count in (61, 100, 101, 250, 999, 10_000):
+        assert 10 <= len(charts._numbers(count)) <= 20
+
+
 def test_many_masks_methods_and_layers(mlp, vectors, tmp_path):
     config = SFPKConfig(0.9, n_particles=2, n_steps=4, energy_mode="sequential")
     few = prune(mlp, None, vectors, config, progress=False)

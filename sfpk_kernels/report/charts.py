@@ -13,6 +13,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 _LINES = ("-", "--", "-.", ":")
 _NAMED = 60  # layers whose names fit below a picture
 _INSIDE = 4  # series whose legend fits beside them
+_RIGHT = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
 _BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}  # the axes and their label
 _REMOVED = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.98, 99.99)  # ticks, evenly apart in their logarithm
 
@@ -104,8 +105,8 @@ def plot_layers(target: IO[bytes], report: Mapping[str, Any]) -> None:
     places = range(len(names))
     shown = list(places) if len(names) <= _NAMED else []
     longest = max((len(names[i]) for i in shown), default=0)  # characters of 7 points, at 60 degrees
-    figure, axes = _figure(1, (max(7.5, 1.5 + 0.18 * len(shown)), 3.8 + 0.05 * longest))
-    axes.bar(places, [100 * final[name] for name in names], color="0.75", edgecolor="0.3",
+    figure, axes = _figure(1, (max(9.5, 3.5 + 0.18 * len(shown)), 3.8 + 0.05 * longest))
+    axes.bar(places, [100 * final[name] for name in names], color="0.75", edgecolor="0.3", linewidth=0.6,
              label=f"{100 * report['summary']['sparsity']:.4g} % removed")  # fmt: skip
     for number, waypoint in enumerate(report["waypoints"]):
         if waypoint["sparsity"] == report["config"]["sparsity"]:
@@ -114,11 +115,19 @@ def plot_layers(target: IO[bytes], report: Mapping[str, Any]) -> None:
         values = [100 * waypoint["layer_densities"][name] for name in names]
         axes.plot(places, values, color=colour, marker=marker, linestyle=line, markersize=4,
                   label=f"{100 * waypoint['sparsity']:.4g} % removed")  # fmt: skip
+    dead = [i for i in places if final[names[i]] == 0]
+    if dead:
+        axes.plot(dead, [0.015] * len(dead), "x", color="black", markersize=7, markeredgewidth=2, zorder=5,
+                  transform=axes.get_xaxis_transform(), label="nothing kept")  # fmt: skip
     axes.axhline(100 * (1 - report["summary"]["sparsity"]), color="black", linewidth=0.8, label="all weights together")
-    axes.set_xticks(shown, [names[i] for i in shown], rotation=60, ha="right", fontsize=7)
+    if shown:
+        axes.set_xticks(shown, [names[i] for i in shown], rotation=60, ha="right", fontsize=7)
+    else:
+        numbers = _numbers(len(names))
+        axes.set_xticks([number - 1 for number in numbers], [str(number) for number in numbers])
     axes.set(ylabel="weights kept (%)", title="Density by layer",
-             xlabel="" if shown else f"{len(names)} prunable tensors, in the model's order")  # fmt: skip
-    _legend(axes, len(report["waypoints"]) + 2)
+             xlabel="" if shown else f"{len(names)} prunable tensors, numbered in the model's order")  # fmt: skip
+    axes.legend(**_RIGHT)
     axes.grid(alpha=0.3, axis="y")
     figure.savefig(target, dpi=130)
 
@@ -172,6 +181,13 @@ def _style(number: int) -> tuple[str, str, str]:
     return _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)], _LINES[number % len(_LINES)]
 
 
+def _numbers(count: int) -> list[int]:
+    """Of 1 … count every 5th, 10th, 20th, 50th, …: at most 20."""
+    step = next(step for power in range(20) for step in (5 * 10**power, 10 ** (power + 1), 2 * 10 ** (power + 1))
+                if count <= 20 * step)  # fmt: skip
+    return list(range(step, count + 1, step))
+
+
 def _dot(points: Sequence[Any]) -> str | None:
     """A line of one point shows nothing."""
     return "o" if len(points) == 1 else None
@@ -179,8 +195,7 @@ def _dot(points: Sequence[Any]) -> str | None:
 
 def _legend(axes: Any, series: int) -> None:
     """Inside the axes, or right of them where there are many."""
-    outside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    axes.legend(**({} if series <= _INSIDE else outside))
+    axes.legend(**({} if series <= _INSIDE else _RIGHT))
 
 
 def _figure(panels: int, size: tuple[float, float] | None = None) -> tuple[Any, Any]:

@@ -57,9 +57,10 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         ]
         parts.append("<h2>Masks taken on the way</h2>" + _table(("sparsity", "after step", "kept", "mask"), taken))
     layers = [
-        (name, size, f"{100 * report['layer_densities'][name]:.2f} %") for name, size in report["layer_sizes"].items()
+        (number, name, size, f"{100 * report['layer_densities'][name]:.2f} %")
+        for number, (name, size) in enumerate(report["layer_sizes"].items(), start=1)
     ]
-    parts.append("<h2>Layers</h2>" + _table(("tensor", "weights", "kept"), layers))
+    parts.append("<h2>Layers</h2>" + _table(("", "tensor", "weights", "kept"), layers))
     settings = _table(("setting", "value"), list(report["config"].items()))
     parts.append(f"<details><summary>Settings</summary>{settings}</details>")
     body = "\n".join(parts)
