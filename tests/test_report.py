@@ -1,5 +1,6 @@
 """report.json, the pictures and the page."""
 
+import itertools
 import json
 import re
 
@@ -129,6 +130,35 @@ def test_layers_are_numbered_and_dead_ones_marked(tmp_path, result, monkeypatch)
     assert '<td class="number">78</td><td>block.77.weight</td>' in page.read_text()
     for count in (61, 100, 101, 250, 999, 10_000):
         assert 10 <= len(charts._numbers(count)) <= 20
+
+
+def _boxes(figure, labels):
+    return [label.get_window_extent(figure.canvas.get_renderer()) for label in labels if label.get_text()]
+
+
+@pytest.mark.parametrize(
+    "sparsities",
+    [[0.5, 0.95, 0.98, 0.99], [0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999], [0.7], [k / 99 for k in range(99)]],
+)
+@pytest.mark.parametrize("method", ["snip", "a method of a name that is long enough for a line of its own"])
+def test_sparsities_and_methods_have_room(sparsities, method):
+    rows = [
+        {"method": f"{method} {i}", "sparsity": sparsity, "accuracy_mean": 0.9}
+        for i in range(5)
+        for sparsity in sparsities
+    ]
+    figure, axes = charts._figure(1)
+    charts._accuracies(axes, rows, 0.9)
+    figure.canvas.draw()
+    boxes = sorted(_boxes(figure, axes.get_xticklabels()), key=lambda box: box.x0)
+    assert boxes
+    assert all(first.x1 < second.x0 for first, second in itertools.pairwise(boxes))
+    ticks = [*axes.get_xticks(), *axes.get_xticks(minor=True)]
+    assert sorted(ticks) == pytest.approx([100 * sparsity for sparsity in sparsities])
+    assert axes.get_window_extent().width > 0.6 * figure.bbox.width
+    legend = axes.get_legend().get_window_extent()
+    assert legend.y0 >= 0
+    assert legend.x1 <= figure.bbox.width
 
 
 def test_many_masks_methods_and_layers(mlp, vectors, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +15,8 @@ _LINES = ("-", "--", "-.", ":")
 _NAMED = 60  # layers whose names fit below a picture
 _INSIDE = 4  # series whose legend fits beside them
 _RIGHT = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-_BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}  # the axes and their label
+_BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 3.8}  # under ticks and label
+_LONG = 20  # characters of a name that needs the width of the picture
 _REMOVED = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.98, 99.99)  # ticks, evenly apart in their logarithm
 
 
@@ -134,7 +136,9 @@ def plot_layers(target: IO[bytes], report: Mapping[str, Any]) -> None:
 
 def plot_baselines(target: IO[bytes], report: Mapping[str, Any]) -> None:
     """Accuracy of several methods over sparsity, as given to the report."""
-    figure, axes = _figure(1)
+    methods = {row["method"] for row in report["baselines"]}
+    below = len(methods) + 1 if max(map(len, methods)) > _LONG else 0  # lines of the legend there
+    figure, axes = _figure(1, (7.5, 4.2 + 0.2 * below))
     _accuracies(axes, report["baselines"], report["dense_accuracy"])
     axes.set_title("Accuracy by method")
     figure.savefig(target, dpi=130)
@@ -193,9 +197,17 @@ def _dot(points: Sequence[Any]) -> str | None:
     return "o" if len(points) == 1 else None
 
 
-def _legend(axes: Any, series: int) -> None:
-    """Inside the axes, or right of them where there are many."""
-    axes.legend(**({} if series <= _INSIDE else _RIGHT))
+def _apart(axes: Any, values: Sequence[float]) -> None:
+    """Ticks at all the values, numbers at those that have the room for one, from the last on."""
+    span = max(values, default=0.0) - min(values, default=0.0)
+    named: list[float] = []
+    for value in reversed(values):
+        room = 0.0125 * (len(f"{value:g}") + len(f"{named[-1]:g}")) * span if named else 0.0
+        if not named or named[-1] - value >= room:
+            named.append(value)
+    axes.set_xticks(named, [f"{value:g}" for value in named])
+    axes.set_xticks([value for value in values if value not in named], minor=True)
+    axes.tick_params(which="minor", length=3.5)
 
 
 def _figure(panels: int, size: tuple[float, float] | None = None) -> tuple[Any, Any]:
@@ -220,12 +232,17 @@ def _accuracies(right: Any, results: Sequence[Mapping[str, Any]], dense_accuracy
             marker=marker,
             linestyle=line,
             capsize=3,
-            label=method,
+            label=textwrap.fill(method, 70).replace("$", r"\$"),
         )
-    right.set_xticks(sorted({100 * row["sparsity"] for row in results}))
+    _apart(right, sorted({100 * row["sparsity"] for row in results}))
     if dense_accuracy is not None:
         right.axhline(100 * dense_accuracy, color="black", linewidth=0.8, label="dense")
     right.set_xlabel("sparsity (% removed)")
     right.set_ylabel("test accuracy (%)")
-    _legend(right, len(methods) + (dense_accuracy is not None))
+    if max(map(len, methods), default=0) > _LONG:
+        right.legend(**_BELOW)
+    elif len(methods) + (dense_accuracy is not None) > _INSIDE:
+        right.legend(**_RIGHT)
+    else:
+        right.legend()
     right.grid(alpha=0.3)
