@@ -326,7 +326,9 @@ def test_demo_json(tmp_path, capsys, monkeypatch):
     assert main(["demo", "--out", str(tmp_path), "--json", "--quiet"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["results"][-1]["method"] == "sfpk"
-    assert found == json.loads((tmp_path / "report.json").read_text())
+    assert found == json.loads((tmp_path / "comparison.json").read_text())
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"] == [str(tmp_path / "report.html")]
     assert main(["demo", "--out", str(tmp_path), "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
 
