@@ -180,7 +180,7 @@ class PruneResult:
 
         None for too few points, for a rise within what batches differ by (the standard deviation of the particles'
         energies; for one particle that of its energies around the smoothed curve, twice, as one batch says less), and
-        for a curve that lies above its chord: that one flattens.
+        for a curve that lies above its chord or less than half of that noise below it: that one flattens.
 
         The curve is smoothed by a running median of five steps first; batches differ.
         """
@@ -198,7 +198,8 @@ class PruneResult:
         if float(rise) <= noise or float(x[-1] - x[0]) <= 0:
             return None
         below = (x - x[0]) / (x[-1] - x[0]) - (y - y[0]) / (y[-1] - y[0])
-        return float(x[int(below.argmax())]) if float(below.max()) > 0 else None
+        depth = float(below.max() * (y[-1] - y[0]))
+        return float(x[int(below.argmax())]) if depth > noise / 2 else None
 
     def report(
         self,

@@ -170,6 +170,11 @@ def test_curve_and_knee(mlp, vectors):
     assert with_history(result, bent[:5]).knee() is None
     flattening = [record(k, 1 - k / 100, [math.sqrt(k)]) for k in range(1, 100)]
     assert with_history(result, flattening).knee() is None
+    noisy = [record(k, 1 - k / 100, [math.sqrt(k) - 1, math.sqrt(k) + 1]) for k in range(1, 100)]
+    noisy[3:7] = [record(k, 1 - k / 100, [0.2, 2.2]) for k in range(4, 8)]  # by chance a little below the chord
+    assert with_history(result, noisy).knee() is None
+    turning = [record(k, 1 - k / 100, [3.0 * (k > 30) - 0.3, 3.0 * (k > 30) + 0.3]) for k in range(1, 100)]
+    assert with_history(result, turning).knee() == pytest.approx(0.3, abs=0.02)
 
 
 def test_one_particle_has_no_knee_within_what_its_batches_differ_by(mlp, vectors):
