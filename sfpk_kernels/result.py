@@ -178,8 +178,9 @@ class PruneResult:
     def knee(self) -> float | None:
         """The sparsity at which the loss turns up: farthest below the chord of the curve.
 
-        None for too few points, for a rise within what the particles' batches differ by, and for a curve that lies
-        above its chord: that one flattens.
+        None for too few points, for a rise within what batches differ by (the standard deviation of the particles'
+        energies; for one particle that of its energies around the smoothed curve, twice, as one batch says less), and
+        for a curve that lies above its chord or less than half of that noise below it: that one flattens.
 
         The curve is smoothed by a running median of five steps first; batches differ.
         """
@@ -187,13 +188,18 @@ class PruneResult:
         if len(points) < 8:
             return None
         x = torch.tensor([point["sparsity"] for point in points], dtype=torch.float64)
-        y = torch.tensor([point["energy"] for point in points], dtype=torch.float64)
-        y = torch.cat([y[:1].expand(2), y, y[-1:].expand(2)]).unfold(0, 5, 1).median(dim=1).values
+        energies = torch.tensor([point["energy"] for point in points], dtype=torch.float64)
+        y = torch.cat([energies[:1].expand(2), energies, energies[-1:].expand(2)]).unfold(0, 5, 1).median(dim=1).values
+        rise = y[-1] - y[0]
         noise = sum(point["std"] for point in points) / len(points)
-        if float(y[-1] - y[0]) <= noise or float(x[-1] - x[0]) <= 0:
+        if noise == 0:  # one particle; √(π/2) makes a mean distance a standard deviation
+            noise = 2 * math.sqrt(math.pi / 2) * float((energies - y).abs().mean())
+            rise = torch.minimum(rise, energies[-5:].median() - energies[:5].median())
+        if float(rise) <= noise or float(x[-1] - x[0]) <= 0:
             return None
         below = (x - x[0]) / (x[-1] - x[0]) - (y - y[0]) / (y[-1] - y[0])
-        return float(x[int(below.argmax())]) if float(below.max()) > 0 else None
+        depth = float(below.max() * (y[-1] - y[0]))
+        return float(x[int(below.argmax())]) if depth > noise / 2 else None
 
     def report(
         self,

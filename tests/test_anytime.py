@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from sfpk_kernels import MaskSet, SFPKConfig, SFPKPruner, particles, prune
 from sfpk_kernels.ops import transition_
@@ -198,6 +199,34 @@ def test_curve_and_knee(mlp, vectors):
     assert with_history(result, bent[:5]).knee() is None
     flattening = [record(k, 1 - k / 100, [math.sqrt(k)]) for k in range(1, 100)]
     assert with_history(result, flattening).knee() is None
+    noisy = [record(k, 1 - k / 100, [math.sqrt(k) - 1, math.sqrt(k) + 1]) for k in range(1, 100)]
+    noisy[3:7] = [record(k, 1 - k / 100, [0.2, 2.2]) for k in range(4, 8)]  # by chance a little below the chord
+    assert with_history(result, noisy).knee() is None
+    turning = [record(k, 1 - k / 100, [3.0 * (k > 30) - 0.3, 3.0 * (k > 30) + 0.3]) for k in range(1, 100)]
+    assert with_history(result, turning).knee() == pytest.approx(0.3, abs=0.02)
+
+
+def test_one_particle_has_no_knee_within_what_its_batches_differ_by(mlp, vectors):
+    result = prune(mlp, None, vectors, quick())
+    found = {0.0: [], 4.0: []}  # by height of the rise
+    for noise in torch.randn(50, 60, dtype=torch.float64).tolist():
+        for height, knees in found.items():
+            energies = [2.0 + height * max(0.0, (k - 40) / 20) ** 2 + 0.5 * noise[k] for k in range(60)]
+            knee = with_history(result, [record(k, 1 - k / 60, [energy]) for k, energy in enumerate(energies)]).knee()
+            knees += [] if knee is None else [knee]
+    assert len(found[0.0]) <= 2
+    assert len(found[4.0]) >= 48
+    assert all(0.5 < knee < 0.95 for knee in found[4.0])
+
+
+def test_untrained_networks_have_no_knee():
+    knees = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
+        batches = [(torch.randn(16, 8), torch.randint(4, (16,))) for _ in range(10)]
+        knees.append(prune(model, None, batches, quick(n_particles=1, n_steps=30, seed=seed)).knee())
+    assert knees.count(None) >= 11
 
 
 def test_a_report_of_numbers(mlp, vectors):

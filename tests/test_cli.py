@@ -344,6 +344,9 @@ def test_masks_wrong_input(files, capsys):
 
 
 def test_report_wrong_input(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from sfpk_kernels.report import _PARTS
+
     assert main(["report", str(tmp_path)]) == 2
     assert "with a report.json" in capsys.readouterr().err
     for text, words in (
@@ -352,6 +355,7 @@ def test_report_wrong_input(tmp_path, capsys):
         ("{}", "wanted a report of format sfpk-report-1, got one that names none"),
         ('{"format": "other"}', "wanted a report of format sfpk-report-1, got other"),
         ('{"format": "sfpk-report-1", "summary": {}}', "got one without baselines, config, curve"),
+        (json.dumps(dict.fromkeys(_PARTS, 3) | {"format": "sfpk-report-1"}), "got a damaged one"),
     ):
         (tmp_path / "report.json").write_text(text)
         assert main(["report", str(tmp_path)]) == 2
@@ -381,7 +385,9 @@ def test_demo_json(tmp_path, capsys, monkeypatch):
     assert main(["demo", "--out", str(tmp_path), "--json", "--quiet"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["results"][-1]["method"] == "sfpk"
-    assert found == json.loads((tmp_path / "report.json").read_text())
+    assert found == json.loads((tmp_path / "comparison.json").read_text())
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"] == [str(tmp_path / "report.html")]
     assert main(["demo", "--out", str(tmp_path), "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
 

@@ -8,6 +8,7 @@ import torch
 from sfpk_kernels import Coordinates, MaskSet, SFPKConfig, SFPKPruner
 from sfpk_kernels.demo.run import Demo
 from sfpk_kernels.demo.task import build_model, load_digits, train
+from sfpk_kernels.report import render
 
 KEYS = {"method", "sparsity", "accuracy_mean", "accuracy_std", "seeds", "kept", "prunable", "seconds"}
 
@@ -38,7 +39,7 @@ def test_demo_writes_what_it_says(tmp_path):
     demo = Demo(tmp_path / "out", full=True, progress=False, say=lines.append,
                 sparsities=[0.5, 0.95], seeds=[0, 1], epochs=3, config=config)  # fmt: skip
     returned = demo.run()
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert report == returned
     assert report["dense_accuracy"] > 0.5
     methods = ["magnitude", "snip", "sfpk", "sfpk-paper", "sfpk-authors"]
@@ -53,6 +54,12 @@ def test_demo_writes_what_it_says(tmp_path):
             masks = MaskSet.load(tmp_path / "out" / f"mask-{row['method']}-{row['sparsity']:g}-seed{seed}.safetensors")
             assert masks.prunable == 77_072
     assert (tmp_path / "out" / "loss-versus-sparsity.png").read_bytes().startswith(b"\x89PNG")
+    page = render(tmp_path / "out")  # what `sfpk report` does
+    assert page.read_text().count("data:image/png;base64,") == 4
+    of_a_run = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert of_a_run["config"]["sparsity"] == 0.95
+    assert of_a_run["baselines"] == report["results"]
+    assert of_a_run["dense_accuracy"] == report["dense_accuracy"]
     assert any("95%" in line and "magnitude" in line for line in lines)
 
 

@@ -1,16 +1,18 @@
 """report.json, the pictures and the page."""
 
+import itertools
 import json
 import re
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
 from sfpk_kernels import SFPKConfig, prune
 from sfpk_kernels import report as reports
-from sfpk_kernels.report.charts import _style
+from sfpk_kernels.report import charts
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROWS = [
@@ -58,8 +60,105 @@ def test_rendered_again_from_json_alone(result, tmp_path):
     assert page.read_text() == before
 
 
+def test_one_particle_has_no_band_and_no_spread(mlp, vectors, tmp_path):
+    config = SFPKConfig(0.8, n_particles=3, n_steps=10, energy_mode="sequential")
+    prune(mlp, None, vectors, config).report(tmp_path, ROWS)
+    html = prune(mlp, None, vectors, config.replace(n_particles=1)).report(tmp_path).read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["layers.png", "loss.png", "report.html", "report.json"]
+    assert html.count("data:image/png;base64,") == 2
+    assert "Mini-batch loss of the particle over" in html
+    assert "particles from their mean" not in html
+    for particles, labels in ((1, ["the particle"]), (2, ["lowest to highest particle", "mean of the particles"])):
+        _, axes = charts._figure(1)
+        charts._losses(axes, [0, 1], [1, 2], [1, 2], [1, 2], particles)
+        assert sorted(axes.get_legend_handles_labels()[1]) == labels
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"history": 3}, {"summary": {}}, {"curve": ["x"]}, {"config": None}, {"baselines": [{}]}, {"layer_densities": []}],
+)
+def test_a_damaged_report_changes_nothing(result, tmp_path, damage):
+    result.report(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**report, **damage}))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"report.json: wanted a report of format sfpk-report-1, got a damaged one: "):
+        reports.render(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_series_differ_without_colours():
-    assert len({_style(number)[1:] for number in range(36)}) == 36
+    assert len({charts._style(number)[1:] for number in range(36)}) == 36
+
+
+def test_the_end_of_a_run_is_not_one_line():
+    cubic = [100 * (1 - 0.02 - 0.98 * (1 - k / 100) ** 3) for k in range(101)]
+    figure, axes = charts._figure(1)
+    axes.plot(cubic, cubic)
+    charts._sparsity_axis(axes, cubic)
+    figure.canvas.draw()
+    places = axes.transData.transform([(x, 1.0) for x in (0, 97, 98)])[:, 0]
+    assert places[2] - places[1] > 0.08 * (places[2] - places[0]), "from left to right; linear it would be 0.01"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "50", "80", "90", "95", "98"]
+    for values in ([0.0, 90.0], [95.5, 96.5], [], [50.0]):
+        figure, axes = charts._figure(1)
+        charts._sparsity_axis(axes, values)
+        assert axes.get_xscale() == "linear"
+        assert axes.get_xlabel() == "soft sparsity (% removed)"
+    charts._sparsity_axis(axes, [0.0, 100.0])
+    figure.canvas.draw()
+
+
+def test_layers_are_numbered_and_dead_ones_marked(tmp_path, result, monkeypatch):
+    names = [f"block.{i}.weight" for i in range(150)]
+    page = result.report(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    report["layer_sizes"] = dict.fromkeys(names, 10)
+    report["layer_densities"] = {name: 0.0 if i in (3, 77) else 0.2 for i, name in enumerate(names)}
+    report["waypoints"] = []
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    made = []
+    figure = charts._figure
+    monkeypatch.setattr(charts, "_figure", lambda *arguments: made.append(figure(*arguments)) or made[-1])
+    reports.render(tmp_path)
+    axes = made[2][1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"{n}" for n in range(10, 151, 10)]
+    assert axes.get_xticks().tolist() == list(range(9, 150, 10))
+    marks = {line.get_label(): line for line in axes.get_lines()}["nothing kept"]
+    assert list(marks.get_xdata()) == [3, 77]
+    assert '<td class="number">78</td><td>block.77.weight</td>' in page.read_text()
+    for count in (61, 100, 101, 250, 999, 10_000):
+        assert 10 <= len(charts._numbers(count)) <= 20
+
+
+def _boxes(figure, labels):
+    return [label.get_window_extent(figure.canvas.get_renderer()) for label in labels if label.get_text()]
+
+
+@pytest.mark.parametrize(
+    "sparsities",
+    [[0.5, 0.95, 0.98, 0.99], [0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999], [0.7], [k / 99 for k in range(99)]],
+)
+@pytest.mark.parametrize("method", ["snip", "a method of a name that is long enough for a line of its own"])
+def test_sparsities_and_methods_have_room(sparsities, method):
+    rows = [
+        {"method": f"{method} {i}", "sparsity": sparsity, "accuracy_mean": 0.9}
+        for i in range(5)
+        for sparsity in sparsities
+    ]
+    figure, axes = charts._figure(1)
+    charts._accuracies(axes, rows, 0.9)
+    figure.canvas.draw()
+    boxes = sorted(_boxes(figure, axes.get_xticklabels()), key=lambda box: box.x0)
+    assert boxes
+    assert all(first.x1 < second.x0 for first, second in itertools.pairwise(boxes))
+    ticks = [*axes.get_xticks(), *axes.get_xticks(minor=True)]
+    assert sorted(ticks) == pytest.approx([100 * sparsity for sparsity in sparsities])
+    assert axes.get_window_extent().width > 0.6 * figure.bbox.width
+    legend = axes.get_legend().get_window_extent()
+    assert legend.y0 >= 0
+    assert legend.x1 <= figure.bbox.width
 
 
 def test_many_masks_methods_and_layers(mlp, vectors, tmp_path):
@@ -82,6 +181,14 @@ def test_numbers_that_are_not_finite(result, tmp_path):
     assert saved["baselines"][0]["accuracy_mean"] == 0.5
 
 
+def test_numbers_of_torch_and_numpy_in_rows(result, tmp_path):
+    row = {**ROWS[0], "accuracy_mean": torch.tensor(0.5), "accuracy_std": np.float32(0.25), "seeds": np.int64(3)}
+    result.report(tmp_path, [row], dense_accuracy=np.array(0.75))
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["baselines"] == [{**ROWS[0], "accuracy_mean": 0.5, "accuracy_std": 0.25, "seeds": 3}]
+    assert saved["dense_accuracy"] == 0.75
+
+
 def test_markup_in_names_is_text(result, tmp_path):
     result.history[0].alarms.append("<script>alert(1)</script>")
     assert "<script>" not in result.report(tmp_path).read_text()
@@ -97,6 +204,14 @@ def test_wrong_input(result, tmp_path):
     for name in ("sparsity", "accuracy_mean", "accuracy_std"):
         with pytest.raises(ValueError, match=rf"^baselines: {name}: wanted a fraction in \[0, 1\], got 95"):
             result.report(tmp_path, [{**ROWS[1], name: 95}])
+    for name, value in {"accuracy_mean": torch.rand(2), "sparsity": torch.tensor(95), "accuracy_std": "low"}.items():
+        with pytest.raises(ValueError, match=rf"^baselines: {name}: wanted a fraction in \[0, 1\], got"):
+            result.report(tmp_path, [{**ROWS[1], name: value}])
+    for extra in (torch.tensor(1.0), {1, 2}, [object()]):
+        with pytest.raises(TypeError, match="^baselines: extra: wanted numbers, text, lists and dicts of them, got"):
+            result.report(tmp_path, [{**ROWS[1], "extra": extra}])
+    with pytest.raises(TypeError, match=r"^baselines: method: wanted a name, got \['x'\]"):
+        result.report(tmp_path, [{**ROWS[1], "method": ["x"]}])
     with pytest.raises(ValueError, match=r"^dense_accuracy: wanted a fraction in \[0, 1\], got 'high'"):
         result.report(tmp_path, dense_accuracy="high")
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from ..batchnorm import recalibrate_batchnorm
 from ..config import SFPKConfig
 from ..masks import MaskSet
 from ..pruner import prune
-from ..records import StepRecord
+from ..result import PruneResult
 from .task import TRAINING_BATCH, Digits, accuracy, load_digits, train
 
 SPARSITIES = (0.80, 0.90, 0.95, 0.98)
@@ -30,7 +30,7 @@ class Demo:
     """One run of the demo; every method sees the same models, data, seeds and batch-norm re-estimation.
 
     Args:
-        out: folder for masks, report.json and the plot; created.
+        out: folder for masks, comparison.json, the plot, and the report of the run it shows; created.
         full: all seeds at every sparsity, and the presets paper and authors.
         progress: show bars; ``None`` for only on a terminal.
         say: prints a line.
@@ -59,10 +59,10 @@ class Demo:
         self.seeds = tuple(seeds)
         self.epochs = epochs
         self.overrides = dict(config or {})
-        self.histories: dict[float, list[StepRecord]] = {}
+        self.runs: dict[float, PruneResult] = {}  # of the first seed, by sparsity
 
     def run(self) -> dict[str, Any]:
-        """The whole demo; returns what report.json holds."""
+        """The whole demo; returns what comparison.json holds."""
         self.out.mkdir(parents=True, exist_ok=True)
         digits = load_digits()
         self.say(
@@ -90,7 +90,7 @@ class Demo:
             },
             "results": results,
         }
-        (self.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        (self.out / "comparison.json").write_text(json.dumps(report, indent=2) + "\n")
         self._plot(report)
         self._summarize(report)
         return report
@@ -103,7 +103,7 @@ class Demo:
                 config = SFPKConfig.preset(preset, sparsity=sparsity, **settings)
                 result = prune(model, None, digits.loader(seed), config, progress=self.progress)
                 if preset == "default":
-                    self.histories.setdefault(sparsity, result.history)
+                    self.runs.setdefault(sparsity, result)
                 return result.mask
 
             return search
@@ -150,14 +150,16 @@ class Demo:
     def _plot(self, report: dict[str, Any]) -> None:
         from ..report import plot_loss_versus_sparsity
 
-        longest = max(self.histories)
+        longest = max(self.runs)
+        result = self.runs[longest]
         plot_loss_versus_sparsity(
             self.out / "loss-versus-sparsity.png",
-            self.histories[longest],
+            result.history,
             report["results"],
             report["dense_accuracy"],
             f"Residual network on handwritten digits (left: run to {longest:.0%} sparsity)",
         )
+        result.report(self.out, report["results"], report["dense_accuracy"])
 
     def _summarize(self, report: dict[str, Any]) -> None:
         header = f"{'sparsity':>8}  {'method':<13} {'accuracy %':>14}  {'kept':>6} of {'prunable':>8}  {'seconds':>7}"

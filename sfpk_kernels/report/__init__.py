@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import numbers
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["plot_loss_versus_sparsity", "render", "write"]
 
 _FORMAT = "sfpk-report-1"
+_PICTURES = {
+    "loss.png": plot_loss, "particles.png": plot_particles, "layers.png": plot_layers, "baselines.png": plot_baselines
+}  # fmt: skip
 _PARTS = {
     "version", "summary", "config", "plan", "curve", "knee", "waypoints", "layer_densities", "layer_sizes", "history",
     "baselines", "dense_accuracy",
@@ -36,11 +40,13 @@ def write(
 ) -> Path:
     """Write ``report.json``, its pictures and ``report.html`` into a folder, made if absent.
 
+    Pictures of an earlier report there are replaced, or removed where this one has none such.
+
     Args:
         result: of a run.
         folder: the folder.
         baselines: rows to compare with: ``method``, ``sparsity``, ``accuracy_mean`` in [0, 1], and ``accuracy_std``
-            where known.
+            where known. What else is in them is kept where JSON can hold it.
         dense_accuracy: of the unpruned model, in [0, 1].
 
     Returns:
@@ -48,27 +54,21 @@ def write(
 
     Raises:
         ImportError: no matplotlib (``pip install 'sfpk_kernels[demo]'``).
+        TypeError: a row of ``baselines`` that JSON cannot hold.
         ValueError: a row of ``baselines`` without what it needs, or a number that is no fraction.
         NotADirectoryError: ``folder`` is a file.
     """
-    for row in baselines:
-        missing = {"method", "sparsity", "accuracy_mean"} - (row.keys() if isinstance(row, Mapping) else set())
-        if missing:
-            raise ValueError(
-                f"baselines: wanted rows with method, sparsity and accuracy_mean, got one without {sorted(missing)}"
-            )
-        for name in ("sparsity", "accuracy_mean", "accuracy_std"):
-            _check_fraction(f"baselines: {name}", row.get(name, 0.0))
+    rows = [_row(row) for row in baselines]
     if dense_accuracy is not None:
-        _check_fraction("dense_accuracy", dense_accuracy)
+        dense_accuracy = _fraction("dense_accuracy", dense_accuracy)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder: wanted a folder, got the file {os.fspath(folder)!r}")
     folder.mkdir(parents=True, exist_ok=True)
-    report = _numbers(_contents(result, baselines, dense_accuracy))
+    text = json.dumps(_numbers(_contents(result, rows, dense_accuracy)), indent=1, allow_nan=False)
     with atomic_write(folder / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    return render(folder)
+        temporary.write_text(text + "\n")
+    return _draw(folder, json.loads(text))
 
 
 def render(folder: str | os.PathLike[str]) -> Path:
@@ -76,7 +76,7 @@ def render(folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no report.
+        ValueError: it is no report, or a damaged one.
     """
     source = Path(folder) / "report.json"
     if not source.is_file():
@@ -91,20 +91,62 @@ def render(folder: str | os.PathLike[str]) -> Path:
     missing = sorted(_PARTS - report.keys())
     if missing:
         raise ValueError(f"{source}: wanted a report of format {_FORMAT}, got one without {', '.join(missing)}")
-    pictures = {"loss.png": plot_loss, "particles.png": plot_particles, "layers.png": plot_layers}
-    if report["baselines"]:
-        pictures["baselines.png"] = plot_baselines
-    for name, draw in pictures.items():
-        draw(source.with_name(name), report)
-    target = source.with_name("report.html")
-    with atomic_write(target) as temporary:
-        temporary.write_text(page(report, {name: source.with_name(name).read_bytes() for name in pictures}), "utf-8")
+    try:
+        return _draw(source.parent, report)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source}: wanted a report of format {_FORMAT}, got a damaged one: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _draw(folder: Path, report: Mapping[str, Any]) -> Path:
+    """The pictures and the page; pictures of another report go."""
+    pictures = {}
+    for name, draw in _PICTURES.items():
+        if name == "particles.png" and report["config"]["n_particles"] == 1:
+            continue
+        if name == "baselines.png" and not report["baselines"]:
+            continue
+        picture = io.BytesIO()
+        draw(picture, report)
+        pictures[name] = picture.getvalue()
+    text = page(report, pictures)
+    for name in _PICTURES:
+        if name not in pictures:
+            (folder / name).unlink(missing_ok=True)
+    target = folder / "report.html"
+    for path, content in {**{folder / name: png for name, png in pictures.items()}, target: text.encode()}.items():
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content)
     return target
 
 
-def _check_fraction(what: str, value: Any) -> None:
-    if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+def _row(row: Any) -> dict[str, Any]:
+    missing = {"method", "sparsity", "accuracy_mean"} - (row.keys() if isinstance(row, Mapping) else set())
+    if missing:
+        raise ValueError(
+            f"baselines: wanted rows with method, sparsity and accuracy_mean, got one without {sorted(missing)}"
+        )
+    if not isinstance(row["method"], str):
+        raise TypeError(f"baselines: method: wanted a name, got {row['method']!r}")
+    known = {name: row[name] for name in ("sparsity", "accuracy_mean", "accuracy_std") if name in row}
+    row = {**row, **{name: _fraction(f"baselines: {name}", value) for name, value in known.items()}}
+    for name, value in row.items():
+        try:
+            json.dumps({name: _numbers(value)})
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"baselines: {name}: wanted numbers, text, lists and dicts of them, got {value!r}"
+            ) from error
+    return row
+
+
+def _fraction(what: str, value: Any) -> float:
+    """A number in [0, 1]; also as a tensor or array without dimensions."""
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    if not isinstance(number, numbers.Real) or not 0 <= float(number) <= 1:
         raise ValueError(f"{what}: wanted a fraction in [0, 1], got {value!r}")
+    return float(number)
 
 
 def _contents(

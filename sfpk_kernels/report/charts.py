@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..records import StepRecord
 
@@ -13,6 +14,10 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 _LINES = ("-", "--", "-.", ":")
 _NAMED = 60  # layers whose names fit below a picture
 _INSIDE = 4  # series whose legend fits beside them
+_RIGHT = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+_BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 3.8}  # under ticks and label
+_LONG = 20  # characters of a name that needs the width of the picture
+_REMOVED = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.98, 99.99)  # ticks, evenly apart in their logarithm
 
 
 def plot_loss_versus_sparsity(
@@ -34,19 +39,10 @@ def plot_loss_versus_sparsity(
     figure, (left, right) = _figure(2)
 
     sparsities = [100 * (1 - record.start_density) for record in history]
-    mean = [record.energy for record in history]
-    left.fill_between(
-        sparsities,
-        [min(record.energies) for record in history],
-        [max(record.energies) for record in history],
-        alpha=0.25,
-        color=_COLOURS[0],
-        linewidth=0,
-        label="lowest to highest particle",
-    )
-    left.plot(sparsities, mean, color=_COLOURS[0], label="mean of the particles")
+    low, high = [min(record.energies) for record in history], [max(record.energies) for record in history]
+    _losses(left, sparsities, [record.energy for record in history], low, high, len(history[0].energies))
+    _sparsity_axis(left, sparsities)
     left.set_yscale("log")
-    left.set_xlabel("soft sparsity (% removed)")
     left.set_ylabel("mini-batch loss")
     left.set_title("Loss along one SFPK run")
     left.legend()
@@ -58,17 +54,13 @@ def plot_loss_versus_sparsity(
     figure.savefig(path, dpi=130)
 
 
-def plot_loss(path: Path, report: Mapping[str, Any]) -> None:
+def plot_loss(target: IO[bytes], report: Mapping[str, Any]) -> None:
     """Energy and spread of the particles over soft sparsity, the knee and the masks taken on the way."""
     figure, axes = _figure(1)
     points = [point for point in report["curve"] if point["energy"] is not None]
     sparsity = [100 * point["sparsity"] for point in points]
     low, high = [point["lowest"] for point in points], [point["highest"] for point in points]
-    axes.fill_between(
-        sparsity, low, high, alpha=0.25, color=_COLOURS[0], linewidth=0, label="lowest to highest particle"
-    )
-    axes.plot(sparsity, [point["energy"] for point in points], color=_COLOURS[0], label="mean of the particles",
-              marker=_dot(points))  # fmt: skip
+    _losses(axes, sparsity, [point["energy"] for point in points], low, high, report["config"]["n_particles"])
     if min(low, default=0) > 0 and max(high) > 20 * min(low):
         axes.set_yscale("log")
     if report["knee"] is not None:
@@ -77,46 +69,46 @@ def plot_loss(path: Path, report: Mapping[str, Any]) -> None:
     for number, waypoint in enumerate(report["waypoints"]):
         axes.axvline(100 * waypoint["sparsity"], color="0.6", linestyle=":", linewidth=1,
                      label="mask taken" if number == 0 else None)  # fmt: skip
-    axes.set(xlabel="soft sparsity (% removed)", ylabel="mini-batch loss", title="Loss along the run")
+    _sparsity_axis(axes, [*sparsity, *(100 * waypoint["sparsity"] for waypoint in report["waypoints"])])
+    axes.set(ylabel="mini-batch loss", title="Loss along the run")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    figure.savefig(target, dpi=130)
 
 
-def plot_particles(path: Path, report: Mapping[str, Any]) -> None:
+def plot_particles(target: IO[bytes], report: Mapping[str, Any]) -> None:
     """How far apart the particles are: their deviation (the paper's Figure 5), overlap and effective number."""
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = _figure(2, (11, 4.8))
     steps = report["history"]
     sparsity = [100 * (1 - step["start_density"]) for step in steps]
     after = [100 * (1 - sum(step["densities"]) / len(step["densities"])) for step in steps]
     left.plot(after, [100 * step["deviation"] for step in steps], color=_COLOURS[0], marker=_dot(steps))
-    left.set(xlabel="soft sparsity (% removed)", ylabel="distance from the mean particle\n(% of a particle's norm)",
+    left.set(ylabel="distance from the mean particle\n(% of a particle's norm)",
              title="Spread of the soft masks", ylim=(0, None))  # fmt: skip
     overlaps = [step["mean_overlap"] for step in steps]
     right.plot(sparsity, overlaps, color=_COLOURS[0], label="mean IoU of two (left axis)", marker=_dot(steps))
-    right.set(
-        xlabel="soft sparsity (% removed)", ylabel="intersection over union", title="Binary masks", ylim=(0, 1.03)
-    )
+    right.set(ylabel="intersection over union", title="Binary masks", ylim=(0, 1.03))
     count = right.twinx()
     count.plot(sparsity, [step["effective_particles"] for step in steps], color=_COLOURS[1], linestyle="--",
                label="effective number (right axis)", marker=_dot(steps))  # fmt: skip
     count.set(ylabel=f"effective particles of {report['config']['n_particles']}", ylim=(0, None))
     lines = [*right.get_lines(), *count.get_lines()]
-    right.legend(lines, [str(line.get_label()) for line in lines], loc="lower left")
+    right.legend(lines, [str(line.get_label()) for line in lines], **_BELOW)
     for axes in (left, right):
+        _sparsity_axis(axes, [*sparsity, *after])
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    figure.savefig(target, dpi=130)
 
 
-def plot_layers(path: Path, report: Mapping[str, Any]) -> None:
+def plot_layers(target: IO[bytes], report: Mapping[str, Any]) -> None:
     """Share of each tensor's weights that is kept (the paper's Figure 4), of the final mask and of those on the way."""
     final = report["layer_densities"]
     names = list(final)
     places = range(len(names))
     shown = list(places) if len(names) <= _NAMED else []
     longest = max((len(names[i]) for i in shown), default=0)  # characters of 7 points, at 60 degrees
-    figure, axes = _figure(1, (max(7.5, 1.5 + 0.18 * len(shown)), 3.8 + 0.05 * longest))
-    axes.bar(places, [100 * final[name] for name in names], color="0.75", edgecolor="0.3",
+    figure, axes = _figure(1, (max(9.5, 3.5 + 0.18 * len(shown)), 3.8 + 0.05 * longest))
+    axes.bar(places, [100 * final[name] for name in names], color="0.75", edgecolor="0.3", linewidth=0.6,
              label=f"{100 * report['summary']['sparsity']:.4g} % removed")  # fmt: skip
     for number, waypoint in enumerate(report["waypoints"]):
         if waypoint["sparsity"] == report["config"]["sparsity"]:
@@ -125,21 +117,67 @@ def plot_layers(path: Path, report: Mapping[str, Any]) -> None:
         values = [100 * waypoint["layer_densities"][name] for name in names]
         axes.plot(places, values, color=colour, marker=marker, linestyle=line, markersize=4,
                   label=f"{100 * waypoint['sparsity']:.4g} % removed")  # fmt: skip
+    dead = [i for i in places if final[names[i]] == 0]
+    if dead:
+        axes.plot(dead, [0.015] * len(dead), "x", color="black", markersize=7, markeredgewidth=2, zorder=5,
+                  transform=axes.get_xaxis_transform(), label="nothing kept")  # fmt: skip
     axes.axhline(100 * (1 - report["summary"]["sparsity"]), color="black", linewidth=0.8, label="all weights together")
-    axes.set_xticks(shown, [names[i] for i in shown], rotation=60, ha="right", fontsize=7)
+    if shown:
+        axes.set_xticks(shown, [names[i] for i in shown], rotation=60, ha="right", fontsize=7)
+    else:
+        numbers = _numbers(len(names))
+        axes.set_xticks([number - 1 for number in numbers], [str(number) for number in numbers])
     axes.set(ylabel="weights kept (%)", title="Density by layer",
-             xlabel="" if shown else f"{len(names)} prunable tensors, in the model's order")  # fmt: skip
-    _legend(axes, len(report["waypoints"]) + 2)
+             xlabel="" if shown else f"{len(names)} prunable tensors, numbered in the model's order")  # fmt: skip
+    axes.legend(**_RIGHT)
     axes.grid(alpha=0.3, axis="y")
-    figure.savefig(path, dpi=130)
+    figure.savefig(target, dpi=130)
 
 
-def plot_baselines(path: Path, report: Mapping[str, Any]) -> None:
+def plot_baselines(target: IO[bytes], report: Mapping[str, Any]) -> None:
     """Accuracy of several methods over sparsity, as given to the report."""
-    figure, axes = _figure(1)
+    methods = {row["method"] for row in report["baselines"]}
+    below = len(methods) + 1 if max(map(len, methods)) > _LONG else 0  # lines of the legend there
+    figure, axes = _figure(1, (7.5, 4.2 + 0.2 * below))
     _accuracies(axes, report["baselines"], report["dense_accuracy"])
     axes.set_title("Accuracy by method")
-    figure.savefig(path, dpi=130)
+    figure.savefig(target, dpi=130)
+
+
+def _losses(
+    axes: Any,
+    sparsity: Sequence[float],
+    energies: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    particles: int,
+) -> None:
+    """The particles' mean energy over sparsity in %, with their band; one particle has none."""
+    if particles > 1:
+        axes.fill_between(
+            sparsity, low, high, alpha=0.25, color=_COLOURS[0], linewidth=0, label="lowest to highest particle"
+        )
+    label = "mean of the particles" if particles > 1 else "the particle"
+    axes.plot(sparsity, energies, color=_COLOURS[0], label=label, marker=_dot(energies))
+
+
+def _sparsity_axis(axes: Any, values: Sequence[float]) -> None:
+    """Sparsity in %; for a run beyond 90 % even in the logarithm of what is kept, or its end would be one line."""
+    import numpy as np
+
+    first, last = (max(100 - value, 1e-6) for value in (min(values, default=0.0), max(values, default=0.0)))  # kept, %
+    ticks = [tick for tick in _REMOVED if 0.98 * last <= 100 - tick <= 1.02 * first]
+    label = "soft sparsity (% removed)"
+    if last < 10 and len(ticks) > 2:
+        axes.set_xscale(
+            "function",
+            functions=(lambda removed: -np.log(np.maximum(100 - removed, 1e-6)), lambda x: 100 - np.exp(-x)),
+        )
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        margin = (first / last) ** 0.03
+        axes.set_xlim(100 - first * margin, 100 - last / margin)
+        label += ", logarithmic in the weights kept"
+    axes.set_xlabel(label)
 
 
 def _style(number: int) -> tuple[str, str, str]:
@@ -147,15 +185,29 @@ def _style(number: int) -> tuple[str, str, str]:
     return _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)], _LINES[number % len(_LINES)]
 
 
+def _numbers(count: int) -> list[int]:
+    """Of 1 … count every 5th, 10th, 20th, 50th, …: at most 20."""
+    step = next(step for power in range(20) for step in (5 * 10**power, 10 ** (power + 1), 2 * 10 ** (power + 1))
+                if count <= 20 * step)  # fmt: skip
+    return list(range(step, count + 1, step))
+
+
 def _dot(points: Sequence[Any]) -> str | None:
     """A line of one point shows nothing."""
     return "o" if len(points) == 1 else None
 
 
-def _legend(axes: Any, series: int) -> None:
-    """Inside the axes, or right of them where there are many."""
-    outside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    axes.legend(**({} if series <= _INSIDE else outside))
+def _apart(axes: Any, values: Sequence[float]) -> None:
+    """Ticks at all the values, numbers at those that have the room for one, from the last on."""
+    span = max(values, default=0.0) - min(values, default=0.0)
+    named: list[float] = []
+    for value in reversed(values):
+        room = 0.0125 * (len(f"{value:g}") + len(f"{named[-1]:g}")) * span if named else 0.0
+        if not named or named[-1] - value >= room:
+            named.append(value)
+    axes.set_xticks(named, [f"{value:g}" for value in named])
+    axes.set_xticks([value for value in values if value not in named], minor=True)
+    axes.tick_params(which="minor", length=3.5)
 
 
 def _figure(panels: int, size: tuple[float, float] | None = None) -> tuple[Any, Any]:
@@ -180,12 +232,17 @@ def _accuracies(right: Any, results: Sequence[Mapping[str, Any]], dense_accuracy
             marker=marker,
             linestyle=line,
             capsize=3,
-            label=method,
+            label=textwrap.fill(method, 70).replace("$", r"\$"),
         )
-    right.set_xticks(sorted({100 * row["sparsity"] for row in results}))
+    _apart(right, sorted({100 * row["sparsity"] for row in results}))
     if dense_accuracy is not None:
         right.axhline(100 * dense_accuracy, color="black", linewidth=0.8, label="dense")
     right.set_xlabel("sparsity (% removed)")
     right.set_ylabel("test accuracy (%)")
-    _legend(right, len(methods) + (dense_accuracy is not None))
+    if max(map(len, methods), default=0) > _LONG:
+        right.legend(**_BELOW)
+    elif len(methods) + (dense_accuracy is not None) > _INSIDE:
+        right.legend(**_RIGHT)
+    else:
+        right.legend()
     right.grid(alpha=0.3)

@@ -23,6 +23,10 @@ _CAPTIONS = {
     "layers.png": "Share of each prunable tensor's weights that is kept.",
     "baselines.png": "Accuracy by method, as given to the report.",
 }
+_CAPTIONS_OF_ONE = {
+    "loss.png": "Mini-batch loss of the particle over the soft sparsity at which it was taken. Each step sees another "
+    "batch, so part of the ups and downs is chance.",
+}
 
 
 def page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
@@ -38,11 +42,13 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         ("energies", f"{report['plan']['choice']['mode']}: {report['plan']['choice']['reason']}"),
         ("predicted peak memory", f"{report['plan']['peak_bytes'] / 1e6:,.1f} MB"),
     ]
+    one = report["config"]["n_particles"] == 1
+    captions = {**_CAPTIONS, **_CAPTIONS_OF_ONE} if one else _CAPTIONS
     parts = [_table(("", ""), rows)]
     parts += [f'<p class="alarm">{escape(words)}</p>' for words in summary["alarms"]]
     for name, content in pictures.items():
         source = base64.b64encode(content).decode()
-        caption = escape(_CAPTIONS[name])
+        caption = escape(captions[name])
         parts.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{source}"><figcaption>{caption}'
                      "</figcaption></figure>")  # fmt: skip
     if report["waypoints"]:
@@ -51,9 +57,10 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         ]
         parts.append("<h2>Masks taken on the way</h2>" + _table(("sparsity", "after step", "kept", "mask"), taken))
     layers = [
-        (name, size, f"{100 * report['layer_densities'][name]:.2f} %") for name, size in report["layer_sizes"].items()
+        (number, name, size, f"{100 * report['layer_densities'][name]:.2f} %")
+        for number, (name, size) in enumerate(report["layer_sizes"].items(), start=1)
     ]
-    parts.append("<h2>Layers</h2>" + _table(("tensor", "weights", "kept"), layers))
+    parts.append("<h2>Layers</h2>" + _table(("", "tensor", "weights", "kept"), layers))
     settings = _table(("setting", "value"), list(report["config"].items()))
     parts.append(f"<details><summary>Settings</summary>{settings}</details>")
     body = "\n".join(parts)
