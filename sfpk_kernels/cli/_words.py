@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..files import check_writable
+from ..plain import plain
 
 USAGE = 2
 FAILED = 1
@@ -43,12 +43,4 @@ def make_folder(path: Path) -> None:
 
 def to_json(value: Any) -> str:
     """As JSON, in which numbers that are not finite are null."""
-    return json.dumps(_finite(value), indent=1, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+    return json.dumps(plain(value), indent=1, allow_nan=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import math
 import numbers
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..files import atomic_write
+from ..plain import plain
 from .charts import plot_baselines, plot_layers, plot_loss, plot_loss_versus_sparsity, plot_particles
 from .page import page
 
@@ -65,7 +65,7 @@ def write(
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder: wanted a folder, got the file {os.fspath(folder)!r}")
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_numbers(_contents(result, rows, dense_accuracy)), indent=1, allow_nan=False)
+    text = json.dumps(plain(_contents(result, rows, dense_accuracy)), indent=1, allow_nan=False)
     with atomic_write(folder / "report.json") as temporary:
         temporary.write_text(text + "\n")
     return _draw(folder, json.loads(text))
@@ -133,7 +133,7 @@ def _row(row: Any) -> dict[str, Any]:
     row = {**row, **{name: _fraction(f"baselines: {name}", value) for name, value in known.items()}}
     for name, value in row.items():
         try:
-            json.dumps({name: _numbers(value)})
+            json.dumps({name: plain(value)})
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"baselines: {name}: wanted numbers, text, lists and dicts of them, got {value!r}"
@@ -180,14 +180,3 @@ def _contents(
         "baselines": [dict(row) for row in baselines],
         "dense_accuracy": dense_accuracy,
     }
-
-
-def _numbers(value: Any) -> Any:
-    """What JSON knows: numbers that are not finite become null."""
-    if isinstance(value, numbers.Real) and not isinstance(value, int):  # NumPy's, too
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _numbers(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_numbers(entry) for entry in value]
-    return value
