@@ -180,12 +180,13 @@ class PruneResult:
 
         None for too few points, for a rise within what batches differ by (the standard deviation of the particles'
         energies; for one particle that of its energies around the smoothed curve, twice, as one batch says less), and
-        for a curve that lies above its chord or less than half of that noise below it: that one flattens.
+        for a curve that lies above its chord or less than half of that noise below it: that one flattens. None, too,
+        where the run settles at checkpoints (``config.settle``): its loss rises and falls between them.
 
         The curve is smoothed by a running median of five steps first; batches differ.
         """
         points = [point for point in self.curve() if math.isfinite(point["energy"])]
-        if len(points) < 8:
+        if len(points) < 8 or self.config.settle:
             return None
         x = torch.tensor([point["sparsity"] for point in points], dtype=torch.float64)
         energies = torch.tensor([point["energy"] for point in points], dtype=torch.float64)

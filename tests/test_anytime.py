@@ -105,6 +105,7 @@ def test_settling_at_checkpoints(mlp, vectors, tmp_path, monkeypatch):
     assert [1.0, *densities] == density_schedule("cubic", 1 - 0.8, 40, 1.0, [1 - 0.5, 1 - 0.7])
     first = round(40 * math.log(2) / math.log(5))
     assert result.waypoints[0].step == first == 17
+    assert result.knee() is None
     assert pulls == [0.0] * 8 + [0.3] * 32
     assert [w.mask.kept for w in result.waypoints] == [72, 43, 29]
     assert prune(mlp, None, vectors, config, checkpoints=[0.5, 0.7, 0.8], resume=path).mask == result.mask
