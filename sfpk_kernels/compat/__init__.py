@@ -2,8 +2,9 @@
 
 - :func:`SFPK_prune`: the signature of the paper's Algorithm 3.
 - :class:`SFPK`: the pruner object of the authors' code. ``from sfpk_kernels.compat import pruners`` in the place of
-  their module ``pruners`` is the one import to change; the masks may still be registered by their own helpers, or by
-  the ones here (:func:`init_masks_hooks`, :func:`free_modules`, …, in :mod:`sfpk_kernels.compat.utils`).
+  their module ``pruners`` is the one import to change (scripts that also run their other methods keep their module and
+  set ``pruners.SFPK = sfpk_kernels.compat.SFPK``); the masks may still be registered by their own helpers, or by the
+  ones here (:func:`init_masks_hooks`, :func:`free_modules`, …, in :mod:`sfpk_kernels.compat.utils`).
 
 Two conventions meet here. ``SFPK_prune(model, t, …)``: t is the fraction REMOVED, as everywhere in this package.
 ``SFPK.mask(sparsity)``: the fraction KEPT, as in the authors' code.
