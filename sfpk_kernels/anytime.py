@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .config import SFPKConfig
 from .masks import MaskSet
 
 
@@ -21,20 +22,21 @@ class Waypoint:
     score: Tensor | None  # (d,) the vote behind it, on the CPU, where kept
 
 
-def sparsities(
+def check_checkpoints(
     wanted: Iterable[float],
-    first: float,  # sparsity at the start of the run
-    last: float,  # its target
+    config: SFPKConfig,
+    first: float = 0.0,  # sparsity at the start of the run
+    keep_scores: bool = False,
 ) -> list[float]:
     """Those of ``checkpoints``, in order, each once.
 
     Raises:
         TypeError: no iterable of numbers.
-        ValueError: one that the run does not pass.
+        ValueError: one that the run does not pass, or what does not go together with ``config`` and ``keep_scores``.
     """
     if isinstance(wanted, str) or not isinstance(wanted, Iterable):
         raise TypeError(f"checkpoints: wanted a list of sparsities, got {wanted!r}")
-    values = list(wanted)
+    values, last = list(wanted), config.sparsity
     for value in values:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"checkpoints: wanted sparsities, got {value!r}")
@@ -42,4 +44,18 @@ def sparsities(
             raise ValueError(
                 f"checkpoints: wanted sparsities above {first:g} and up to the run's {last:g}, got {value!r}"
             )
-    return sorted({float(value) for value in values})
+    found = sorted({float(value) for value in values})
+    early = [value for value in found if value < last]
+    if keep_scores and not found:
+        raise ValueError("keep_scores: wanted checkpoints=[…] beside it, at which scores are kept, got none")
+    if config.vote == "masked" and (early or keep_scores):
+        what = f"checkpoints: wanted none below {last:g}, got {early[0]:g}" if early else "keep_scores: wanted False"
+        raise ValueError(f"{what}: the scores of vote='masked' are of the final sparsity alone")
+    if config.settle and not found:
+        raise ValueError("settle: wanted checkpoints=[…] to settle at, got none")
+    if config.settle and len(early) + 1 > config.n_steps:
+        raise ValueError(
+            f"n_steps: wanted ≥ {len(early) + 1} to settle at {len(early)} checkpoints and the end, "
+            f"got {config.n_steps}"
+        )
+    return found

@@ -15,7 +15,7 @@ from .config import SFPKConfig
 from .coordinates import unwrapped
 from .files import check_writable
 
-KIND = "sfpk-run-1"  # format and version
+KIND = "sfpk-run-2"  # format and version
 
 # Settings that may change between parts of a run: a new seed makes a branch; a limit decides nothing but refusal.
 _FREE = ("seed", "memory_limit")

@@ -81,9 +81,9 @@ class SFPKConfig:
         retract: rescale every particle onto the schedule after each move.
         consensus: η in [0, 1]: how far particles are pulled to their mean in each step, late in the run.
         consensus_start: fraction of the run in [0, 1] after which the pull acts.
-        settle: with checkpoints: slow down towards each of them as towards the target, and let the pull begin before
-            the first (``consensus_start`` is then a fraction of the way there). The masks taken on the way come close
-            to those of runs of their own; the run is another one.
+        settle: with checkpoints: slow down towards each of them as towards the target (the exponential schedule stays
+            as it is), and let the pull begin before the first: ``consensus_start`` is then a fraction of the way there.
+            For better masks on the way; the run is another one.
         momentum: in [0, 1): share of the previous steps' vote kept in the final score.
         vote: ``"soft"`` averages the scores of the voting particles, ``"hard"`` counts in how many of their
             binary masks a coordinate is kept (equal counts are ranked by the soft score), ``"masked"`` averages

@@ -96,6 +96,11 @@ def _kept(keep: Polarized, columns: slice, places: Tensor) -> Tensor:  # (n, cou
     return (score > threshold) | ((score == threshold) & (places < keep.cut.tie_end))
 
 
+def layer_names(coordinates: Coordinates) -> list[str | None]:
+    """Of the prunable tensors, None for biases and norms: a layer lives without them, and zeros are often dense."""
+    return [tensor.name if len(tensor.shape) > 1 else None for tensor in coordinates.tensors]
+
+
 def dying(shares: Mapping[str, float], density: float) -> dict[str, str]:
     """Of tensors kept in these shares where ``density`` is kept of all: those that die, and what to say of them."""
     return {
@@ -108,9 +113,14 @@ def dying(shares: Mapping[str, float], density: float) -> dict[str, str]:
 
 
 class Alarms:
-    """Says once each: particles that collapse, a layer about to die, a loss that falls when it should rise."""
+    """Says once each: particles that collapse, a layer about to die, a loss that falls when it should rise.
 
-    def __init__(self, config: SFPKConfig, names: Sequence[str]):
+    Args:
+        config: of the run.
+        names: of the prunable tensors; None for those that may die unsaid.
+    """
+
+    def __init__(self, config: SFPKConfig, names: Sequence[str | None]):
         self._config = config
         self._names = names
         self.said: set[str] = set()  # keys of alarms given
@@ -136,7 +146,9 @@ class Alarms:
         return {"collapse": f"the particles have collapsed: they lie within {record.deviation:.1e} of their mean"}
 
     def _dying(self, record: StepRecord) -> dict[str, str]:
-        shares = dict(zip(self._names, record.layer_densities, strict=False))
+        shares = {
+            name: share for name, share in zip(self._names, record.layer_densities, strict=False) if name is not None
+        }
         return {f"dying {name}": words for name, words in dying(shares, self._config.target_density).items()}
 
     def _falling(self, history: Sequence[StepRecord]) -> dict[str, str]:

@@ -27,7 +27,7 @@ from .retraining import RetrainConfig, check_label_smoothing, retrain, trained_p
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "sfpk-gradual-1"
+FORMAT = "sfpk-gradual-2"
 
 _PARTS = {"settings", "model", "particles", "values", "masks", "history"}
 
@@ -163,6 +163,8 @@ class GradualPruner:
             retrain = RetrainConfig(epochs=float(retrain))
         if not isinstance(retrain, RetrainConfig) and not callable(retrain):
             raise TypeError(f"retrain: wanted epochs, a RetrainConfig or a function, got {retrain!r}")
+        if config.settle:
+            raise ValueError("config: wanted settle=False: every shot slows down towards its own density, got True")
         self.plan = plan_shots(config, shots, growth)
         self.config = config
         self.coordinates = Coordinates(model, **coordinate_options)

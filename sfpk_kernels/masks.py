@@ -303,7 +303,8 @@ class MaskSet:
         ``prune.remove(module, "weight")`` makes it permanent: the same parameter under its old name, with zeros. Tied
         weights are handed over in every module that uses them. Limits of torch.nn.utils.prune: modules whose weight is
         read without calling them (``out_proj`` of nn.MultiheadAttention) can be neither trained nor deep-copied so;
-        other models cannot be deep-copied after a forward pass with gradients until one under ``torch.no_grad()``.
+        other models can be deep-copied after a forward pass under ``torch.no_grad()``, not right after the hand-over
+        or a pass with gradients.
 
         Raises:
             ValueError: the masks belong to another model; nothing is changed then.

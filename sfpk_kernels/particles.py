@@ -77,7 +77,6 @@ class ParticleSystem:
             ValueError: fewer steps than parts.
         """
         config = self._config
-        stops = [stop for stop in stops if stop > config.target_density * (1 + 1e-9)]
         if stops:
             schedule = density_schedule(config.schedule, config.target_density, config.n_steps, self.schedule[0], stops)
             self._pull_after = config.consensus_start * schedule.index(stops[0])

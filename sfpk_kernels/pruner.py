@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoint
-from .anytime import Waypoint, sparsities
+from .anytime import Waypoint, check_checkpoints
 from .batches import BatchStream, move_to
 from .config import SFPKConfig
 from .coordinates import Coordinates, Ignored
-from .diagnostics import Alarms, Diagnostics
+from .diagnostics import Alarms, Diagnostics, layer_names
 from .energy import LossFn
 from .files import load_state, save_state
 from .masks import MaskSet
@@ -114,14 +114,11 @@ class SFPKPruner:
             config.sparsity,
         )
         self._diagnostics = Diagnostics(self.coordinates, config, self._theta.device)
-        self._alarms = Alarms(config, [tensor.name for tensor in self.coordinates.tensors])
-        self._checkpoints = sparsities(checkpoints, 1.0 - self._system.schedule[0], config.sparsity)
-        if keep_scores and not self._checkpoints:
-            raise ValueError("keep_scores: wanted checkpoints=[…] beside it, at which scores are kept, got none")
+        self._alarms = Alarms(config, layer_names(self.coordinates))
+        first = 1.0 - self._system.schedule[0]
+        self._checkpoints = check_checkpoints(checkpoints, config, first, keep_scores)
         if config.settle:
-            if not self._checkpoints:
-                raise ValueError("settle: wanted checkpoints=[…] to settle at, got none")
-            self._system.settle_at([1.0 - sparsity for sparsity in self._checkpoints])
+            self._system.settle_at([1.0 - sparsity for sparsity in self._checkpoints if sparsity < config.sparsity])
         self._due = list(self._checkpoints)  # those still to be passed
         self._keep_scores = keep_scores
         self._waypoints: list[Waypoint] = []
@@ -190,7 +187,9 @@ class SFPKPruner:
             seeded(self._step_seed(0), self.coordinates.device),
             tqdm(total=remaining, desc="SFPK", disable=None if progress is None else not progress) as bar,
         ):
-            stream = BatchStream(loader, self.coordinates.device, n * remaining)  # draws the data order: seeded
+            stream = BatchStream(
+                loader, self.coordinates.device, self._taken + n * remaining
+            )  # draws the data order: seeded
             if not self.done:
                 stream.skip(self._taken)
             while not self.done:
@@ -200,8 +199,7 @@ class SFPKPruner:
                         plan = self._make_plan(batches[0])
                         if not bar.disable:
                             bar.write(str(plan), file=sys.stderr)
-                    record = self._step(batches)
-                self._taken += n
+                    record = self._step(batches, taken=n)
                 self._call_back(record)
                 if save_every and target is not None and (record.step % save_every == 0 or self.done):
                     self._try_to_save(target)
@@ -237,7 +235,11 @@ class SFPKPruner:
         self._call_back(record)
         return record
 
-    def _step(self, batches: Sequence[Any]) -> StepRecord:
+    def _step(
+        self,
+        batches: Sequence[Any],
+        taken: int = 0,  # of them from the loader of a run
+    ) -> StepRecord:
         """The numbered steps of the method, in their order."""
         if self._broken is not None:
             raise RuntimeError(f"step: this run cannot go on: {self._broken}")
@@ -263,7 +265,7 @@ class SFPKPruner:
                     with self._energy.one_by_one():
                         for i in range(len(keep)):
                             energies[i] = self._energy.single(i, keep.rows(slice(i, i + 1)), batches[i], grad[0])
-                            skipped += mark_nonfinite(energies[i : i + 1], grad, self.config, number, first=i)
+                            skipped += mark_nonfinite(energies[i : i + 1], grad, self.config, number, i, len(skipped))
                             stats = system.move_(grad, row=i)
                             cosines[i] = stats.cosines[i]
                     stats = stats._replace(cosines=cosines)
@@ -286,6 +288,7 @@ class SFPKPruner:
             )
             record.alarms.extend(self._alarms.check(self.history, record))
             self.history.append(record)
+            self._taken += taken
         except BaseException as error:
             moved = system.moves - before
             who = f"particles 0 … {moved - 1} have moved" if moved else "the particles have not moved"
@@ -368,7 +371,7 @@ class SFPKPruner:
         names = [tensor.name for tensor in self.coordinates.tensors]
         checkpoint.check_same(state, self.config, self._fingerprint, names)
         if self.config.settle and state["particles"]["schedule"] != self._system.schedule:
-            raise ValueError("checkpoints: wanted those of the saved run, which settles at them, got others")
+            raise ValueError("checkpoints, start: wanted those of the saved run, which settles, got others")
         device = self._theta.device
         vote = None if state["vote"] is None else state["vote"].to(device)
         energies = None if state["energies"] is None else state["energies"].to(device)

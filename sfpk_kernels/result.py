@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .anytime import Waypoint
 from .config import SFPKConfig
 from .coordinates import Coordinates
-from .diagnostics import dying
+from .diagnostics import dying, layer_names
 from .masks import MaskSet
 from .planning import Plan
 from .polarizer import Polarizer, budget
@@ -60,16 +60,18 @@ class PruneResult:
 
     @property
     def dead_layers(self) -> list[str]:
-        """Tensors that lose (nearly) all their weights in the final mask or in one taken on the way.
+        """Layers that lose (nearly) all their weights in the final mask or in one taken on the way.
 
         The particles' own masks, which the steps look at, need not show it: without retraction they are denser.
         """
         masks = {waypoint.sparsity: waypoint.mask for waypoint in self.waypoints} | {self.config.sparsity: self.mask}
-        return [
-            f"mask at {sparsity:g}: {words}"
-            for sparsity, mask in masks.items()
-            for words in dying(mask.layer_densities(), 1.0 - sparsity).values()
-        ]
+        names = [name for name in layer_names(self.coordinates) if name is not None]
+        found = []
+        for sparsity, mask in masks.items():
+            densities = mask.layer_densities()
+            words = dying({name: densities[name] for name in names}, 1.0 - sparsity).values()
+            found += [f"mask at {sparsity:g}: {text}" for text in words]
+        return found
 
     def mask_at(self, sparsity: float) -> MaskSet:
         """The mask of round((1 - sparsity)·d) weights for a sparsity the run has passed.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune
 
 from .coordinates import named_parameters
@@ -27,8 +26,4 @@ def to_torch_prune(masks: MaskSet, model: nn.Module) -> nn.Module:
     ]
     for module, local, name in uses:
         prune.custom_from_mask(module, local, masks[name].to(parameters[name].device))
-        if not isinstance(module, NonDynamicallyQuantizableLinear):
-            # Every call of the module makes it anew; one with a history could not be copied. Not for out_proj of
-            # nn.MultiheadAttention, which is never called: torch's error in training there is better than silence.
-            setattr(module, local, getattr(module, local).detach())
     return model

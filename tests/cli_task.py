@@ -70,6 +70,15 @@ def talks():
     return *without_eval(), eval_fn
 
 
+def lost_worker():
+    model, _, batches = without_eval()
+
+    def loss_fn(net, batch):
+        raise BrokenPipeError("a worker has died")
+
+    return model, loss_fn, batches
+
+
 def interrupted():
     raise KeyboardInterrupt
 

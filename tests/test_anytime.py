@@ -109,12 +109,23 @@ def test_settling_at_checkpoints(mlp, vectors, tmp_path, monkeypatch):
     assert pulls == [0.0] * 8 + [0.3] * 32
     assert [w.mask.kept for w in result.waypoints] == [72, 43, 29]
     assert prune(mlp, None, vectors, config, checkpoints=[0.5, 0.7, 0.8], resume=path).mask == result.mask
-    with pytest.raises(ValueError, match="^checkpoints: wanted those of the saved run, which settles at them"):
+    with pytest.raises(ValueError, match="^checkpoints, start: wanted those of the saved run, which settles"):
         prune(mlp, None, vectors, config, checkpoints=[0.6, 0.7], resume=path)
     with pytest.raises(ValueError, match="^settle: wanted checkpoints=.* to settle at, got none"):
         SFPKPruner(mlp, None, config)
     alone = prune(mlp, None, vectors, config, checkpoints=[0.8])
     assert alone.mask == prune(mlp, None, vectors, quick(n_steps=40)).mask, "nothing to settle at before the end"
+
+
+def test_masked_votes_are_of_the_final_sparsity(mlp, vectors):
+    for options, words in [
+        ({"checkpoints": [0.5, 0.8]}, "^checkpoints: wanted none below 0.8, got 0.5: the scores of vote='masked'"),
+        ({"checkpoints": [0.8], "keep_scores": True}, "^keep_scores: wanted False: the scores of vote='masked'"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            SFPKPruner(mlp, None, quick(vote="masked"), **options)
+    result = prune(mlp, None, vectors, quick(vote="masked"), checkpoints=[0.8])
+    assert result.mask_at(0.8) == result.mask == result.waypoints[0].mask
 
 
 def test_scores_are_kept_at_checkpoints(mlp):

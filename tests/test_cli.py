@@ -73,7 +73,7 @@ def test_json_is_all_there_is_on_stdout(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [(["info"], "| true"), (["prune", TASK, *QUICK, "--json"], "| true"),
-     (["prune", TASK, *QUICK, "--json"], "2>&1 >/dev/null | true")],
+     (["prune", "tests.cli_task:talks", *QUICK, "--json"], "2>&1 >/dev/null | true")],
 )  # fmt: skip
 def test_a_reader_that_has_gone_is_no_failure(arguments, where, tmp_path):
     out = ["--out", str(tmp_path)] if "prune" in arguments else []
@@ -83,6 +83,18 @@ def test_a_reader_that_has_gone_is_no_failure(arguments, where, tmp_path):
     assert done.returncode == 0
     assert "rror" not in done.stderr
     assert (tmp_path / "mask.safetensors").is_file() == bool(out)
+
+
+def test_errors_of_other_files_leave_stdout_alone(tmp_path):
+    script = (
+        "from sfpk_kernels.cli import main; from sfpk_kernels import files; import sys\n"
+        "def fail(*a): raise OSError(5, 'the disk fails')\n"
+        "import sfpk_kernels.report; sfpk_kernels.report.render = fail\n"
+        "print(main(['report', sys.argv[1]])); print('still here')"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout == "1\nstill here\n"
+    assert done.stderr == "sfpk report: [Errno 5] the disk fails\n"
 
 
 def test_output_that_cannot_be_written(tmp_path):
@@ -200,6 +212,10 @@ def test_options_reach_the_config(tmp_path, capsys):
         ([TASK, *QUICK, "--out", "/proc/here"], 2, "--out: wanted a folder that can be written or made"),
         ([TASK, *QUICK, "--ignore", "re:.*"], 2, "--ignore: wanted patterns that leave something to prune"),
         ([TASK, *QUICK, "--settle"], 2, "--settle: wanted checkpoints"),
+        ([TASK, *QUICK, "--settle", "--plan"], 2, "--settle: wanted checkpoints"),
+        ([TASK, *QUICK, "--settle", "--checkpoints", "0.3", "0.5", "--n-steps", "2"], 2, "--n-steps: wanted ≥ 3"),
+        ([TASK, *QUICK, "--vote", "masked", "--checkpoints", "0.3"], 2, "--checkpoints: wanted none below 0.8"),
+        (["tests.cli_task:lost_worker", *QUICK], 1, "BrokenPipeError: a worker has died"),
         ([TASK, *QUICK, "--plan", "--checkpoints", "0.9"], 2, "--checkpoints: wanted sparsities above 0 and up to"),
         ([TASK, *QUICK[:-1], "cudagraph"], 1, "energy_mode='cudagraph' cannot run this model: CUDA graphs need a CUDA"),
         ([TASK, *QUICK, "--checkpoints", "0.9"], 2, "--checkpoints: wanted sparsities above 0 and up to the run's 0.8"),

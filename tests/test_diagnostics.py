@@ -9,6 +9,7 @@ from torch import nn
 from sfpk_kernels import SFPKConfig, SFPKPruner, prune
 from sfpk_kernels import diagnostics as module
 from sfpk_kernels.diagnostics import Alarms
+from sfpk_kernels.nonfinite import mark_nonfinite
 from sfpk_kernels.records import StepRecord
 
 
@@ -188,3 +189,25 @@ def test_layers_that_only_the_final_mask_loses(vectors, caplog):
     assert words in result.alarms
     assert words in result.summary()["alarms"]
     assert words in caplog.text
+
+
+def test_dense_zeros_of_norms_are_no_dead_layers(vectors):
+    model = nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 4))
+    config = quick(polarizer="mask_weight", n_steps=4)
+    result = prune(model, None, vectors, config, include_norms=True)
+    assert result.mask.layer_densities()["1.bias"] == 0
+    assert not result.alarms
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_a_step_without_any_finite_particle_is_an_error(mlp, vectors, memory):
+    batches = [(x, y) for x, y in vectors[:4]] + [(x * float("nan"), y) for x, y in vectors[4:8]]
+    config = quick(nonfinite="skip_particle", memory=memory)
+    with pytest.raises(FloatingPointError, match="wanted a finite loss, got nan in step 2, particle"):
+        prune(mlp, None, batches, config)
+
+
+def test_what_is_not_finite_is_named(mlp):
+    energies, grads = torch.tensor([0.5, float("nan")]), torch.tensor([[1.0, float("inf")], [1.0, 2.0]])
+    with pytest.raises(FloatingPointError, match="wanted a finite gradient, got inf in step 3, particle 0"):
+        mark_nonfinite(energies, grads, quick(n_particles=2, nonfinite="skip_particle"), 3)

@@ -260,6 +260,8 @@ def test_what_is_wrong_is_known_before_the_first_shot(mlp, vectors, tmp_path):
     ]:  # fmt: skip
         with pytest.raises(error, match=f"state: wanted what GradualPruner.state_dict.. returns, {words}"):
             make().load_state_dict(wrong)
+    with pytest.raises(ValueError, match="config: wanted settle=False"):
+        GradualPruner(mlp, never, vectors, quick(settle=True), shots=3, retrain=1)
     mlp.requires_grad_(False)
     with pytest.raises(ValueError, match="model: wanted parameters that require gradients, got none"):
         make()

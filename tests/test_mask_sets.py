@@ -223,21 +223,34 @@ def test_torch_prune_on_one_of_two_tied_weights_is_seen(mlp):
     assert list(model.state_dict()) == names
 
 
-def test_copies_right_after_the_hand_over(masks, mlp):
+def test_copies_after_the_hand_over(masks, mlp):
+    """After a pass under no_grad, as torch's pruning has it."""
     x = torch.ones(2, 8)
     expected = masks.apply_(copy.deepcopy(mlp))(x)
     masks.to_torch_prune(mlp)
-    assert torch.equal(copy.deepcopy(mlp)(x), expected)
-    mlp(x).sum().backward()
     with torch.no_grad():
         mlp(x)
     again = copy.deepcopy(mlp)
+    assert torch.equal(again(x), expected)
     again(x).sum().backward()
     assert again[0].weight_orig.grad is not None
 
 
+def test_a_weight_read_without_its_module_is_no_silent_freeze(masks, mlp):
+    """Torch refuses to train it under its pruning, rather than leave it as it is."""
+    masks.to_torch_prune(mlp)
+
+    def loss():
+        return nn.functional.linear(torch.ones(2, 8), mlp[0].weight).sum()
+
+    loss().backward()
+    assert mlp[0].weight_orig.grad is not None
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss().backward()
+
+
 def test_torch_prune_of_attention_is_no_silent_freeze():
-    """out_proj is read without being called: torch refuses to train it, rather than leave it as it is."""
+    """out_proj is read without being called."""
     model = nn.MultiheadAttention(8, 2)
     magnitude(model, None, None, 0.5).to_torch_prune(model)
     x = torch.ones(3, 8)

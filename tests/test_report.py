@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 
 from sfpk_kernels import SFPKConfig, prune
 from sfpk_kernels import report as reports
+from sfpk_kernels.plain import plain
 from sfpk_kernels.report import charts
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -226,3 +227,10 @@ def test_wrong_input(result, tmp_path):
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(ValueError, match="wanted a report of format"):
         reports.render(tmp_path)
+
+
+def test_plain_numbers():
+    found = plain({"a": np.int64(2**60 + 1), "b": np.float32("nan"), "c": (np.bool_(True), True, 3, 0.5)})
+    assert found == {"a": 2**60 + 1, "b": None, "c": [True, True, 3, 0.5]}
+    assert json.loads(json.dumps(found)) == found
+    assert [type(value) for value in found["c"]] == [bool, bool, int, float]

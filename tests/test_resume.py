@@ -1,5 +1,6 @@
 """Saving and resuming: bit for bit, at any moment, only what belongs together."""
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -311,6 +312,25 @@ def test_a_stopped_pruner_goes_on(mlp, vectors, tmp_path):
     pruner.save(path)
     assert torch.equal(pruner.run(vectors).particles, whole.particles)
     assert torch.equal(prune(mlp, None, vectors, quick(), resume=path).particles, whole.particles)
+
+
+def test_an_interruption_between_two_steps_counts_its_batches(mlp, vectors, monkeypatch):
+    whole = prune(mlp, None, vectors, quick())
+    pruner = SFPKPruner(mlp, None, quick())
+    guard, left = SFPKPruner._guard, iter([False, False, True])
+
+    @contextlib.contextmanager
+    def interrupted(self):
+        with guard(self):
+            yield
+        if next(left, False):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SFPKPruner, "_guard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.run(vectors)
+    assert len(pruner.history) == 3
+    assert torch.equal(pruner.run(vectors).particles, whole.particles)
 
 
 @pytest.mark.parametrize("where", ["sfpk_kernels.diagnostics.Diagnostics.deviation", "sfpk_kernels.vote.Vote.update"])

@@ -30,16 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return refuse(options.command, "interrupted", INTERRUPTED)
-    except BrokenPipeError:  # as of `| head`: who read this has seen enough
-        _drop_stdout()
-        return 0
     except OSError as error:
-        _drop_stdout()
-        return refuse(options.command, error, FAILED)
+        code = 0 if isinstance(error, BrokenPipeError) else refuse(options.command, error, FAILED)
+        _drop_what_cannot_be_written()  # where the reader has gone, as of `| head`, it has seen enough
     return code
 
 
-def _drop_stdout() -> None:
-    """What is still buffered would fail again when Python exits."""
-    with contextlib.suppress(OSError, ValueError):  # no file descriptor, such as in tests
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop_what_cannot_be_written() -> None:
+    """What stdout still holds would fail again when Python exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -26,6 +27,25 @@ def say(text: str) -> None:
     """Print to stderr, if anybody still reads it."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+class Aside(io.TextIOBase):
+    """Writes to stderr; a reader that has gone is no error."""
+
+    def write(self, text: str) -> int:
+        """Pass it on."""
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass it on."""
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        """As stderr."""
+        return sys.stderr.isatty()
 
 
 def make_folder(path: Path) -> None:

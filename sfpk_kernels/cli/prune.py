@@ -13,17 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..anytime import sparsities
+from ..anytime import check_checkpoints
 from ..batchnorm import recalibrate_batchnorm
 from ..config import CHOICES, PRESETS, SFPKConfig
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
-from ._words import FAILED, make_folder, refuse, say, to_json
+from ._words import FAILED, Aside, make_folder, refuse, say, to_json
 
 logger = logging.getLogger(__name__)
 
 _KINDS = ("embeddings", "biases", "norms")
 _OPTIONS = {
     "ignored_layers": "--ignore", "checkpoints": "--checkpoints", "sparsity": "--sparsity", "settle": "--settle",
+    "n_steps": "--n-steps",
 }  # by argument  # fmt: skip
 _NOTHING = "model: wanted at least one prunable tensor"
 
@@ -112,13 +113,8 @@ def _prune(options: argparse.Namespace) -> int:
         if value is not None and value < least:
             return refuse("prune", f"--{name.replace('_', '-')}: wanted ≥ {least}, got {value}")
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what the task prints is not the outcome
+        with contextlib.redirect_stdout(Aside()):  # what the task prints is not the outcome
             code, text = _run(call_task(find_task(options.task)), config, options)
-        if text:
-            print(text)
-        return code
-    except BrokenPipeError:
-        raise
     except WrongTask as error:
         return refuse("prune", f"TASK: {error}")
     except _WrongOption as error:
@@ -128,6 +124,9 @@ def _prune(options: argparse.Namespace) -> int:
             traceback.print_exception(error)
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         return refuse("prune", f"{type(error).__name__}: {error}{notes}{place(error)}", FAILED)
+    if text:
+        print(text)
+    return code
 
 
 class _WrongOption(ValueError):
@@ -160,7 +159,7 @@ def _run(task: Task, config: SFPKConfig, options: argparse.Namespace) -> tuple[i
         if batch is None:
             raise WrongTask("loader: wanted batches, got an empty iterable")
         with _as_options(bool(options.ignore)):
-            sparsities(options.checkpoints, 0.0, config.sparsity)
+            check_checkpoints(options.checkpoints, config)
             found = plan(task.model, config, batch, task.loss_fn, **which)
         text = to_json(found.to_dict()) if options.json else "" if options.quiet else str(found)
         return 0 if found.fits else FAILED, text
