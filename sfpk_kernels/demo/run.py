@@ -172,7 +172,7 @@ class Demo:
         self.say(
             f"\nDense accuracy {100 * report['dense_accuracy']:.1f} %. One shot, no retraining; the same models, "
             "data, seeds and batch-norm\nre-estimation for every method; ± is the standard deviation over seeds. "
-            f"Masks, report.json and plot: {self.out}/"
+            f"Masks, comparison.json, picture and report.html: {self.out}/"
         )
 
 
