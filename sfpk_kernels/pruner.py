@@ -187,9 +187,8 @@ class SFPKPruner:
             seeded(self._step_seed(0), self.coordinates.device),
             tqdm(total=remaining, desc="SFPK", disable=None if progress is None else not progress) as bar,
         ):
-            stream = BatchStream(
-                loader, self.coordinates.device, self._taken + n * remaining
-            )  # draws the data order: seeded
+            # Here, because a loader draws its order when it begins: under the seed.
+            stream = BatchStream(loader, self.coordinates.device, self._taken + n * remaining)
             if not self.done:
                 stream.skip(self._taken)
             while not self.done:
