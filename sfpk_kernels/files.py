@@ -28,11 +28,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         FileNotFoundError: the folder does not exist.
         IsADirectoryError: ``path`` is a folder.
     """
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"path: wanted a file in an existing folder, got {os.fspath(path)!r}")
-    if target.is_dir():
-        raise IsADirectoryError(f"path: wanted a file, got the folder {os.fspath(path)!r}")
+    target = _target(path, "path")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
@@ -51,11 +47,7 @@ def check_writable(path: str | os.PathLike[str], argument: str) -> None:
         IsADirectoryError: ``path`` is a folder.
         OSError: the folder takes no files.
     """
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{argument}: wanted a file in an existing folder, got {os.fspath(path)!r}")
-    if target.is_dir():
-        raise IsADirectoryError(f"{argument}: wanted a file, got the folder {os.fspath(path)!r}")
+    target = _target(path, argument)
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass
@@ -63,6 +55,16 @@ def check_writable(path: str | os.PathLike[str], argument: str) -> None:
         raise OSError(
             error.errno, f"{argument}: wanted a file in a folder that can be written, got {os.fspath(path)!r}"
         ) from error
+
+
+def _target(path: str | os.PathLike[str], argument: str) -> Path:
+    """The file behind links, in a folder that exists."""
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{argument}: wanted a file in an existing folder, got {os.fspath(path)!r}")
+    if target.is_dir():
+        raise IsADirectoryError(f"{argument}: wanted a file, got the folder {os.fspath(path)!r}")
+    return target
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import statistics
 
 import pytest
 import torch
@@ -35,12 +36,11 @@ SLOW = [
     ],
 )
 def test_the_predicted_peak_is_the_measured_one_within_15_percent(model, options):
-    for _ in range(3):  # what the heap keeps in holes differs from run to run by up to 15 %
-        found = peak.measure(model, "ours", **{"n_particles": 5, "n_steps": 2, **options})
-        assert found["measured"] > 100e6, "too little to tell"
-        if found["predicted"] == pytest.approx(found["measured"], rel=0.15):
-            return
-    pytest.fail(str(found))
+    # The median of three: what the heap keeps in holes differs from run to run by some percent.
+    found = [peak.measure(model, "ours", **{"n_particles": 5, "n_steps": 2, **options}) for _ in range(3)]
+    measured = statistics.median(each["measured"] for each in found)
+    assert measured > 100e6, "too little to tell"
+    assert found[0]["predicted"] == pytest.approx(measured, rel=0.15), found
 
 
 @pytest.mark.gpu

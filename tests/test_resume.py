@@ -1,22 +1,14 @@
 """Saving and resuming: bit for bit, at any moment, only what belongs together."""
 
-import contextlib
 import copy
 import dataclasses
-import os
 import random
-import resource
-import signal
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from sfpk_kernels import SFPKConfig, SFPKPruner, prune
-
-from .snapshot import Snapshot
 
 
 def quick(**overrides):
@@ -229,19 +221,6 @@ def test_a_damaged_file_is_refused_whole(mlp, vectors, tmp_path):
     assert torch.equal(fresh.particles, pruner.particles)
 
 
-def test_a_lean_step_that_stopped_half_way_is_not_saved(mlp, vectors, tmp_path):
-    batches = list(vectors)
-    batches[4] = (batches[4][0] * float("nan"), batches[4][1])
-    path = tmp_path / "run"
-    pruner = SFPKPruner(mlp, None, quick(memory="lean"))
-    with pytest.raises(FloatingPointError):
-        pruner.run(batches, save_every=1, save_path=path)
-    with pytest.raises(RuntimeError, match="step 2 stopped half-way"):
-        pruner.save(path)
-    resumed = prune(mlp, None, vectors, quick(memory="lean"), resume=path)
-    assert torch.equal(resumed.particles, prune(mlp, None, vectors, quick(memory="lean")).particles)
-
-
 class Counting(torch.nn.Module):
     """Writes buffers in its forward pass; one of them matters for what follows."""
 
@@ -303,97 +282,6 @@ def test_callbacks_may_save_and_draw(mlp, vectors, tmp_path):
     assert drawn[8:] == drawn[5:8]
 
 
-def test_a_stopped_pruner_goes_on(mlp, vectors, tmp_path):
-    path = tmp_path / "run"
-    whole = prune(mlp, None, vectors, quick())
-    pruner = SFPKPruner(mlp, None, quick(), callbacks=[stop_after(3)])
-    with pytest.raises(Killed):
-        pruner.run(vectors)
-    pruner.save(path)
-    assert torch.equal(pruner.run(vectors).particles, whole.particles)
-    assert torch.equal(prune(mlp, None, vectors, quick(), resume=path).particles, whole.particles)
-
-
-def test_an_interruption_between_two_steps_counts_its_batches(mlp, vectors, monkeypatch):
-    whole = prune(mlp, None, vectors, quick())
-    pruner = SFPKPruner(mlp, None, quick())
-    guard, left = SFPKPruner._guard, iter([False, False, True])
-
-    @contextlib.contextmanager
-    def interrupted(self):
-        with guard(self):
-            yield
-        if next(left, False):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(SFPKPruner, "_guard", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pruner.run(vectors)
-    assert len(pruner.history) == 3
-    assert torch.equal(pruner.run(vectors).particles, whole.particles)
-
-
-@pytest.mark.parametrize("where", ["sfpk_kernels.diagnostics.Diagnostics.deviation", "sfpk_kernels.vote.Vote.update"])
-def test_an_interruption_after_the_move_is_not_saved(mlp, vectors, tmp_path, monkeypatch, where):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    pruner = SFPKPruner(mlp, None, quick(momentum=0.1))
-    pruner.step(vectors[:3])
-    with monkeypatch.context() as patch:
-        patch.setattr(where, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            pruner.step(vectors[3:6])
-    for wrong in (
-        lambda: pruner.save(tmp_path / "run"),
-        lambda: pruner.step(vectors[3:6]),
-        lambda: pruner.run(vectors),
-    ):
-        with pytest.raises(RuntimeError, match="step 2 stopped half-way, particles 0 … 2 have moved"):
-            wrong()
-
-
-def test_an_interruption_before_the_move_changes_nothing(mlp, vectors):
-    def loss_fn(model, batch):
-        raise KeyboardInterrupt
-
-    pruner, other = SFPKPruner(mlp, None, quick()), SFPKPruner(mlp, loss_fn, quick())
-    pruner.step(vectors[:3])
-    other.load_state_dict(pruner.state_dict())
-    with pytest.raises(KeyboardInterrupt):
-        other.step(vectors[3:6])
-    assert torch.equal(other.particles, pruner.particles)
-    other.state_dict()
-
-
-def test_a_full_disk_does_not_end_the_run(mlp, vectors, tmp_path, caplog):
-    path, wide = tmp_path / "run", torch.nn.Sequential(torch.nn.Linear(8, 300), torch.nn.Linear(300, 4))
-    whole = prune(wide, None, vectors, quick())
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    def fill(record):
-        if record.step in (3, 6):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if record.step == 3 else limits[0], limits[1]))
-
-    try:
-        pruner = SFPKPruner(wide, None, quick(), callbacks=[fill, stop_after(7)])
-        with pytest.raises(Killed):
-            pruner.run(vectors, save_every=2, save_path=path)
-        assert len(pruner.history) == 7
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
-        f"step 4 was not saved, the run goes on: [Errno 27] File too large: {str(path)!r}"
-    ]
-    assert os.listdir(tmp_path) == ["run"]
-    seen = []
-    assert torch.equal(
-        prune(wide, None, vectors, quick(), resume=path, callbacks=[seen.append]).particles, whole.particles
-    )
-    assert seen[0].step == 7, "the save of step 6 worked again"
-
-
 def test_a_place_that_cannot_be_written_is_known_before_the_run(mlp, vectors, tmp_path):
     def never(model, batch):
         raise AssertionError("a pass was run")
@@ -440,70 +328,3 @@ def test_a_way_given_up_on_the_way_is_remembered(vectors, tmp_path):
     other = SFPKPruner(model, None, config)
     other.load(tmp_path / "run")
     assert other._energy.mode == other.plan.choice.mode == pruner.result().plan.choice.mode == "sequential"
-
-
-def kill_and_resume(model, batches, path, kills, seed):
-    """Children that prune with a save after every step are killed at random moments; returns the last one's mask."""
-    config, draw = quick(n_steps=25), random.Random(seed)
-    outcome = path.with_name("mask")
-    longest, left = 0.4, kills
-    while not outcome.exists():
-        child = os.fork()
-        if child == 0:
-            try:
-                torch.set_num_threads(1)
-                result = prune(model, None, batches, config, save_every=1, save_path=path, resume=True, progress=False)
-                result.mask.save(outcome)
-            finally:
-                os._exit(0)
-        if left:
-            time.sleep(draw.uniform(0, longest))
-            os.kill(child, signal.SIGKILL)
-            left -= 1
-            os.waitpid(child, 0)
-        else:
-            os.waitpid(child, 0)
-            assert outcome.exists(), "a run that nobody killed ends"
-        if left and outcome.exists():  # it was too quick for us: again from the start
-            outcome.unlink()
-            path.unlink(missing_ok=True)
-            longest /= 2
-    return outcome
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_the_mask_is_the_same(vectors, tmp_path, kills):
-    from sfpk_kernels import MaskSet
-
-    wide = torch.nn.Sequential(torch.nn.Linear(8, 300), torch.nn.Tanh(), torch.nn.Linear(300, 4))
-    whole = prune(wide, None, vectors, quick(n_steps=25))
-    snapshot = Snapshot(wide)
-    outcome = kill_and_resume(wide, vectors, Path(tmp_path) / "run", kills, seed=kills)
-    assert MaskSet.load(outcome).fingerprint() == whole.mask.fingerprint()
-    snapshot.check()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_while_writing_the_old_file_stays(mlp, vectors, tmp_path, monkeypatch):
-    """The child dies inside the write itself, at several places of it."""
-    path = tmp_path / "run"
-    pruner = SFPKPruner(mlp, None, quick())
-    pruner.step(vectors[:3])
-    pruner.save(path)
-    good = path.read_bytes()
-    pruner.step(vectors[3:6])
-    for call in ("fsync", "replace"):
-        child = os.fork()
-        if child == 0:
-            setattr(os, call, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-            pruner.save(path)
-            os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status)
-        assert path.read_bytes() == good
-    fresh = SFPKPruner(mlp, None, quick())
-    fresh.load(path)
-    assert len(fresh.history) == 1

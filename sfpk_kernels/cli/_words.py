@@ -1,4 +1,4 @@
-"""How commands say what is wrong."""
+"""What commands share: exit codes, words, JSON, the folder they write to."""
 
 from __future__ import annotations
 
