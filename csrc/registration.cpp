@@ -1,13 +1,8 @@
-// The schemas of every C++/CUDA kernel, mutation declared, and the Python module `_C`.
+// The schemas of every C++/CUDA kernel, mutation declared.
 //
 // These are the kernels behind the public ops. The public ops themselves (torch.ops.sfpk.*) are defined
 // in Python, because they must exist on machines where this file was never compiled.
-#include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
-
-#include <string>
-
-#include "selection_keys.h"
 
 STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
   m.def("copy_(Tensor(a!) out, Tensor src) -> ()");
@@ -43,49 +38,4 @@ STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
   m.def("unpack_(Tensor packed, Tensor(a!) out) -> ()");
   m.def("popcount_(Tensor packed, Tensor(a!) out) -> ()");
   m.def("overlaps_(Tensor a, Tensor b, Tensor(a!) out) -> ()");
-}
-
-namespace {
-
-pybind11::dict build_config() {
-  pybind11::dict config;
-#if defined(__clang__)
-  config["compiler"] = std::string("clang ") + __clang_version__;
-#elif defined(__GNUC__)
-  config["compiler"] = std::string("gcc ") + __VERSION__;
-#else
-  config["compiler"] = "unknown";
-#endif
-#if defined(SFPK_CUDA)
-  config["cuda"] = true;
-#else
-  config["cuda"] = false;
-#endif
-  config["cpp_standard"] = static_cast<long>(__cplusplus);
-#if defined(_OPENMP)
-  config["openmp"] = true;
-#else
-  config["openmp"] = false;
-#endif
-  config["cuda"] = false;
-  return config;
-}
-
-// The helpers host and device kernels share, for the tests.
-void define_selection_keys(pybind11::module_& module) {
-  module.def("selection_key", &sfpk::key_from_float);
-  module.def("selection_magnitude_key", &sfpk::key_from_magnitude);
-  module.def("selection_score", &sfpk::float_from_key);
-  module.def("selection_is_nan_key", &sfpk::is_nan_key);
-  module.def("selection_bin_shift", &sfpk::bin_shift);
-  module.def("selection_key_bin", &sfpk::key_bin);
-  module.def("selection_is_kept", &sfpk::is_kept);
-}
-
-}  // namespace
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.doc() = "C++ kernels of sfpk_kernels; importing it registers torch.ops.sfpk_cpp.";
-  module.def("build_config", &build_config, "How this extension was compiled, as a dict.");
-  define_selection_keys(module);
 }

@@ -1,11 +1,13 @@
-"""Whether Triton can run here, without importing it before it is asked for."""
+"""Whether Triton can run here, without importing it before it is asked for; and the launch of its kernels."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+from typing import Any
 
+import torch
 from torch import Tensor
 
 _OLDEST = (3, 4)
@@ -42,8 +44,18 @@ def unavailable() -> str | None:
     missing = _missing()
     if missing:
         return missing
-    import torch
-
     if not torch.cuda.is_available() and not interpreted():
         return "there is no CUDA device"
     return None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Run ``kernel[grid]`` on ``device`` (that of its tensors), whichever one is current: Triton launches there.
+
+    Every launch goes through here, so that tests can record what the host does without a GPU.
+    """
+    if device.type != "cuda":
+        kernel[grid](*arguments, **constants)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*arguments, **constants)

@@ -42,7 +42,8 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
             if not n or begin == end:
                 continue
             column = s if kind == 3 else 0
-            kernels.apply[(-(-(end - begin) // _BLOCK),)](
+            _triton.launch(
+                kernels.apply, (-(-(end - begin) // _BLOCK),), weight.device,
                 weight, data, saliency, threshold.flatten()[column:], tie_end.flatten()[column:], target, n,
                 data.stride(0), parts, target.stride(0), begin, end, piece.first, groups, inner,
                 KIND=kind, SCORE=_SCORES.index(mask.score) if kind == 3 else 0, SINGLE=single,
@@ -80,10 +81,14 @@ def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: S
             continue
         if outer * inner == 1:
             grid = (-(-groups // _BLOCK),)
-            kernels.products[grid](weight, rows, target, n, rows.stride(0), out.stride(0), groups, BLOCK=_BLOCK)
+            _triton.launch(
+                kernels.products, grid, weight.device, weight, rows, target, n, rows.stride(0), out.stride(0), groups,
+                BLOCK=_BLOCK,
+            )  # fmt: skip
             continue
         wide = min(256, 1 << max(0, (inner - 1).bit_length()))
         tall = max(1, 1024 // wide)
-        kernels.group_sums[(-(-groups // tall), n)](
-            weight, rows, target, rows.stride(0), out.stride(0), outer, groups, inner, G=tall, WIDE=wide
-        )
+        _triton.launch(
+            kernels.group_sums, (-(-groups // tall), n), weight.device, weight, rows, target, rows.stride(0),
+            out.stride(0), outer, groups, inner, G=tall, WIDE=wide,
+        )  # fmt: skip

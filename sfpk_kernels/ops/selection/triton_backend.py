@@ -51,22 +51,27 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
     for shift in (24, 16, 8, 0):
         for part in parts:
             grid = (-(-part["d"] // _CHUNK), rows)
-            kernels.count_digits[grid](*part["source"], state, bins, *part["numbers"], SHIFT=shift, **constants)
-        kernels.choose_digit[(rows,)](state, bins)
+            _triton.launch(
+                kernels.count_digits, grid, device, *part["source"], state, bins, *part["numbers"], SHIFT=shift,
+                **constants,
+            )  # fmt: skip
+        _triton.launch(kernels.choose_digit, (rows,), device, state, bins)
     first_chunk = 0
     for part in parts:
         grid = (-(-part["d"] // _CHUNK), rows)
-        kernels.count_ties[grid](
-            *part["source"], state, ties, *part["numbers"], first_chunk, max(chunks, 1), **constants
-        )
+        _triton.launch(
+            kernels.count_ties, grid, device, *part["source"], state, ties, *part["numbers"], first_chunk,
+            max(chunks, 1), **constants,
+        )  # fmt: skip
         first_chunk += grid[0]
-    kernels.find_chunk[(rows,)](state, ties, k, candidates, *cut, chunks, d, BLOCK=_BLOCK)
+    _triton.launch(kernels.find_chunk, (rows,), device, state, ties, k, candidates, *cut, chunks, d, BLOCK=_BLOCK)
     first_chunk = 0
     for part in parts:
         last = first_chunk - (-part["d"] // _CHUNK)
-        kernels.find_tie[(rows,)](
-            *part["source"], state, cut.tie_end, *part["numbers"], part["first"], first_chunk, last, **constants
-        )
+        _triton.launch(
+            kernels.find_tie, (rows,), device, *part["source"], state, cut.tie_end, *part["numbers"], part["first"],
+            first_chunk, last, **constants,
+        )  # fmt: skip
         first_chunk = last
     if not _device.knows_all(problem):
         _device.check_nan(problem, state[:, _NAN] != 0)
@@ -118,7 +123,8 @@ def _write(
         out = (mask.view(torch.uint8) if kind == "bool" else mask).view(rows, -1)
         always, row_always = part["always"]
         n, stride, row_aside, d, scale = part["numbers"]
-        kernels.write_mask[(-(-d // _BLOCK), rows)](
+        _triton.launch(
+            kernels.write_mask, (-(-d // _BLOCK), rows), device,
             *part["source"], always, state, *cut, out, n, stride, row_aside, row_always, out.stride(0), d, scale,
             part["first"], SCORE=constants["SCORE"], EXCLUDES=constants["EXCLUDES"], ALWAYS=bool(problem.protected),
             UNIT=unit, BLOCK=_BLOCK,

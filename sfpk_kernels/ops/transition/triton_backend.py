@@ -144,7 +144,8 @@ def transition_(
 
     def launch(stage: str, grid: tuple[int, ...], before: TransitionStats, after: TransitionStats, key: int) -> None:
         # fmt: off
-        triton_kernels.transition[grid](
+        _triton.launch(
+            triton_kernels.transition, grid, masks.device,
             masks, masks.stride(0), residual, 0 if residual is None else residual.stride(0), grads, grads.stride(0),
             weights, saliency, sizes, total, *before[:5], *after, mix, guess, moves, scratch, slot_sums, sums,
             n, d, tiles_per_slot * tile.columns, max(1, tiles // 16) * tile.columns, *floats,
@@ -164,23 +165,23 @@ def transition_(
             launch("distances", (slots, (tile.n // triton_kernels.DISTANCE_ROWS.value) ** 2), old, after, key)
         if slots > 1:
             block = 128
-            triton_kernels.combine[(math.ceil(size / block),)](
-                slot_sums, sums, slots, SIZE=size, BLOCK=block, num_warps=4, enable_fp_fusion=True
-            )
+            _triton.launch(
+                triton_kernels.combine, (math.ceil(size / block),), masks.device,
+                slot_sums, sums, slots, SIZE=size, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
 
-    with torch.cuda.device_of(masks):
-        if state is None:
-            pass_over("measure", old)
-            launch("finish", (1,), old, old, key)
-        if whole:
-            launch("whole", (1,), old, new, key)
-            return new
-        launch("prepare", (1,), old, new, key)
-        pass_over("reduce")
-        launch("plan", (1,), old, new, key)
-        pass_over("update")
-        if rescales:
-            launch("plan rescale", (1,), old, new, key)
-            pass_over("rescale")
-        launch("finish", (1,), old, new, key)
+    if state is None:
+        pass_over("measure", old)
+        launch("finish", (1,), old, old, key)
+    if whole:
+        launch("whole", (1,), old, new, key)
+        return new
+    launch("prepare", (1,), old, new, key)
+    pass_over("reduce")
+    launch("plan", (1,), old, new, key)
+    pass_over("update")
+    if rescales:
+        launch("plan rescale", (1,), old, new, key)
+        pass_over("rescale")
+    launch("finish", (1,), old, new, key)
     return new
