@@ -27,10 +27,10 @@ _WINDOW = 0.1  # of the run: energies averaged for "the loss falls"
 
 
 class Seen(NamedTuple):
-    """The binary masks of a step."""
+    """The binary masks of a step, on the particles' device."""
 
-    overlaps: list[list[float]]
-    layer_densities: list[float]
+    overlaps: Tensor  # (n, n) fp64
+    layer_densities: Tensor  # fp64, one per prunable tensor
 
 
 class Diagnostics:
@@ -52,9 +52,9 @@ class Diagnostics:
         self._stride += self._stride > 1 and self._stride % 2 == 0
         places = torch.arange(0, coordinates.d, self._stride)
         ends = torch.tensor([tensor.offset + tensor.numel for tensor in coordinates.tensors])
-        self._ends = torch.searchsorted(places, ends)
-        counts = self._ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
-        self._counts = counts.clamp_min(1).double()
+        ends = torch.searchsorted(places, ends)
+        counts = ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+        self._ends, self._counts = ends.to(device), counts.clamp_min(1).double().to(device)
         self._whole = [
             (i, tensor.offset, tensor.offset + tensor.numel)
             for i, tensor in enumerate(coordinates.tensors)
@@ -64,24 +64,25 @@ class Diagnostics:
 
     @torch.no_grad()
     def see(self, keep: Polarized) -> Seen:
-        """Overlaps and layer densities of the binary particles."""
+        """Overlaps and layer densities of the binary particles; waits for nothing."""
         kept = _kept(keep, slice(None, None, self._stride), self._places)
-        sums = torch.cat([torch.zeros(1, dtype=torch.float64), kept.sum(dim=0).double().cpu().cumsum(0)])
-        shares = sums[self._ends].diff(prepend=torch.zeros(1, dtype=torch.float64)) / (len(keep) * self._counts)
+        zero = torch.zeros(1, dtype=torch.float64, device=kept.device)
+        sums = torch.cat([zero, kept.sum(dim=0).double().cumsum(0)])
+        shares = sums[self._ends].diff(prepend=zero) / (len(keep) * self._counts)
         for i, begin, end in self._whole:
             places = torch.arange(begin, end, device=kept.device)
-            shares[i] = float(_kept(keep, slice(begin, end), places).double().mean())
-        return Seen(mask_iou(pack_mask(kept)).tolist(), shares.tolist())
+            shares[i] = _kept(keep, slice(begin, end), places).double().mean()
+        return Seen(mask_iou(pack_mask(kept)), shares)
 
     @torch.no_grad()
-    def deviation(self, masks: Tensor, stats: TransitionStats) -> float:
+    def deviation(self, masks: Tensor, stats: TransitionStats) -> Tensor:  # 0-d fp64
         """sqrt(mean ‖m_i - m̄‖²) / sqrt(mean ‖m_i‖²), the paper's Figure 5."""
         if self._weighted:  # its distances are weighted: from the sample
             part = masks[:, :: self._stride].double()
             spread, size = (part - part.mean(dim=0)).square().sum(dim=1).mean(), part.square().sum(dim=1).mean()
         else:
             spread, size = stats.sq_distances.mean() / 2, stats.norms.square().mean()
-        return float((spread / size).clamp_min(0).sqrt()) if float(size) > 0 else 0.0
+        return torch.where(size > 0, (spread / size).clamp_min(0).sqrt(), 0.0)
 
 
 def _kept(keep: Polarized, columns: slice, places: Tensor) -> Tensor:  # (n, count) bool

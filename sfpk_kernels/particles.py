@@ -33,6 +33,7 @@ class ParticleSystem:
         masks: (n, d) in ``config.particle_dtype``, the particles. May be written between steps; the
             statistics are then measured anew.
         step: steps done, 0 … K.
+        known_densities: ρ(m_i) as the host knows them, or None.
         moves: of single particles, counted; after an interruption (KeyboardInterrupt) those begun count.
         schedule: K + 1 soft densities, ρ_0 = 1 (or that of ``start``) … ρ_K = 1 - sparsity.
     """
@@ -49,6 +50,7 @@ class ParticleSystem:
         self._saliency = saliency
         self._stats: TransitionStats | None = None
         self._version = self.masks._version
+        self._known: tuple[int, list[float]] | None = None  # the version of masks they are of
         first = 1.0 if start is None else self._begin(start)
         self.schedule = density_schedule(config.schedule, config.target_density, config.n_steps, first)
         self._pull_after = config.consensus_start * config.n_steps  # steps
@@ -93,6 +95,17 @@ class ParticleSystem:
         return self._stats if self.masks._version == self._version else None
 
     @property
+    def known_densities(self) -> list[float] | None:
+        """ρ(m_i) as the last step's read left them with the host, or None where it would have to wait for them."""
+        return self._known[1] if self._known is not None and self._known[0] == self.masks._version else None
+
+    @property
+    def mean_density(self) -> float:
+        """Their mean; waits for the device only where they are not known."""
+        known = self.known_densities
+        return float(self.densities.mean()) if known is None else sum(known) / len(known)
+
+    @property
     def densities(self) -> Tensor:
         """ρ(m_i), (n,) fp64."""
         stats = self.stats
@@ -113,7 +126,9 @@ class ParticleSystem:
     ) -> TransitionStats:
         """Steps 3 to 7 of the method: repulsion, transition, retraction, consensus.
 
-        With ``row`` that particle alone moves; the step is done when the last one has moved.
+        With ``row`` that particle alone moves. Never waits for the device: where a gradient is not finite, as
+        ``config.nonfinite`` says, its particle or all of them stay, and its cosine is NaN. The step is done with
+        :meth:`end_step`.
         """
         config = self._config
         target = self.schedule[self.step + 1]
@@ -139,16 +154,19 @@ class ParticleSystem:
                 seed=config.seed,
                 step_index=self.step,
                 row=row,
-                nonfinite="skip" if config.nonfinite == "skip_particle" else "raise",
+                nonfinite="skip" if config.nonfinite == "skip_particle" else "hold",
                 backend=None if config.backend is None else f"{config.backend}?",
             )
         except Exception:
             self.moves -= moving  # an error moves nothing
             raise
         self._stats, self._version = stats, self.masks._version
-        if row is None or row == len(self.masks) - 1:
-            self.step += 1
         return stats
+
+    def end_step(self, densities: list[float]) -> None:
+        """All have moved, to these densities."""
+        self.step += 1
+        self._known = (self.masks._version, densities)
 
     def state_dict(self, copy: bool = True) -> dict[str, Any]:
         """Particles, what rounding took from them, statistics and step: all that decides the next step."""
@@ -181,5 +199,5 @@ class ParticleSystem:
         self.masks.copy_(masks)
         if self._residual is not None:
             self._residual.copy_(state["residual"])
-        self.step, self.schedule = step, list(schedule)
+        self.step, self.schedule, self._known = step, list(schedule), None
         self._stats, self._version = stats, self.masks._version

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -107,39 +107,49 @@ class Polarizer:
         masks: Tensor,  # (n, d)
         densities: Tensor,  # (n,) ρ(m_i)
         kind: str,
+        known: Sequence[float] | None = None,  # the same densities, where the host knows them
     ) -> Polarized:
-        """P_i for every particle; no mask is written (but the authors' float factors)."""
+        """P_i for every particle; no mask is written (but the authors' float factors).
+
+        Waits for the device only with ``selection="threshold"``, and only for densities that are not known.
+        """
         if self._selection == "exact":
             ranking = self._ranking(kind)
-            known = self._cuts.get(kind)
-            guess = known if known is not None and known.threshold.shape[0] == masks.shape[0] else None
+            last = self._cuts.get(kind)
+            guess = last if last is not None and last.threshold.shape[0] == masks.shape[0] else None
+            d = masks.shape[1]
             cut = topk_threshold(
-                masks, _counts(densities, masks.shape[1]), guess=guess, backend=self._backend, **ranking
+                masks,
+                (densities * d).round().clamp(1, d).to(torch.int64),
+                guess=guess,
+                backend=self._backend,
+                **ranking,
             )
             self._cuts[kind] = cut
             return Polarized(masks, cut, **ranking)
         return Polarized(
             torch.stack([
                 self._above_threshold(mask, density, kind)
-                for mask, density in zip(masks, densities.tolist(), strict=True)
+                for mask, density in zip(masks, densities.tolist() if known is None else known, strict=True)
             ])
         )  # fmt: skip
 
     def keeps(
         self,
         masks: Tensor,  # (n, d)
-        densities: Tensor,  # (n,)
+        densities: Sequence[float],  # one per particle
         kind: str,
         rows: Iterable[int],
     ) -> Tensor:  # (d,)
-        """In how many of some binary particles each coordinate is kept."""
-        counts = _counts(densities, masks.shape[1]).tolist()
+        """In how many of some binary particles each coordinate is kept; waits for nothing."""
+        d = masks.shape[1]
         kept = torch.zeros(masks.shape[1], device=masks.device)
         for row in rows:
             if self._selection == "exact":
-                kept += topk_mask(masks[row], counts[row], backend=self._backend, **self._ranking(kind))
+                count = min(max(round(densities[row] * d), 1), d)
+                kept += topk_mask(masks[row], _at(masks, count), backend=self._backend, **self._ranking(kind))
             else:
-                kept += self._above_threshold(masks[row], float(densities[row]), kind)
+                kept += self._above_threshold(masks[row], densities[row], kind)
         return kept
 
     def _above_threshold(self, mask: Tensor, density: float, kind: str) -> Tensor:
@@ -160,17 +170,28 @@ class Polarizer:
         score: Tensor,  # (d,)
         sparsity: float,
     ) -> Tensor:  # (d,) bool
-        """The final mask: exactly :func:`budget` coordinates; with ``"threshold"`` the authors' count."""
+        """The final mask: :meth:`best`, of a score that is looked at for NaN."""
+        if self._selection == "exact" and bool(score.isnan().any()):
+            raise ValueError("score: wanted no NaN, got some")
+        return self.best(score, sparsity)
+
+    def best(
+        self,
+        score: Tensor,  # (d,)
+        sparsity: float,
+    ) -> Tensor:  # (d,) bool
+        """Exactly :func:`budget` coordinates; with ``"threshold"`` the authors' count. Waits for nothing."""
         d = score.shape[0]
         if self._selection == "exact":
             backend = "reference" if score.dtype == torch.float64 else self._backend  # hard votes; no other takes them
-            return topk_mask(score, budget(sparsity, d), backend=backend)
+            return topk_mask(score, _at(score, budget(sparsity, d)), backend=backend)
         removed = int(sparsity * d)
         return score > score.kthvalue(removed).values if removed else torch.ones_like(score, dtype=torch.bool)
 
 
-def _counts(densities: Tensor, d: int) -> Tensor:  # (n,) int64
-    return (densities * d).round().clamp(1, d).to(torch.int64)
+def _at(scores: Tensor, count: int) -> Tensor:  # (1,) int64
+    """How many to keep, on the device of the scores: from the host it would be waited for."""
+    return torch.full((1,), count, dtype=torch.int64, device=scores.device)
 
 
 def budget(sparsity: float, d: int) -> int:

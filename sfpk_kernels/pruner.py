@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -24,13 +23,15 @@ from .energy import LossFn
 from .files import load_state, save_state
 from .masks import MaskSet
 from .model_state import autograd_allowed, check_no_inference_tensors, guarded, seeded
-from .nonfinite import mark_nonfinite
+from .nonfinite import NonFiniteError, standing_still
 from .ops import pack_mask, unpack_mask
 from .particles import ParticleSystem
 from .planning import Plan, check_state, make_energy, plan_run, state_device
 from .polarizer import Polarizer, budget
+from .reading import read_together
 from .records import StepRecord
 from .result import PruneResult
+from .step import gauss_seidel, jacobi
 from .vote import Vote
 
 logger = logging.getLogger(__name__)
@@ -141,8 +142,7 @@ class SFPKPruner:
         """Whether the run is over: all K steps, or the target density with ``early_stop``."""
         if self._system.done:
             return True
-        reached = float(self._system.densities.mean()) <= self.config.target_density
-        return self.config.early_stop and reached
+        return self.config.early_stop and self._system.mean_density <= self.config.target_density
 
     @autograd_allowed()
     def run(
@@ -247,48 +247,45 @@ class SFPKPruner:
         system, number = self._system, self._system.step + 1
         densities = system.densities
         # 1. polarize
-        keep = self._polarizer.polarize(system.masks, densities, self.config.polarizer)
+        keep = self._polarizer.polarize(system.masks, densities, self.config.polarizer, system.known_densities)
         seen = self._diagnostics.see(keep)
         before = system.moves
+        skips = self.config.nonfinite == "skip_particle"
         try:
             # 2. energies, each particle on its own batch; 3.-7. repulsion, transition, retraction, consensus
             with seeded(self._step_seed(number), self.coordinates.device):
                 if plan.memory == "fast":
-                    energies, grads = self._energy(keep, batches)
-                    skipped = mark_nonfinite(energies, grads, self.config, number)
-                    stats = system.move_(grads)
+                    energies, stats = jacobi(self._energy, system, keep, batches)
                 else:
-                    energies = torch.empty(len(keep), dtype=torch.float64, device=self._theta.device)
-                    cosines, grad = torch.zeros_like(energies), self._energy.buffer(1)
-                    skipped = []
-                    with self._energy.one_by_one():
-                        for i in range(len(keep)):
-                            energies[i] = self._energy.single(i, keep.rows(slice(i, i + 1)), batches[i], grad[0])
-                            skipped += mark_nonfinite(energies[i : i + 1], grad, self.config, number, i, len(skipped))
-                            stats = system.move_(grad, row=i)
-                            cosines[i] = stats.cosines[i]
-                    stats = stats._replace(cosines=cosines)
+                    energies, stats = gauss_seidel(self._energy, system, keep, batches, skips)
+            # All that the host wants to know of the step, in the one wait for the device.
+            read = read_together(
+                start_density=densities.mean(),
+                energies=energies,
+                densities=stats.densities,
+                cosines=stats.cosines,
+                deviation=self._diagnostics.deviation(system.masks, stats),
+                **seen._asdict(),
+            )
+            skipped = standing_still(read["energies"], read["cosines"], number, skips)
+            system.end_step(read["densities"])
             self._last_energies = energies
             if self._vote.remembers:
-                self._vote.update(system.masks, stats.densities, energies)
+                self._vote.update(system.masks, read["densities"], read["energies"])
             self._pass_waypoints(number)
             record = StepRecord(
                 step=number,
                 scheduled_density=system.schedule[number],
-                densities=stats.densities.tolist(),
-                energies=energies.tolist(),
-                cosines=stats.cosines.tolist(),
                 seconds=time.perf_counter() - started,
-                start_density=float(densities.mean()),
-                deviation=self._diagnostics.deviation(system.masks, stats),
-                overlaps=seen.overlaps,
-                layer_densities=seen.layer_densities,
                 skipped=skipped,
+                **read,
             )
             record.alarms.extend(self._alarms.check(self.history, record))
             self.history.append(record)
             self._taken += taken
         except BaseException as error:
+            if isinstance(error, NonFiniteError):  # found at the end of the step
+                system.moves = before + (error.moved if plan.memory == "lean" else 0)
             moved = system.moves - before
             who = f"particles 0 … {moved - 1} have moved" if moved else "the particles have not moved"
             if moved:  # an interruption, or a lean step's error: no later step would be what it should
@@ -316,7 +313,8 @@ class SFPKPruner:
 
     def _current_score(self) -> Tensor:
         assert self._last_energies is not None
-        return self._vote.current(self._system.masks, self._system.densities, self._last_energies)
+        densities = self._system.known_densities or self._system.densities.tolist()
+        return self._vote.current(self._system.masks, densities, self._last_energies.tolist())
 
     @autograd_allowed()
     def result(self) -> PruneResult:

@@ -138,14 +138,15 @@ class PruneResult:
                 return self._select(self._polarizer.score(self.particles.float().mean(dim=0), kind), sparsity)
             share = {"best": 1 / len(self.particles), "top_ratio": ratio}.get(rule, 1.0)
             rule = "hard" if rule == "hard" else "soft"
-            densities = torch.full_like(self.densities, 1.0 - sparsity) if rule == "hard" else self.densities
+            n = len(self.particles)
+            densities = [1.0 - sparsity] * n if rule == "hard" else self.densities.tolist()
             vote = Vote(self._polarizer, kind, rule, share, 0.0, sparsity)
-            return self._select(vote.update(self.particles, densities, self.energies), sparsity)
+            return self._select(vote.update(self.particles, densities, self.energies.tolist()), sparsity)
 
     def keep_probability(self) -> dict[str, Tensor]:
         """The share of the binary particles (at the run's sparsity) that keep a weight: fp32, by prunable tensor."""
         kind = self.config.final_score or self.config.polarizer
-        densities = torch.full_like(self.densities, self.config.target_density)
+        densities = [self.config.target_density] * len(self.particles)
         with torch.no_grad():
             share = self._polarizer.keeps(self.particles, densities, kind, range(len(self.particles)))
             share /= len(self.particles)

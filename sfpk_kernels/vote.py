@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,13 +42,12 @@ class Vote:
     def update(
         self,
         masks: Tensor,  # (n, d) after the move
-        densities: Tensor,  # (n,)
-        energies: Tensor,  # (n,) before the move
+        densities: Sequence[float],  # one per particle
+        energies: Sequence[float],  # likewise, before the move
     ) -> Tensor:  # (d,)
-        """Count this step in and return the score."""
+        """Count this step in and return the score; waits for nothing."""
         count = max(1, math.ceil(self._ratio * masks.shape[0] - 1e-9))  # 0.56 · 25 is a little above 14
-        voters = torch.argsort(energies, stable=True)[:count]
-        rows = voters.sort().values.tolist()
+        rows = sorted(sorted(range(len(energies)), key=lambda i: (math.isnan(energies[i]), energies[i]))[:count])
         if self._rule == "masked":
             vote = self._masked(masks, rows)
         else:
@@ -66,10 +66,10 @@ class Vote:
         total = torch.zeros_like(masks[0], dtype=torch.promote_types(masks.dtype, torch.float32))
         for row in rows:
             score = self._polarizer.score(masks[row].to(total.dtype), self._kind)
-            total += score * self._polarizer.final(score, self._sparsity)
+            total += score * self._polarizer.best(score, self._sparsity)
         return total / len(rows)
 
-    def current(self, masks: Tensor, densities: Tensor, energies: Tensor) -> Tensor:
+    def current(self, masks: Tensor, densities: Sequence[float], energies: Sequence[float]) -> Tensor:
         """The score as it stands: the remembered one, else the vote of these particles alone."""
         if self.remembers and self.score is not None:
             return self.score

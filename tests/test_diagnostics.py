@@ -9,7 +9,7 @@ from torch import nn
 from sfpk_kernels import SFPKConfig, SFPKPruner, prune
 from sfpk_kernels import diagnostics as module
 from sfpk_kernels.diagnostics import Alarms
-from sfpk_kernels.nonfinite import mark_nonfinite
+from sfpk_kernels.nonfinite import standing_still
 from sfpk_kernels.records import StepRecord
 
 
@@ -155,7 +155,7 @@ def test_a_particle_without_finite_gradient_is_skipped_and_named(mlp, vectors, w
     assert record.energy == record.energy
     strict = SFPKPruner(mlp, spoiled(vectors, what), quick(memory=memory))
     strict.step(vectors[:4])
-    with pytest.raises(FloatingPointError, match=f"finite {what}, got nan in step 2, particle 1"):
+    with pytest.raises(FloatingPointError, match=f"(?i)finite {what}, got nan.* in step 2, particle 1"):
         strict.step(vectors[4:8])
 
 
@@ -207,7 +207,12 @@ def test_a_step_without_any_finite_particle_is_an_error(mlp, vectors, memory):
         prune(mlp, None, batches, config)
 
 
-def test_what_is_not_finite_is_named(mlp):
-    energies, grads = torch.tensor([0.5, float("nan")]), torch.tensor([[1.0, float("inf")], [1.0, 2.0]])
-    with pytest.raises(FloatingPointError, match="wanted a finite gradient, got inf in step 3, particle 0"):
-        mark_nonfinite(energies, grads, quick(n_particles=2, nonfinite="skip_particle"), 3)
+def test_what_is_not_finite_is_named():
+    nan = float("nan")
+    assert standing_still([0.5, 1.0], [0.1, -0.2], 3, skips=False) == []
+    assert standing_still([0.5, nan, 1.0], [nan, nan, 0.2], 3, skips=True) == [0, 1]
+    with pytest.raises(FloatingPointError, match="a finite gradient, got NaN, infinity .* in step 3, particle 0"):
+        standing_still([0.5, nan], [nan, nan], 3, skips=True)
+    with pytest.raises(FloatingPointError, match="wanted a finite loss, got nan in step 3, particle 1") as caught:
+        standing_still([0.5, nan, 1.0], [0.1, nan, nan], 3, skips=False)
+    assert caught.value.moved == 1, "one after the other, those before it have moved"

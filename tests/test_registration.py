@@ -9,9 +9,9 @@ SAMPLES = {
     "transition_": lambda: [
         (
             torch.rand(3, 7) + 0.5, torch.randn(3 if only < 0 else 1, 7), weights, saliency, sizes, None, [],
-            0.1, 2.0, 0.2, kernel, "l2", target, 0.3, 0.0, 0, False, only, backend,
+            0.1, 2.0, 0.2, kernel, "l2", target, 0.3, 0.0, 0, nonfinite, only, backend,
         )
-        for backend in ("reference", "cpp")
+        for backend, nonfinite in (("reference", "raise"), ("cpp", "hold"))
         for only in (-1, 1)
         for weights, saliency, sizes, kernel, target in [
             (None, None, None, "rbf", None),

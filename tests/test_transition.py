@@ -236,7 +236,7 @@ def sample(n=3, d=7, **changes):
         ),
         ({"residual": torch.ones(3, 7).bfloat16()}, ValueError, "residual: wanted None with torch.float32 masks"),
         ({"seed": 0.5}, TypeError, "seed: wanted an integer, got 0.5"),
-        ({"nonfinite": "ignore"}, ValueError, "nonfinite: wanted one of 'raise', 'skip'"),
+        ({"nonfinite": "ignore"}, ValueError, "nonfinite: wanted one of 'raise', 'skip', 'hold', got 'ignore'"),
         ({"masks": torch.ones(7)}, ValueError, "masks: wanted shape"),
         ({"masks": torch.ones(3, 0), "grads": torch.ones(3, 0)}, ValueError, "masks: wanted shape"),
         ({"grads": torch.ones(3, 8)}, ValueError, r"grads: wanted shape \(3, 7\), got \(3, 8\)"),

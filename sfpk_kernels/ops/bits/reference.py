@@ -19,8 +19,8 @@ def pack_mask(
     mask = mask.reshape(mask.shape or (1,))
     bits = shape[-1] * (32 if kind == "int32" else 8)
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, bits - mask.shape[-1]))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    octets = (padded.reshape(*shape[:-1], bits // 8, 8) * weights).sum(dim=-1).to(torch.uint8)
+    bit = torch.arange(8, dtype=torch.uint8, device=mask.device)  # made there: nothing is copied to a GPU
+    octets = (padded.reshape(*shape[:-1], bits // 8, 8) << bit).sum(dim=-1).to(torch.uint8)
     return octets.flatten().view(dtype).reshape(shape)
 
 

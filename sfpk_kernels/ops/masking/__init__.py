@@ -257,7 +257,6 @@ def _run(
     run([p.of(flat[p.tensor]) for p in pieces], described, pieces, [p.of(outs[p.tensor]) for p in pieces])
 
 
-@torch.library.impl("sfpk::masked_weights", ("cpu", "cuda"))
 def _masked_weights(weights: list[Tensor], mask: Tensor, *arguments: Any) -> list[Tensor]:
     *ranking, dtype, backend = arguments
     outs = [torch.empty((mask.shape[0], t.numel()), dtype=dtype, device=t.device) for t in weights]
@@ -265,7 +264,6 @@ def _masked_weights(weights: list[Tensor], mask: Tensor, *arguments: Any) -> lis
     return outs
 
 
-@torch.library.impl("sfpk::masked_weights_out", ("cpu", "cuda"))
 def _masked_weights_out(weights: list[Tensor], mask: Tensor, *arguments: Any) -> None:
     *ranking, outs, backend = arguments
     names = [*((f"weights[{i}]" if len(weights) > 1 else "weights", t) for i, t in enumerate(weights)), ("mask", mask)]
@@ -288,7 +286,6 @@ def _as_rows(out: Tensor, n: int, count: int) -> Tensor:  # (n, count)
         return torch.empty((n, count), dtype=out.dtype, device=out.device)
 
 
-@torch.library.impl("sfpk::mask_gradient", ("cpu", "cuda"))
 def _mask_gradient(weights: list[Tensor], weight_grads: list[Tensor], layout: list[int], backend: str) -> Tensor:
     sizes = [t.numel() for t in weights]
     pieces = _layout.pieces(layout, sizes)
@@ -305,6 +302,11 @@ def _gradient_buffer(weights: list[Tensor], weight_grads: list[Tensor], layout: 
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     d = _layout.count(layout, [t.numel() for t in weights])
     return torch.empty((weight_grads[0].shape[0], d), dtype=dtype, device=weights[0].device)
+
+
+torch.library.impl("sfpk::masked_weights", ("cpu", "cuda"))(_masked_weights)
+torch.library.impl("sfpk::masked_weights_out", ("cpu", "cuda"))(_masked_weights_out)
+torch.library.impl("sfpk::mask_gradient", ("cpu", "cuda"))(_mask_gradient)
 
 
 @torch.library.register_fake("sfpk::masked_weights")

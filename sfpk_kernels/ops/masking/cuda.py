@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
     threshold = None if mask.threshold is None else mask.threshold.float().contiguous()
     tie_end = None if mask.tie_end is None else mask.tie_end.contiguous()
     targets = [gapless(out) for out in outs]
-    borders = torch.tensor(mask.segments, device=values.device)
+    borders = _borders(tuple(mask.segments), values.device)
     torch.ops.sfpk_cpp.masked_weights_device_(
         list(weights), values, mask.kind, SCORES.index(mask.score), saliency, threshold, tie_end, borders,
         _numbers(pieces), targets,
@@ -41,6 +42,12 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
 def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: Sequence[Piece], out: Tensor) -> None:
     """As :func:`.reference.mask_gradient_`."""
     torch.ops.sfpk_cpp.mask_gradient_device_(list(weights), [gapless(g) for g in grads], _numbers(pieces), out)
+
+
+@functools.lru_cache(maxsize=256)
+def _borders(segments: tuple[int, ...], device: torch.device) -> Tensor:  # (S + 1,) int64
+    """The segments' borders on the device, copied there once: each copy would wait for it, and none can be captured."""
+    return torch.tensor(segments, device=device)
 
 
 def _numbers(pieces: Sequence[Piece]) -> list[int]:

@@ -16,7 +16,7 @@ from .rounding import rounding_key
 
 KERNELS = ("rbf", "weighted_rbf")
 DENSITIES = ("l2", "l2_squared")
-NONFINITE = ("raise", "skip")
+NONFINITE = ("raise", "skip", "hold")
 
 _OP = "transition_"
 _BACKENDS = {
@@ -88,8 +88,9 @@ def transition_(
         seed, step_index: of the random bits that round fp16 particles; they depend on these, row and column alone.
             Give every step of a run its own index.
         nonfinite: what to do about gradients that are not finite: ``"raise"``, or ``"skip"``: such a particle stays
-            where it is in this step, the others move, and its cosine is NaN. On a GPU ``"raise"`` waits for the
-            step's end, ``"skip"`` never waits.
+            where it is in this step, the others move, and its cosine is NaN; or ``"hold"``: no particle moves, and the
+            cosines of those whose gradient is at fault are NaN. On a GPU ``"raise"`` waits for the step's end, the
+            others never wait.
         row: the one particle that moves, ``None`` for all at once (Jacobi).
         backend: ``None`` for the fastest available.
 
@@ -149,7 +150,7 @@ def transition_(
     results = torch.ops.sfpk.transition_(
         masks, grads, weights, saliency, sizes, residual, list(state) if state is not None else [],
         step, radius, repulsion, kernel, density, target_density, consensus, eps,
-        rounding_key(int(seed), int(step_index)), nonfinite == "skip", -1 if row is None else int(row), backend or "",
+        rounding_key(int(seed), int(step_index)), nonfinite, -1 if row is None else int(row), backend or "",
     )
     # fmt: on
     return TransitionStats(*results)
@@ -159,12 +160,11 @@ torch.library.define(
     "sfpk::transition_",
     "(Tensor(a!) masks, Tensor grads, Tensor? weights, Tensor? saliency, Tensor? sizes, "
     "Tensor(b!)? residual, Tensor[] state, float step, float radius, float repulsion, str kernel, str density, "
-    "float? target_density, float consensus, float eps, int key, bool skip, int only, str backend) "
+    "float? target_density, float consensus, float eps, int key, str nonfinite, int only, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
-@torch.library.impl("sfpk::transition_", ("cpu", "cuda"))
 def _transition_(
     masks: Tensor,
     grads: Tensor,
@@ -182,7 +182,7 @@ def _transition_(
     consensus: float,
     eps: float,
     key: int,
-    skip: bool,
+    nonfinite: str,
     only: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -211,12 +211,15 @@ def _transition_(
         consensus=consensus,
         eps=eps,
         key=key,
-        skip=skip,
+        skip=nonfinite == "skip",
         only=only,
     )
-    if not skip:
+    if nonfinite == "raise":
         check_finite(stats.cosines)
     return tuple(stats)
+
+
+torch.library.impl("sfpk::transition_", ("cpu", "cuda"))(_transition_)
 
 
 @torch.library.register_fake("sfpk::transition_")

@@ -41,11 +41,11 @@ def _density(masks: Tensor, sizes: Tensor | None, density: str) -> Tensor:
 
 
 def check_finite(
-    norms: Tensor,  # (n,)
+    cosines: Tensor,  # (n,)
 ) -> None:
-    """Raise a ValueError that names the particles whose gradient norm is not finite."""
-    if not torch.isfinite(norms).all():
-        rows = torch.nonzero(~torch.isfinite(norms)).flatten().tolist()
+    """Raise a ValueError that names the particles whose gradient was not finite: their cosine is NaN."""
+    rows = [i for i, cosine in enumerate(cosines.tolist()) if math.isnan(cosine)]
+    if rows:
         raise ValueError(f"transition_: grads: wanted finite gradients, got non-finite ones in particles {rows}")
 
 
@@ -136,10 +136,10 @@ def transition_(
     if only >= 0:
         descent = torch.where(held[:, None], 0.0, descent)
     descent_norm = _sum(descent.square()).sqrt()
-    if not skip:
-        check_finite(descent_norm)
     bad = ~torch.isfinite(descent_norm)
     skipped = bad | held
+    if not skip:
+        skipped |= bad.any()  # one bad gradient, and nothing moves
     descent[skipped], descent_norm[skipped] = 0.0, 0.0
     if state is None:
         state = measure(particles, saliency, sizes, kernel, density)
@@ -189,4 +189,4 @@ def transition_(
         moved[skipped] = particles[skipped]
         masks.copy_(moved)
     stats = measure(rounding.read(masks, residual), saliency, sizes, kernel, density)
-    return stats._replace(cosines=cosines.masked_fill(held, 0.0).masked_fill(bad, float("nan")))
+    return stats._replace(cosines=cosines.masked_fill(skipped, 0.0).masked_fill(bad, float("nan")))

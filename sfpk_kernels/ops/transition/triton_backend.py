@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,7 +78,7 @@ def why_not(masks: Tensor) -> str | None:
 
 def _two_floats(value: float) -> tuple[float, float]:
     """A double as the sum of two fp32 numbers."""
-    high = torch.tensor(value, dtype=torch.float32).item()
+    high = float(np.float32(value))
     return high, value - high
 
 

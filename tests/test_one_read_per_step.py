@@ -1,0 +1,106 @@
+"""A step on a GPU waits for it once, at its end; shown on fake CUDA tensors, whose values nobody can read."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sfpk_kernels import SFPKConfig, SFPKPruner
+from sfpk_kernels import pruner as module
+from sfpk_kernels.particles import ParticleSystem
+from sfpk_kernels.polarizer import Polarizer
+from sfpk_kernels.reading import read_together
+from sfpk_kernels.vote import Vote
+
+pytest.importorskip("triton")
+
+from .recorder import recorded
+
+DEVICE = torch.device("cuda:1")
+
+
+class Energy:
+    """Losses and gradients out of nowhere, on the device."""
+
+    def __init__(self, d):
+        self.d, self.choice, self.scale = d, None, SimpleNamespace(value=1.0, calm=0)
+
+    def __call__(self, keep, batches):
+        return torch.empty(len(keep), dtype=torch.float64, device=DEVICE), self.buffer(len(keep))
+
+    def buffer(self, rows):
+        return torch.empty(rows, self.d, device=DEVICE)
+
+    def one_by_one(self):
+        return contextlib.nullcontext()
+
+    def single(self, index, keep, batch, grad):
+        return torch.empty((), dtype=torch.float64, device=DEVICE)
+
+
+def moved_to_the_device(pruner, memory):
+    """All that a step touches, as fake tensors; the model itself is not part of it."""
+    config, d = pruner.config, pruner.coordinates.d
+    theta = pruner._theta = torch.empty(d, device=DEVICE)
+    pruner._polarizer = Polarizer(pruner.coordinates, theta, config.selection)
+    saliency = theta if config.kernel == "weighted_rbf" else None
+    pruner._system = ParticleSystem(d, config, theta, saliency)
+    pruner._vote = Vote(
+        pruner._polarizer, config.final_score or config.polarizer, config.vote, config.vote_ratio, config.momentum,
+        config.sparsity,
+    )  # fmt: skip
+    for name in ("_places", "_ends", "_counts"):
+        tensor = getattr(pruner._diagnostics, name)
+        setattr(pruner._diagnostics, name, torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE))
+    pruner._energy, pruner.plan = Energy(d), SimpleNamespace(memory=memory)
+
+
+def filled(shape, value):
+    return [filled(shape[1:], value) for _ in range(shape[0])] if shape else value
+
+
+CONFIGS = {
+    "default": {},
+    "lean": {"memory": "lean"},
+    "skip": {"nonfinite": "skip_particle"},
+    "lean skip": {"memory": "lean", "nonfinite": "skip_particle"},
+    "weighted": {"kernel": "weighted_rbf", "polarizer": "mask_normalized"},
+    "momentum": {"momentum": 0.5, "vote_ratio": 0.5},
+    "hard": {"momentum": 0.5, "vote": "hard"},
+    "masked": {"momentum": 0.5, "vote": "masked"},
+    "early stop": {"early_stop": True},
+    "bf16": {"particle_dtype": "bfloat16"},
+    "authors": {"selection": "threshold"},
+    "authors, hard": {"selection": "threshold", "momentum": 0.5, "vote": "hard"},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_read(mlp, vectors, name, monkeypatch):
+    options = CONFIGS[name]
+    config = SFPKConfig(0.8, n_particles=4, n_steps=6, energy_mode="sequential", **options)
+    pruner = SFPKPruner(mlp, None, config)
+    with recorded() as recording:
+
+        def read(**tensors):
+            recording.waits.append("the read")
+            assert {str(tensor.device) for tensor in tensors.values()} == {str(DEVICE)}
+            return {name: filled(tuple(tensor.shape), 0.5) for name, tensor in tensors.items()}
+
+        monkeypatch.setattr(module, "read_together", read)
+        # Their random numbers and the model's modes are on the CPU here.
+        monkeypatch.setattr(module, "seeded", lambda seed, device: contextlib.nullcontext())
+        moved_to_the_device(pruner, options.get("memory", "fast"))
+        # The authors' rule and early stops need densities on the host: before the first step it would have to ask.
+        pruner._system._known = (pruner.particles._version, [1.0] * 4)
+        recording.waits.clear()
+        for step in range(1, 4):
+            assert not pruner.done
+            assert pruner._step(vectors[:4]).step == step
+    assert recording.waits == ["the read"] * 3
+
+
+def test_read_together():
+    tensors = {"a": torch.tensor(1.5), "b": torch.tensor([[1, 2], [3, 4]]), "c": torch.zeros(0), "d": torch.ones(1)}
+    assert read_together(**tensors) == {"a": 1.5, "b": [[1.0, 2.0], [3.0, 4.0]], "c": [], "d": [1.0]}
