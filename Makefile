@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 EXTRAS := demo,test,bench,dev,gpu,lightning,transformers,examples
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo demo-full test test-all bench bench-full gpu-check lint format clean
+.PHONY: setup demo demo-full test test-all bench bench-full gpu-check matrix lint format clean
 
 setup: $(VENV)/.done
 
@@ -47,6 +47,11 @@ bench-full: setup
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
 
+# Every version of torch, Python and Triton we claim: build, load, test (gigabytes of downloads, about an hour).
+# ROWS="torch-2.11 torch-2.13" tries some; the table is tests/matrix.md.
+matrix:
+	$(PYTHON) tests/matrix.py $(ROWS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,4 +64,4 @@ format: setup
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info sfpk_kernels/*.so demo-out gpu-out
+	rm -rf $(VENV) .matrix build dist *.egg-info sfpk_kernels/*.so demo-out gpu-out
