@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,20 +23,25 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     Yields the path of a temporary file in the same folder, to be written by the caller. When the block ends without
     an error the file is synced to disk, renamed to ``path``, and the folder synced. After an error the temporary file
     is deleted and ``path`` untouched. A process killed in between leaves a hidden ``.NAME.*.tmp`` beside it. A
-    symbolic link at ``path`` stays, and the file it points to is replaced.
+    symbolic link at ``path`` stays, and the file it points to is replaced. What is no regular file is never replaced.
 
     Raises:
         FileNotFoundError: the folder does not exist.
         IsADirectoryError: ``path`` is a folder.
+        FileExistsError: ``path`` is a device, a FIFO, a socket, or a link to one.
     """
     target = _target(path, "path")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
-        yield temporary
-        _sync(temporary, os.O_RDWR)
-        os.replace(temporary, target)
-        _sync(target.parent, os.O_RDONLY)
-    finally:
+        try:
+            yield temporary
+            _sync(temporary, os.O_RDWR)
+            _check_regular(target, path, "path")  # what has come there meanwhile
+            os.replace(temporary, target)
+            _sync(target.parent, os.O_RDONLY)
+        finally:
+            temporary.unlink(missing_ok=True)
+    finally:  # an interruption may have hit the line above
         temporary.unlink(missing_ok=True)
 
 
@@ -45,6 +51,7 @@ def check_writable(path: str | os.PathLike[str], argument: str) -> None:
     Raises:
         FileNotFoundError: the folder does not exist.
         IsADirectoryError: ``path`` is a folder.
+        FileExistsError: ``path`` is a device, a FIFO, a socket, or a link to one.
         OSError: the folder takes no files.
     """
     target = _target(path, argument)
@@ -62,9 +69,29 @@ def _target(path: str | os.PathLike[str], argument: str) -> Path:
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{argument}: wanted a file in an existing folder, got {os.fspath(path)!r}")
-    if target.is_dir():
-        raise IsADirectoryError(f"{argument}: wanted a file, got the folder {os.fspath(path)!r}")
+    _check_regular(target, path, argument)
     return target
+
+
+_SPECIAL = {
+    stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device",
+    stat.S_IFLNK: "link in a circle",
+}  # fmt: skip
+
+
+def _check_regular(target: Path, path: str | os.PathLike[str], argument: str) -> None:
+    """That a file may take this place: nothing is there, or a regular file."""
+    try:
+        mode = os.lstat(target).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{argument}: wanted a file, got the folder {os.fspath(path)!r}")
+    if not stat.S_ISREG(mode):
+        what = _SPECIAL.get(stat.S_IFMT(mode), "special file")
+        raise FileExistsError(
+            f"{argument}: wanted a regular file to replace, or a new name, got the {what} {os.fspath(path)!r}"
+        )
 
 
 def _sync(path: Path, flags: int) -> None:
@@ -84,7 +111,8 @@ def save_state(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]
         state: what ``torch.load(weights_only=True)`` can read.
 
     Raises:
-        OSError: it cannot be written: no such folder, no room, …; what was there stays.
+        OSError: it cannot be written: no such folder, no room, …; what was there stays, as after an interruption
+            (KeyboardInterrupt), which passes through.
     """
     header = f"{kind}\n".encode()
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -92,30 +120,50 @@ def save_state(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]
         hashing = _Hashing(file)
         try:
             torch.save(dict(state), cast(IO[bytes], hashing))
-        except RuntimeError as error:
-            if hashing.error is None:
+        except BaseException as error:
+            caught = hashing.error
+            hashing.error = caught or error  # no more writing
+            if not isinstance(error, Exception):
                 raise
-            # torch.save hides what went wrong, such as a full disk, behind an error of its own.
-            reason = hashing.error.strerror or str(hashing.error)
-            raise OSError(hashing.error.errno, f"{reason}: {os.fspath(path)!r}") from error
+            # torch.save hides what went wrong, such as a full disk or Ctrl-C, behind an error of its own.
+            first = caught or _behind(error)
+            if first is None:
+                raise
+            if isinstance(first, OSError) and first.errno is not None:
+                raise OSError(first.errno, f"{first.strerror or first}: {os.fspath(path)!r}") from error
+            raise first from None
         file.seek(len(header))
         file.write(f"{hashing.digest.hexdigest()}\n".encode())
 
 
+def _behind(error: BaseException) -> BaseException | None:
+    """What an error of torch's writer came after: it says of every end before the last write that it came too early."""
+    found: BaseException = error
+    while "inline_container" in str(found) and found.__context__ is not None:
+        found = found.__context__
+    return None if found is error else found
+
+
 class _Hashing(io.RawIOBase):
-    """Passes on what is written and hashes it: a state is never in memory twice."""
+    """Passes on what is written and hashes it: a state is never in memory twice.
+
+    After an error it takes everything and writes nothing: torch's writer ends its archive even then, when it is deleted
+    at the latest, and an error there would end the process.
+    """
 
     def __init__(self, file: Any):
         self.digest = hashlib.sha256()
-        self.error: OSError | None = None  # the first
+        self.error: BaseException | None = None  # the first
         self._file = file
 
     def write(self, content: Any) -> int:
-        self.digest.update(content)
+        if self.error is not None:
+            return len(content)
         try:
+            self.digest.update(content)
             return self._file.write(content)
-        except OSError as error:
-            self.error = self.error or error
+        except BaseException as error:
+            self.error = error
             raise
 
     def writable(self) -> bool:

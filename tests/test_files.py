@@ -2,13 +2,17 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from sfpk_kernels.files import atomic_write, load_state, save_state
+from sfpk_kernels import MaskSet, files
+from sfpk_kernels.files import atomic_write, check_writable, load_state, save_state
+
+from .interruptions import every_moment
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -104,3 +108,108 @@ def test_state_round_trip_and_refusals(tmp_path):
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         with pytest.raises(ValueError, match="was cut or altered"):
             load_state(path, "kind-1")
+
+
+def specials(folder):
+    """Everything that is no regular file, by name; a socket, too, where one can be made."""
+    os.mkfifo(folder / "fifo")
+    (folder / "link-to-fifo").symlink_to("fifo")
+    (folder / "circle").symlink_to("circle")
+    (folder / "folder").mkdir()
+    (folder / "link-to-folder").symlink_to("folder")
+    (folder / "link-to-null").symlink_to("/dev/null")
+    paths = [*sorted(folder.iterdir()), "/dev/null", "/dev/zero"]
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(folder / "socket"))
+    server.close()
+    return [*paths, folder / "socket"]
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path):
+    (tmp_path / "in").mkdir()
+    paths = specials(tmp_path / "in")
+    before = {str(path): os.lstat(path).st_mode for path in paths}
+    for path in paths:
+        for write in (
+            lambda path: save_state(path, "kind", {}),
+            lambda path: check_writable(path, "save"),
+            lambda path: MaskSet({"w": torch.ones(3, dtype=torch.bool)}).save(path),
+        ):
+            with pytest.raises((FileExistsError, IsADirectoryError), match=r"^(path|save): wanted .*, got the \w+"):
+                write(path)
+    assert {str(path): os.lstat(path).st_mode for path in paths} == before
+    assert os.listdir(tmp_path) == ["in"]
+
+    def meanwhile():
+        with atomic_write(tmp_path / "file") as temporary:
+            temporary.write_text("one")
+            os.mkfifo(tmp_path / "file")
+
+    with pytest.raises(FileExistsError, match="got the FIFO"):
+        meanwhile()
+    assert sorted(os.listdir(tmp_path)) == ["file", "in"]
+    assert len(os.listdir(tmp_path / "in")) == 7
+
+
+def test_a_dangling_link_gets_its_file(tmp_path):
+    (tmp_path / "link").symlink_to("real")
+    save_state(tmp_path / "link", "kind", {"a": 1})
+    assert load_state(tmp_path / "real", "kind") == {"a": 1}
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_an_interruption_while_saving_stays_what_it_is(tmp_path, kind):
+    """At every call and line of ours and of torch's writer: itself, the old file whole, nothing beside it."""
+    path, state = tmp_path / "state", {"a": torch.randn(1000), "b": torch.randn(300).half(), "c": [1, 2]}
+    save_state(path, "kind", state)
+    names, count = (files.__file__, torch.serialization.__file__), 0
+    for raised in every_moment(lambda: save_state(path, "kind", {**state, "c": [3]}), names, kind):
+        assert type(raised) is kind
+        del raised  # a block that was interrupted before it began to end is ended with its error
+        assert os.listdir(tmp_path) == ["state"]
+        found = load_state(path, "kind")
+        assert torch.equal(found["a"], state["a"])
+        assert found["c"] in ([1, 2], [3])
+        count += 1
+    assert count > 100
+
+
+@pytest.mark.parametrize(
+    "failing", [OSError(28, "No space left on device"), KeyboardInterrupt(), TimeoutError("alarm")]
+)
+def test_what_a_write_raises_comes_through(tmp_path, monkeypatch, failing):
+    """In every one of the writes that torch makes through us."""
+
+    class Failing:
+        def __init__(self, file, last):
+            self.file, self.left = file, last
+
+        def write(self, content):
+            self.left -= 1
+            if self.left == -1:
+                raise failing
+            return self.file.write(content)
+
+    path, writes = tmp_path / "state", []
+    write = files._Hashing.write
+
+    def counted(self, content):
+        writes.append(len(content))
+        return write(self, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files._Hashing, "write", counted)
+        save_state(path, "kind", {"a": torch.randn(100)})
+    made = files._Hashing.__init__
+    for last in range(len(writes)):
+        with monkeypatch.context() as patch:
+            patch.setattr(files._Hashing, "__init__", lambda self, file, last=last: made(self, Failing(file, last)))
+            with pytest.raises(type(failing)) as caught:
+                save_state(path, "kind", {"a": torch.zeros(100)})
+        if type(failing) is OSError:
+            assert str(caught.value) == f"[Errno 28] No space left on device: {str(path)!r}"
+        else:
+            assert caught.value is failing
+        assert os.listdir(tmp_path) == ["state"]
+        assert load_state(path, "kind")["a"].any()
