@@ -38,7 +38,7 @@ class BatchStream:
         self._needed = needed
         self._taken = 0
         self._iterator: Iterator[Any] = iter(loader)
-        self._one_shot = self._iterator is loader
+        self.one_shot = self._iterator if self._iterator is loader else None  # cannot be started again
 
     def take(self, count: int) -> list[Any]:
         """The next ``count`` batches."""
@@ -55,7 +55,7 @@ class BatchStream:
         except StopIteration:
             if self._taken == 0:
                 raise ValueError("loader: wanted batches, got an empty iterable") from None
-            if self._one_shot:
+            if self.one_shot is not None:
                 raise ValueError(
                     f"loader: wanted {self._needed} batches (particles × steps), got a one-shot iterator that "
                     f"ended after {self._taken}: pass a list or a DataLoader, which can be started again"

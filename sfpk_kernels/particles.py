@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import state_checks as check
 from .config import SFPKConfig
 from .ops import TransitionStats, transition_
 from .schedule import density_schedule
 
 _PART = 1 << 18  # elements
+_ROUNDING = 0.01  # relative: how far saved statistics may lie from those of the saved particles
+
+
+class SystemState(NamedTuple):
+    """What :meth:`ParticleSystem.state_dict` gave, checked."""
+
+    masks: Tensor
+    residual: Tensor | None
+    stats: TransitionStats | None
+    step: int
+    schedule: list[float]
 
 
 class ParticleSystem:
@@ -34,7 +47,7 @@ class ParticleSystem:
             statistics are then measured anew.
         step: steps done, 0 … K.
         known_densities: ρ(m_i) as the host knows them, or None.
-        moves: of single particles, counted; after an interruption (KeyboardInterrupt) those begun count.
+        moves: of single particles, counted when they begin: after an error or an interruption it may not have ended.
         schedule: K + 1 soft densities, ρ_0 = 1 (or that of ``start``) … ρ_K = 1 - sparsity.
     """
 
@@ -54,6 +67,7 @@ class ParticleSystem:
         first = 1.0 if start is None else self._begin(start)
         self.schedule = density_schedule(config.schedule, config.target_density, config.n_steps, first)
         self._pull_after = config.consensus_start * config.n_steps  # steps
+        self._settles = False
 
     def _begin(self, start: Tensor) -> float:
         """Take over given particles and return their mean density."""
@@ -82,7 +96,7 @@ class ParticleSystem:
         if stops:
             schedule = density_schedule(config.schedule, config.target_density, config.n_steps, self.schedule[0], stops)
             self._pull_after = config.consensus_start * schedule.index(stops[0])
-            self.schedule = schedule
+            self.schedule, self._settles = schedule, True
 
     @property
     def done(self) -> bool:
@@ -111,12 +125,7 @@ class ParticleSystem:
         stats = self.stats
         if stats is not None:
             return stats.densities
-        # In parts: each is converted to fp64 as a whole. Added up at once: results kept would leave holes in the heap
-        # that the next part does not fit in.
-        total = torch.zeros(len(self.masks), dtype=torch.float64, device=self.masks.device)
-        for part in self.masks.split(max(1, _PART // len(self.masks)), dim=1):
-            total += torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square()
-        share = total / self.masks.shape[1]
+        share = _squares(self.masks) / self.masks.shape[1]
         return share.sqrt() if self._config.density == "l2" else share
 
     def move_(
@@ -134,32 +143,28 @@ class ParticleSystem:
         target = self.schedule[self.step + 1]
         pulls = self.step + 1 > self._pull_after
         moving = len(self.masks) if row is None else 1
-        self.moves += moving  # before the call: an interruption may come right after it
-        try:
-            stats = transition_(
-                self.masks,
-                weight_grads,
-                step=self.schedule[self.step] - target,
-                radius=config.radius,
-                repulsion=config.repulsion,
-                kernel=config.kernel,
-                saliency=self._saliency,
-                density=config.density,
-                target_density=target if config.retract else None,
-                consensus=config.consensus if pulls else 0.0,
-                weights=self._theta,
-                state=self.stats,
-                eps=config.eps,
-                residual=self._residual,
-                seed=config.seed,
-                step_index=self.step,
-                row=row,
-                nonfinite="skip" if config.nonfinite == "skip_particle" else "hold",
-                backend=None if config.backend is None else f"{config.backend}?",
-            )
-        except Exception:
-            self.moves -= moving  # an error moves nothing
-            raise
+        self.moves += moving  # before the call, which may end anywhere
+        stats = transition_(
+            self.masks,
+            weight_grads,
+            step=self.schedule[self.step] - target,
+            radius=config.radius,
+            repulsion=config.repulsion,
+            kernel=config.kernel,
+            saliency=self._saliency,
+            density=config.density,
+            target_density=target if config.retract else None,
+            consensus=config.consensus if pulls else 0.0,
+            weights=self._theta,
+            state=self.stats,
+            eps=config.eps,
+            residual=self._residual,
+            seed=config.seed,
+            step_index=self.step,
+            row=row,
+            nonfinite="skip" if config.nonfinite == "skip_particle" else "hold",
+            backend=None if config.backend is None else f"{config.backend}?",
+        )
         self._stats, self._version = stats, self.masks._version
         return stats
 
@@ -167,6 +172,17 @@ class ParticleSystem:
         """All have moved, to these densities."""
         self.step += 1
         self._known = (self.masks._version, densities)
+
+    def measured(self) -> tuple[TransitionStats | None, list[float] | None]:
+        """Statistics and densities as they stand, for :meth:`put_back`."""
+        return self.stats, self.known_densities
+
+    def put_back(self, measured: tuple[TransitionStats | None, list[float] | None]) -> None:
+        """After a step that moved nothing: the particles are still what was measured of them."""
+        stats, known = measured
+        self._version = self.masks._version if stats is not None else -1
+        self._stats = stats
+        self._known = None if known is None else (self.masks._version, known)
 
     def state_dict(self, copy: bool = True) -> dict[str, Any]:
         """Particles, what rounding took from them, statistics and step: all that decides the next step."""
@@ -179,25 +195,86 @@ class ParticleSystem:
             "schedule": list(self.schedule),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave.
+    def checked(self, state: Mapping[str, Any], prefix: str = "") -> SystemState:
+        """What :meth:`state_dict` gave, every entry looked at; ``prefix`` of their names in messages.
 
         Raises:
-            ValueError: particles of another shape or dtype, or a step outside the schedule.
+            TypeError: an entry of another type or dtype.
+            ValueError: an entry that is missing or unknown, or of another shape or range; particles that are not
+                finite or not those the statistics were taken of; a schedule of other settings.
         """
-        masks, step, schedule = state["masks"], state["step"], state["schedule"]
-        if tuple(masks.shape) != tuple(self.masks.shape):
-            raise ValueError(f"masks: wanted shape {tuple(self.masks.shape)}, got {tuple(masks.shape)}")
-        if masks.dtype != self.masks.dtype:
-            raise ValueError(f"masks: wanted {self.masks.dtype}, got {masks.dtype}")
-        if not 0 <= step <= self._config.n_steps:
-            raise ValueError(f"step: wanted 0 … {self._config.n_steps}, got {step}")
-        if len(schedule) != self._config.n_steps + 1:
-            raise ValueError(f"schedule: wanted {self._config.n_steps + 1} densities, got {len(schedule)}")
-        device = self.masks.device
-        stats = state["stats"] and TransitionStats(**{k: v.to(device) for k, v in state["stats"].items()})
-        self.masks.copy_(masks)
+        config, device = self._config, self.masks.device
+        check.entries(prefix.removesuffix(".") or "state", state, SystemState._fields)
+        masks = check.tensor(f"{prefix}masks", state["masks"], tuple(self.masks.shape), self.masks.dtype)
+        residual = state["residual"]
         if self._residual is not None:
-            self._residual.copy_(state["residual"])
-        self.step, self.schedule, self._known = step, list(schedule), None
-        self._stats, self._version = stats, self.masks._version
+            residual = check.tensor(f"{prefix}residual", residual, tuple(masks.shape), self._residual.dtype)
+        elif residual is not None:
+            raise ValueError(f"{prefix}residual: wanted None beside {masks.dtype} particles, got {check.got(residual)}")
+        step = check.integer(f"{prefix}step", state["step"], 0, config.n_steps)
+        schedule = self._checked_schedule(f"{prefix}schedule", state["schedule"])
+        stats = None
+        if state["stats"] is not None:
+            stats = self._checked_stats(f"{prefix}stats", state["stats"], masks)
+            stats = TransitionStats(*(part.to(device, copy=True) for part in stats))
+        return SystemState(masks, residual, stats, step, schedule)
+
+    def _checked_schedule(self, name: str, value: Any) -> list[float]:
+        config = self._config
+        if isinstance(value, list | tuple) and len(value) != config.n_steps + 1:
+            raise ValueError(f"{name}: wanted {config.n_steps + 1} densities, got {len(value)}")
+        given = check.reals(name, value, config.n_steps + 1, 0.0, 1.0)
+        if self._settles:
+            wanted = self.schedule
+        elif given[0] <= config.target_density:
+            raise ValueError(f"{name}[0]: wanted a density above the target {config.target_density:g}, got {given[0]}")
+        else:
+            wanted = density_schedule(config.schedule, config.target_density, config.n_steps, given[0])
+        for i, (a, b) in enumerate(zip(given, wanted, strict=True)):
+            if not math.isclose(a, b, rel_tol=1e-9):  # powers differ from one C library to the next
+                raise ValueError(f"{name}[{i}]: wanted {b}, as the settings say, got {a}")
+        return given
+
+    def _checked_stats(self, name: str, value: Any, masks: Tensor) -> TransitionStats:
+        n = len(masks)
+        check.entries(name, value, TransitionStats._fields)
+        stats = TransitionStats(**{
+            field: check.tensor(
+                f"{name}.{field}", value[field], (n, n) if field == "sq_distances" else (n,), torch.float64,
+                finite=field != "cosines",
+            )
+            for field in TransitionStats._fields
+        })  # fmt: skip
+        squares = _squares(masks).cpu()
+        share = squares / masks.shape[1]
+        expected = {"densities": share.sqrt() if self._config.density == "l2" else share, "norms": squares.sqrt()}
+        for field, measured in expected.items():
+            if not torch.allclose(getattr(stats, field).cpu(), measured, rtol=_ROUNDING, atol=1e-6):
+                raise ValueError(f"{name}.{field}: wanted those of the particles beside them, got others")
+        return stats
+
+    def take_over(self, state: SystemState) -> None:
+        """Go on from a checked state."""
+        self.masks.copy_(state.masks)
+        if self._residual is not None and state.residual is not None:
+            self._residual.copy_(state.residual)
+        self.step, self.schedule, self._known = state.step, state.schedule, None
+        self._stats, self._version = state.stats, self.masks._version
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; nothing is changed after an error.
+
+        Raises:
+            TypeError, ValueError: as :meth:`checked` says.
+        """
+        self.take_over(self.checked(state))
+
+
+def _squares(masks: Tensor) -> Tensor:  # (n,) fp64
+    """‖m_i‖²."""
+    # In parts: each is converted to fp64 as a whole. Added up at once: results kept would leave holes in the heap
+    # that the next part does not fit in.
+    total = torch.zeros(len(masks), dtype=torch.float64, device=masks.device)
+    for part in masks.split(max(1, _PART // len(masks)), dim=1):
+        total += torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square()
+    return total

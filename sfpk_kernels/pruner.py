@@ -6,14 +6,18 @@ import dataclasses
 import logging
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoint
+from . import state_checks as check
 from .anytime import Waypoint, check_checkpoints
 from .batches import BatchStream, move_to
 from .config import SFPKConfig
@@ -24,14 +28,15 @@ from .files import load_state, save_state
 from .masks import MaskSet
 from .model_state import autograd_allowed, check_no_inference_tensors, guarded, seeded
 from .nonfinite import NonFiniteError, standing_still
-from .ops import pack_mask, unpack_mask
-from .particles import ParticleSystem
+from .ops import pack_mask
+from .particles import ParticleSystem, SystemState
 from .planning import Plan, check_state, make_energy, plan_run, state_device
 from .polarizer import Polarizer, budget
 from .reading import read_together
 from .records import StepRecord
 from .result import PruneResult
 from .step import gauss_seidel, jacobi
+from .turns import Turns, alone
 from .vote import Vote
 
 logger = logging.getLogger(__name__)
@@ -43,6 +48,12 @@ class SFPKPruner:
     The model is only read: its weights, gradients, mode, buffers, ``requires_grad`` flags and parameter
     identities are the same after every call, also after an exception. Apply ``result.mask`` to prune it.
 
+    A step is done as a whole or not at all: after an error or an interruption (Ctrl-C) anywhere in it the run either
+    goes on from the step before, bit for bit, or says that it cannot, because particles have moved; what was saved
+    before can then be resumed. torch's random generators are shared by the threads of a process, so steps, callbacks
+    and the reading of batches take turns with those of other pruners in other threads, and no outcome depends on the
+    others (whatever else draws from the global generator meanwhile does disturb).
+
     Args:
         model: the trained, dense model, on one device. Its weights are copied now; make a new pruner if they
             change.
@@ -51,7 +62,7 @@ class SFPKPruner:
         config: hyper-parameters; see :class:`SFPKConfig`.
         ignored_layers, include_embeddings, include_biases, include_norms: what is prunable, see
             :class:`Coordinates`.
-        callbacks: called with the :class:`StepRecord` of every step.
+        callbacks: called with the :class:`StepRecord` of every step. They must not wait for another thread's pruner.
         start: (n, d) particles to go on from, such as those of an earlier run; the schedule begins at their mean
             density. ``None``: at 1, nothing removed.
         checkpoints: sparsities at which to take an exact mask on the way (``result.waypoints``, ``result.mask_at``).
@@ -65,6 +76,7 @@ class SFPKPruner:
         MemoryError: particles and weights alone will not fit.
     """
 
+    @alone()
     @autograd_allowed()
     def __init__(
         self,
@@ -126,7 +138,10 @@ class SFPKPruner:
         self._last_energies: Tensor | None = None
         self._taken = 0  # batches of the loader that were used by run()
         self._fingerprint = checkpoint.model_fingerprint(model)  # now: forward passes may write buffers
-        self._broken: str | None = None  # why no step can follow
+        self._broken: str | None = None  # why nothing can follow
+        self._runs_in: threading.Thread | None = None
+        self._begun: Iterator[Any] | None = None  # one-shot: the last one that a run has read from
+        self._saved: tuple[str, int] | None = None  # the last file, and the step in it
 
     def add_callback(self, callback: Callable[[StepRecord], None]) -> None:
         """Have it called with the :class:`StepRecord` of every further step."""
@@ -175,40 +190,80 @@ class SFPKPruner:
             FloatingPointError: a loss that is not finite; the message names step and particle.
             MemoryError: the run will not fit; the message holds the plan, and what would fit.
             RuntimeError: an error or an interruption has left a step half done; what was saved before can be resumed.
+                Or this pruner runs in another thread.
             OSError: ``save_path`` cannot be written, known before the first step.
         """
         target = checkpoint.save_path(save_every, save_path, resume)
-        if resume is True:
-            resume = target if target is not None and os.path.exists(target) else None
-        if resume:
-            self.load(resume)
+        with self._running():
+            if resume is True:
+                resume = target if target is not None and os.path.exists(target) else None
+            if resume:
+                self.load(resume)
+            self._check_whole("run")
+            result = self._run(loader, progress, save_every, target)
+        for words in result.dead_layers:
+            logger.warning("%s", words)
+        return result
+
+    def _run(
+        self,
+        loader: Iterable[Any],
+        progress: bool | None,
+        save_every: int | None,
+        target: str | os.PathLike[str] | None,
+    ) -> PruneResult:
         n, remaining = self.config.n_particles, self.config.n_steps - self._system.step
-        with (
-            seeded(self._step_seed(0), self.coordinates.device),
-            tqdm(total=remaining, desc="SFPK", disable=None if progress is None else not progress) as bar,
-        ):
-            # Here, because a loader draws its order when it begins: under the seed.
-            stream = BatchStream(loader, self.coordinates.device, self._taken + n * remaining)
-            if not self.done:
-                stream.skip(self._taken)
+        # Its own random stream from step to step, because a loader draws its order when it begins, and more on the way.
+        turns = Turns(self._step_seed(0), self.coordinates.device)
+        with tqdm(total=remaining, desc="SFPK", disable=None if progress is None else not progress) as bar:
+            with turns.turn():
+                stream = BatchStream(loader, self.coordinates.device, self._taken + n * remaining)
+                if self.done:
+                    if save_every and target is not None and self._saved != _place(target, self._system.step):
+                        self._try_to_save(target)  # an interruption came before it
+                else:
+                    self._begin(stream)
+                    stream.skip(self._taken)
             while not self.done:
-                batches = stream.take(n)
-                with self._guard():
-                    if self.plan is None:
-                        plan = self._make_plan(batches[0])
-                        if not bar.disable:
-                            bar.write(str(plan), file=sys.stderr)
-                    record = self._step(batches, taken=n)
+                with turns.turn():
+                    batches = stream.take(n)
+                    with self._guard():
+                        if self.plan is None:
+                            plan = self._make_plan(batches[0])
+                            if not bar.disable:
+                                bar.write(str(plan), file=sys.stderr)
+                        record = self._step(batches, taken=n)
                 self._call_back(record)
                 if save_every and target is not None and (record.step % save_every == 0 or self.done):
                     self._try_to_save(target)
                 bar.set_postfix(loss=f"{record.energy:.4f}", sparsity=f"{1.0 - record.density:.4f}", refresh=False)
                 bar.update()
             self._energy.release()
-            result = self.result()
-        for words in result.dead_layers:
-            logger.warning("%s", words)
-        return result
+            return self.result()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """One run at a time: two of the same pruner would share its steps, and each read batches for all of them."""
+        with alone():
+            other, me = self._runs_in, threading.current_thread()
+            if other is not None and other is not me and other.is_alive():
+                raise RuntimeError(
+                    f"run: wanted one run of a pruner at a time, got a second one beside that of {other}"
+                )
+            self._runs_in = me
+        try:
+            yield
+        finally:
+            self._runs_in = other
+
+    def _begin(self, stream: BatchStream) -> None:
+        """That a one-shot iterator has its first batch yet to come."""
+        if stream.one_shot is not None and stream.one_shot is self._begun:
+            raise ValueError(
+                "loader: wanted the batches from the first one on, to pass over those used before, got the one-shot "
+                "iterator that an earlier call has read from: pass a list, a DataLoader or a new iterator"
+            )
+        self._begun = stream.one_shot
 
     @autograd_allowed()
     def step(self, batches: Sequence[Any]) -> StepRecord:
@@ -224,12 +279,13 @@ class SFPKPruner:
                 before it have, as the message says).
             MemoryError: as for :meth:`run`.
         """
+        self._check_whole("step")
         if self.done:
             raise RuntimeError(f"step: the run is over after {self._system.step} steps")
         if not isinstance(batches, Sequence) or len(batches) != self.config.n_particles:
             got = len(batches) if isinstance(batches, Sequence) else type(batches).__name__
             raise ValueError(f"batches: wanted a list of {self.config.n_particles}, one per particle, got {got}")
-        with self._guard():
+        with alone(), self._guard():
             record = self._step([move_to(batch, self.coordinates.device) for batch in batches])
         self._call_back(record)
         return record
@@ -239,19 +295,22 @@ class SFPKPruner:
         batches: Sequence[Any],
         taken: int = 0,  # of them from the loader of a run
     ) -> StepRecord:
-        """The numbered steps of the method, in their order."""
-        if self._broken is not None:
-            raise RuntimeError(f"step: this run cannot go on: {self._broken}")
+        """The numbered steps of the method, in their order.
+
+        The run counts as broken from the beginning, until all of the step is done or nothing of it was.
+        """
+        self._check_whole("step")
         plan = self.plan or self._make_plan(batches[0])
         started = time.perf_counter()
         system, number = self._system, self._system.step + 1
-        densities = system.densities
-        # 1. polarize
-        keep = self._polarizer.polarize(system.masks, densities, self.config.polarizer, system.known_densities)
-        seen = self._diagnostics.see(keep)
-        before = system.moves
+        before, measured, energy = system.moves, system.measured(), self._energy_state()
         skips = self.config.nonfinite == "skip_particle"
+        self._broken = f"step {number} stopped half-way"
         try:
+            densities = system.densities
+            # 1. polarize
+            keep = self._polarizer.polarize(system.masks, densities, self.config.polarizer, system.known_densities)
+            seen = self._diagnostics.see(keep)
             # 2. energies, each particle on its own batch; 3.-7. repulsion, transition, retraction, consensus
             with seeded(self._step_seed(number), self.coordinates.device):
                 if plan.memory == "fast":
@@ -268,11 +327,9 @@ class SFPKPruner:
                 **seen._asdict(),
             )
             skipped = standing_still(read["energies"], read["cosines"], number, skips)
-            system.end_step(read["densities"])
-            self._last_energies = energies
             if self._vote.remembers:
                 self._vote.update(system.masks, read["densities"], read["energies"])
-            self._pass_waypoints(number)
+            passed = self._passed(number, read["densities"], read["energies"])
             record = StepRecord(
                 step=number,
                 scheduled_density=system.schedule[number],
@@ -281,48 +338,76 @@ class SFPKPruner:
                 **read,
             )
             record.alarms.extend(self._alarms.check(self.history, record))
+            # All of it is known: from here on it is done.
+            system.end_step(read["densities"])
+            self._last_energies = energies
+            self._waypoints, self._due = [*self._waypoints, *passed], self._due[len(passed) :]
             self.history.append(record)
             self._taken += taken
+            self._broken = None
         except BaseException as error:
             if isinstance(error, NonFiniteError):  # found at the end of the step
                 system.moves = before + (error.moved if plan.memory == "lean" else 0)
             moved = system.moves - before
             who = f"particles 0 … {moved - 1} have moved" if moved else "the particles have not moved"
-            if moved:  # an interruption, or a lean step's error: no later step would be what it should
-                self._broken = f"step {number} stopped half-way, {who}"
             if hasattr(error, "add_note"):  # Python ≥ 3.11
                 error.add_note(f"sfpk_kernels: in step {number} of {self.config.n_steps}; {who}")
+            if moved:  # no later step would be what it should
+                self._broken = f"step {number} stopped half-way, {who}"
+            else:
+                system.put_back(measured)
+                self._put_back_energy(energy)
+                self._broken = None
             raise
         return record
+
+    def _check_whole(self, what: str) -> None:
+        """That no step was left half done."""
+        if self._broken is not None:
+            raise RuntimeError(
+                f"{what}: this run cannot go on: {self._broken}; resume what was saved before, or begin again"
+            )
+
+    def _energy_state(self) -> tuple[Any, dict[str, Any]]:
+        """What computing energies changes for later steps: the way it is done, and the scale of fp16 losses."""
+        return self._energy.choice, dict(vars(self._energy.scale))
+
+    def _put_back_energy(self, state: tuple[Any, dict[str, Any]]) -> None:
+        self._energy.choice = state[0]
+        vars(self._energy.scale).update(state[1])
 
     def _call_back(self, record: StepRecord) -> None:
         """After everything of the step is done: a callback may save. What it draws does not move the data's order."""
         for callback in self._callbacks:
-            with seeded(self._step_seed(record.step), self.coordinates.device):
+            with alone(), seeded(self._step_seed(record.step), self.coordinates.device):
                 callback(record)
 
-    def _pass_waypoints(self, number: int) -> None:
-        """Take the masks of the sparsities that the schedule has just passed."""
-        density = self._system.schedule[number]
-        while self._due and _reached(self._due[0], density):
-            sparsity = self._due.pop(0)
-            score = self._current_score()
+    def _passed(self, number: int, densities: list[float], energies: list[float]) -> list[Waypoint]:
+        """The masks of the sparsities that the schedule passes in this step."""
+        found = []
+        for sparsity in self._due:
+            if not checkpoint.reached(sparsity, self._system.schedule[number]):
+                break
+            score = self._vote.current(self._system.masks, densities, energies)
             mask = MaskSet.from_flat(self._polarizer.final(score, sparsity), self.coordinates)
             kept = score.to("cpu", copy=True) if self._keep_scores else None
-            self._waypoints.append(Waypoint(sparsity, number, mask, kept))
+            found.append(Waypoint(sparsity, number, mask, kept))
+        return found
 
     def _current_score(self) -> Tensor:
         assert self._last_energies is not None
         densities = self._system.known_densities or self._system.densities.tolist()
         return self._vote.current(self._system.masks, densities, self._last_energies.tolist())
 
+    @alone()
     @autograd_allowed()
     def result(self) -> PruneResult:
         """The final mask from the particles as they stand.
 
         Raises:
-            RuntimeError: no step was done yet.
+            RuntimeError: no step was done yet, or an error or an interruption has left one half done.
         """
+        self._check_whole("result")
         if self._last_energies is None or self.plan is None:
             raise RuntimeError("result: wanted at least one step done, got none")
         score = self._current_score()
@@ -353,6 +438,7 @@ class SFPKPruner:
         """
         return self._state(copy=True)
 
+    @alone()
     @autograd_allowed()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; nothing is changed after an error.
@@ -361,43 +447,58 @@ class SFPKPruner:
         the same particles, other random numbers and another order of the data from here on.
 
         Raises:
-            TypeError: no dict.
-            ValueError: a state of another model, of other settings, or not of a run; one of ``checkpoints`` that the
-                saved run has passed without taking a mask.
+            TypeError: no dict, or an entry of another type.
+            ValueError: a state of another model, of other settings, or not of a run (an entry of another shape or
+                range, missing or unknown: the message names it); one of ``checkpoints`` that the saved run has passed
+                without taking a mask.
         """
-        names = [tensor.name for tensor in self.coordinates.tensors]
-        checkpoint.check_same(state, self.config, self._fingerprint, names)
-        if self.config.settle and state["particles"]["schedule"] != self._system.schedule:
+        config, tensors = self.config, self.coordinates.tensors
+        checkpoint.check_same(state, config, self._fingerprint, [tensor.name for tensor in tensors])
+        particles = check.entries("state: particles", state["particles"], SystemState._fields)
+        if config.settle and not check.same(particles["schedule"], self._system.schedule):
             raise ValueError("checkpoints, start: wanted those of the saved run, which settles, got others")
-        device = self._theta.device
-        vote = None if state["vote"] is None else state["vote"].to(device)
-        energies = None if state["energies"] is None else state["energies"].to(device)
-        history = [StepRecord(**record) for record in state["history"]]
-        waypoints = [
-            Waypoint(w["sparsity"], w["step"], MaskSet.from_flat(unpack_mask(w["bits"], self.coordinates.d),
-                     self.coordinates), w["score"])
-            for w in state["waypoints"]
-        ]  # fmt: skip
-        plan = None if state["plan"] is None else Plan.from_dict(state["plan"])
-        density = state["particles"]["schedule"][state["step"]]
-        taken = {waypoint.sparsity for waypoint in waypoints}
-        due = [sparsity for sparsity in self._checkpoints if sparsity not in taken]
-        passed = [sparsity for sparsity in due if _reached(sparsity, density)]
+        system = self._system.checked(particles, "state: particles.")
+        check.integer("state: step", state["step"], system.step, system.step)
+        history = checkpoint.history("state: history", state["history"], config, len(tensors), system.step)
+        energies = checkpoint.energies("state: energies", state["energies"], history, self._theta.device)
+        dtypes = torch.promote_types(system.masks.dtype, torch.float32), torch.float64
+        vote = state["vote"]
+        if vote is not None:
+            vote = check.tensor("state: vote", vote, (self.coordinates.d,), *dtypes).to(self._theta.device, copy=True)
+        if self._vote.remembers and (vote is None) != (system.step == 0):
+            raise ValueError(f"state: vote: wanted one score of all {system.step} steps, got {check.got(vote)}")
+        waypoints = checkpoint.waypoints(
+            "state: waypoints", state["waypoints"], self.coordinates, system.schedule, system.step, dtypes
+        )
+        alarms = set(check.texts("state: alarms", state["alarms"]))
+        n = config.n_particles
+        taken = check.integer("state: taken", state["taken"], 0, n * system.step)
+        if taken % n:
+            raise ValueError(f"state: taken: wanted a multiple of {n} batches, one per particle, got {taken}")
+        scale = checkpoint.scale("state: scale", state["scale"], self._energy.scale.active)
+        plan = None
+        if state["plan"] is not None or system.step:
+            plan = checkpoint.plan("state: plan", state["plan"], config, self.coordinates.d)
+        density = system.schedule[system.step]
+        due = [sparsity for sparsity in self._checkpoints if sparsity not in {w.sparsity for w in waypoints}]
+        passed = [sparsity for sparsity in due if checkpoint.reached(sparsity, density)]
         if passed:
             raise ValueError(
                 f"checkpoints: wanted sparsities that the saved run took or has yet to pass (now {1 - density:.4g}), "
                 f"got {passed[0]:g}"
             )
-        self._system.load_state_dict(state["particles"])  # checks before it changes anything
+        # All of it has been looked at. An interruption from here on leaves a pruner that says so.
+        self._broken = "loading a state stopped half-way"
+        self._system.take_over(system)
         self._vote.score, self._last_energies = vote, energies
         self.history[:] = history
         self._waypoints, self._due = waypoints, due
-        self._alarms.said = set(state["alarms"])
-        self._taken = state["taken"]
-        self._energy.scale.value, self._energy.scale.calm = state["scale"]
-        if plan is not None:
-            self.plan = plan
-            self._energy.choice = plan.choice
+        self._alarms.said = alarms
+        self._taken = taken
+        choice = self._energy.choice if plan is None else plan.choice
+        self._put_back_energy((choice, {"value": scale[0], "calm": scale[1], "_before": None}))
+        self.plan = self.plan if plan is None else plan
+        self._saved = self._begun = None
         self._broken = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -405,15 +506,19 @@ class SFPKPruner:
 
         Raises:
             OSError: it cannot be written; FileNotFoundError where the folder does not exist.
-            RuntimeError: an error has left a step half done.
+            RuntimeError: an error or an interruption has left a step half done.
         """
-        save_state(path, checkpoint.KIND, self._state(copy=False))
+        with alone():
+            save_state(path, checkpoint.KIND, self._state(copy=False))
+            self._saved = _place(path, self._system.step)
 
     def _try_to_save(self, path: str | os.PathLike[str]) -> None:
         """A full disk does not end a run: the file of before stays, the next save tries again."""
         try:
             self.save(path)
         except OSError as error:
+            if isinstance(error, TimeoutError) and error.errno is None:
+                raise  # from an alarm, not from the disk
             logger.error("step %d was not saved, the run goes on: %s", self._system.step, error)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -424,10 +529,11 @@ class SFPKPruner:
             ValueError: a file that was cut or altered, or of another kind, model or settings.
         """
         self.load_state_dict(load_state(path, checkpoint.KIND))
+        self._saved = _place(path, self._system.step)
 
+    @alone()
     def _state(self, copy: bool) -> dict[str, Any]:
-        if self._broken is not None:
-            raise RuntimeError(f"state_dict: this run cannot go on: {self._broken}")
+        self._check_whole("state_dict")
         vote, energies, scale = self._vote.score, self._last_energies, self._energy.scale
         return {
             "model": self._fingerprint,
@@ -485,8 +591,8 @@ def _functions(callbacks: Iterable[Any]) -> list[Callable[[StepRecord], None]]:
     return callbacks
 
 
-def _reached(sparsity: float, density: float) -> bool:
-    return density <= 1.0 - sparsity + 1e-12
+def _place(path: str | os.PathLike[str], step: int) -> tuple[str, int]:
+    return os.path.realpath(path), step
 
 
 def prune(

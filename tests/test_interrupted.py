@@ -1,6 +1,7 @@
 """Runs that are interrupted: by exceptions, signals, a full disk; what is saved then, and that it goes on."""
 
 import contextlib
+import logging
 import os
 import random
 import resource
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import sfpk_kernels
 from sfpk_kernels import MaskSet, SFPKPruner, prune
 
+from .interruptions import every_moment
 from .snapshot import Snapshot
 from .test_resume import Killed, quick, stop_after
 
@@ -184,3 +187,67 @@ def test_killed_while_writing_the_old_file_stays(mlp, vectors, tmp_path, monkeyp
     fresh = SFPKPruner(mlp, None, quick())
     fresh.load(path)
     assert len(fresh.history) == 1
+
+
+SETTINGS = [
+    {"momentum": 0.1},
+    {"memory": "lean", "momentum": 0.1, "vote": "hard"},
+    {"particle_dtype": "bfloat16", "kernel": "weighted_rbf", "settle": True},
+    {"dtype": "fp16", "energy_mode": "vmap", "vote": "masked_at_the_end"},
+    {"memory": "lean", "particle_dtype": "float16", "nonfinite": "skip_particle", "selection": "threshold",
+     "retract": False},
+]  # fmt: skip
+# What a step passes through; the model's own swapping and guarding have tests of their own.
+MODULES = ("pruner", "step", "particles", "vote", "polarizer", "diagnostics", "nonfinite", "reading", "masks", "turns")
+
+
+def outcome(result):
+    records = [(r.step, r.energies, r.densities, r.overlaps, r.skipped, r.alarms) for r in result.history]
+    waypoints = [(w.sparsity, w.step, w.mask.fingerprint()) for w in result.waypoints]
+    return result.mask.fingerprint(), result.particles.tolist(), result.score.tolist(), records, waypoints
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@pytest.mark.parametrize("at", [2, 4])
+def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(mlp, vectors, options, at):
+    """At every call and line of a step (with a mask on the way in it), the last one, too; by run() and step()."""
+    wanted = [0.5] if options.get("vote") == "masked_at_the_end" else [0.3, 0.5, 0.6]
+    if options.get("vote") == "masked_at_the_end":
+        options, wanted = {**options, "vote": "masked"}, []
+    config = quick(n_steps=4, **options)
+    logging.getLogger("sfpk_kernels").setLevel(logging.ERROR)
+    whole = SFPKPruner(mlp, None, config, checkpoints=wanted)
+    states = []
+    whole.add_callback(lambda record: states.append(whole.state_dict()))
+    expected, snapshot, counts = outcome(whole.run(vectors)), Snapshot(mlp), {"on": 0, "refused": 0}
+    pruner = SFPKPruner(mlp, None, config, checkpoints=wanted)
+    by_run = at == 4
+
+    def work():
+        pruner.load_state_dict(states[at - 2])
+        pruner.run(vectors) if by_run else pruner.step(vectors[3 * (at - 1) :][:3])
+
+    first = Path(sfpk_kernels.__file__).parent
+    files = [str(first / f"{name}.py") for name in MODULES]
+    for raised in every_moment(work, files, step=7 if by_run else 5):
+        assert type(raised) is KeyboardInterrupt
+        del raised
+        snapshot.check()
+        if pruner._broken is not None:
+            counts["refused"] += 1
+            refused = (
+                lambda: pruner.run(vectors), lambda: pruner.step(vectors[:3]), pruner.result, pruner.state_dict,
+            )  # fmt: skip
+            for further in refused:
+                with pytest.raises(RuntimeError, match="^(run|step|result|state_dict): this run cannot go on: "):
+                    further()
+            continue
+        counts["on"] += 1
+        if not by_run:  # the batches were given by hand
+            done = len(pruner.history)
+            for number in range(done, 4):
+                pruner.step((vectors * 2)[3 * number :][:3])
+            assert outcome(pruner.result()) == expected
+        else:
+            assert outcome(pruner.run(vectors)) == expected
+    assert min(counts.values()) > 20, counts
