@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+from torch.utils.data import IterableDataset
 
 
 class BatchStream:
@@ -19,13 +20,14 @@ class BatchStream:
             as long as it yields enough.
         device: where tensors inside a batch are moved.
         needed: batches the run will take, for the error message.
+        what: what they are counted in, likewise.
 
     Raises:
         TypeError: not an iterable.
         ValueError: on :meth:`take`, an empty loader, or a one-shot iterator that has run out.
     """
 
-    def __init__(self, loader: Iterable[Any], device: torch.device, needed: int):
+    def __init__(self, loader: Iterable[Any], device: torch.device, needed: int, what: str = "particles × steps"):
         if not isinstance(loader, Iterable):
             raise TypeError(f"loader: wanted an iterable of batches, got {type(loader).__name__}")
         if isinstance(loader, Tensor | Mapping | str):
@@ -35,7 +37,7 @@ class BatchStream:
             )
         self._loader = loader
         self._device = device
-        self._needed = needed
+        self._needed = f"{needed} batches ({what})"
         self._taken = 0
         self._iterator: Iterator[Any] = iter(loader)
         self.one_shot = self._iterator if self._iterator is loader else None  # cannot be started again
@@ -53,11 +55,16 @@ class BatchStream:
         try:
             batch = next(self._iterator)
         except StopIteration:
+            if self._taken == 0 and self.one_shot is not None:
+                raise ValueError(
+                    f"loader: wanted {self._needed}, got a one-shot iterator that is empty, or was read to its end "
+                    "before: pass a list or a DataLoader, which can be started again"
+                ) from None
             if self._taken == 0:
-                raise ValueError("loader: wanted batches, got an empty iterable") from None
+                raise ValueError(f"loader: wanted batches, got an empty iterable{self._remedy()}") from None
             if self.one_shot is not None:
                 raise ValueError(
-                    f"loader: wanted {self._needed} batches (particles × steps), got a one-shot iterator that "
+                    f"loader: wanted {self._needed}, got a one-shot iterator that "
                     f"ended after {self._taken}: pass a list or a DataLoader, which can be started again"
                 ) from None
             self._iterator = iter(self._loader)
@@ -65,11 +72,17 @@ class BatchStream:
                 batch = next(self._iterator)
             except StopIteration:
                 raise ValueError(
-                    f"loader: wanted {self._needed} batches (particles × steps), got {self._taken}: "
-                    "a second pass over the loader yields nothing"
+                    f"loader: wanted {self._needed}, got {self._taken}: "
+                    f"a second pass over the loader yields nothing{self._remedy()}"
                 ) from None
         self._taken += 1
         return batch
+
+    def _remedy(self) -> str:
+        """For what looks as if it could be started again."""
+        if isinstance(getattr(self._loader, "dataset", self._loader), IterableDataset):
+            return ": its IterableDataset should open its source in __iter__, anew for every pass"
+        return ""
 
 
 def move_to(batch: Any, device: torch.device) -> Any:

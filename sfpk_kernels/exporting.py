@@ -26,6 +26,7 @@ from .files import atomic_write
 from .masks import MaskSet
 from .memory import in_words
 from .model_state import guarded, seeded
+from .turns import alone
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +277,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _run(model: nn.Module, batch: Any, forward_fn: Forward) -> Any:
     device = next(model.parameters()).device
-    with guarded(model, bn="running", dropout=False), seeded(0, device), torch.no_grad():
+    with alone(), guarded(model, bn="running", dropout=False), seeded(0, device), torch.no_grad():
         return forward_fn(model, batch)
 
 

@@ -6,13 +6,15 @@ import dataclasses
 import logging
 import numbers
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import checkpoint
+from . import state_checks as check
 from .config import SFPKConfig
 from .coordinates import Coordinates
 from .energy import LossFn
@@ -24,6 +26,8 @@ from .pruner import SFPKPruner
 from .records import StepRecord
 from .result import PruneResult
 from .retraining import RetrainConfig, check_label_smoothing, retrain, trained_parameters
+from .turns import alone
+from .whole_model import WholeModel, spread, tensors
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,16 @@ class GradualResult:
     history: list[ShotRecord]
     particles: Tensor  # (n, d), on the CPU
     config: SFPKConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class _Progress:
+    """What the finished shots left; replaced as a whole."""
+
+    particles: Tensor | None  # (n, d), on the CPU
+    values: Tensor  # (d,): those of removed weights from before their removal
+    masks: list[MaskSet]
+    history: list[ShotRecord]
 
 
 RetrainFn = Callable[[nn.Module, MaskSet, Shot], Any]
@@ -120,7 +134,9 @@ class GradualPruner:
     run with the same config.
 
     Unlike :func:`~sfpk_kernels.prune` this CHANGES the model: :meth:`run` leaves it pruned and retrained, in place
-    (parameters keep their identity). After an exception it is as after the last finished shot.
+    (parameters keep their identity). After an error or an interruption it is as after the last finished shot: weights,
+    buffers, modes, gradients and ``requires_grad`` flags; :meth:`run` and :meth:`shot` then begin that shot anew. Where
+    even that was interrupted they say so, and the file of ``run(save=…)`` can be resumed.
 
     A removed weight stays in the search with the value it had when it was removed, as removed coordinates do within
     one run of the method: they get a gradient, and a later shot may keep them again. So the masks need not be nested.
@@ -128,13 +144,16 @@ class GradualPruner:
     Args:
         model: the trained model, on one device.
         loss_fn: ``loss_fn(model, batch) -> scalar``, for search and retraining; ``None`` for the default loss.
-        loader: batches of the search, as for :meth:`SFPKPruner.run`.
+        loader: batches of the search, as for :meth:`SFPKPruner.run`; every shot begins at its first batch. A one-shot
+            iterator has to last for all of them.
         config: final sparsity, search steps of all shots together, everything else of the search.
         shots: T.
         retrain: epochs over all shots together; or a :class:`RetrainConfig`, whose ``epochs`` are those; or a function
             ``retrain(model, masks, shot)``, which trains in place, to spend ``shot.share`` of its budget, with masks
-            enforced (``masks.enforce(optimizer, model)``). The model is masked once more after it.
-        retrain_loader: batches of the built-in retraining, with a length; ``None`` for ``loader``.
+            enforced (``masks.enforce(optimizer, model)``). The model is masked once more after it. It should make its
+            optimizer anew for every shot: one that it keeps is not put back when a shot is begun anew.
+        retrain_loader: batches of the built-in retraining, with a length (which a DataLoader over an IterableDataset
+            has not); ``None`` for ``loader``.
         growth: of the retraining budget from shot to shot, see :func:`plan_shots`.
         progress: show bars; ``None`` for only on a terminal.
         coordinate_options: those of :class:`~sfpk_kernels.Coordinates`.
@@ -179,15 +198,18 @@ class GradualPruner:
         self._retrain = retrain
         self._progress = progress
         self._options = coordinate_options
-        self._particles: Tensor | None = None  # (n, d), on the CPU
-        self._values = self.coordinates.flatten(model)  # (d,): those of removed weights from before their removal
-        self._masks: list[MaskSet] = []
-        self._history: list[ShotRecord] = []
+        self._done = _Progress(None, self.coordinates.flatten(model), [], [])
+        self._broken: str | None = None  # why the model is not as after the last finished shot
+        self._saved: tuple[str, int] | None = None  # the last file, and the shots in it
+
+    @property
+    def _particles(self) -> Tensor | None:
+        return self._done.particles
 
     @property
     def finished(self) -> int:
         """Shots done, 0 … T."""
-        return len(self._history)
+        return len(self._done.history)
 
     @property
     def done(self) -> bool:
@@ -213,6 +235,7 @@ class GradualPruner:
                 and :meth:`result` have it.
             ValueError: ``resume`` belongs to another run, or was cut or altered. Nothing has changed then.
             FloatingPointError: a loss that is not finite, in search or retraining.
+            RuntimeError: an interruption has left the model half changed; ``resume`` puts it right.
         """
         if save is not None:
             check_writable(save, "save")
@@ -222,45 +245,72 @@ class GradualPruner:
             resume = save if resume and save is not None and os.path.exists(save) else None
         if resume is not None:
             self.load_state_dict(load_state(resume, FORMAT))
+            self._saved = os.path.realpath(resume), self.finished
+        self._check_whole("run")
+        if self.done:
+            self._save(save)  # an interruption came before it
         while not self.done:
             self.shot()
-            if save is not None:
-                save_state(save, FORMAT, self.state_dict())
+            self._save(save)
         return self.result()
 
+    def _save(self, path: str | os.PathLike[str] | None) -> None:
+        """Unless it is there already."""
+        if path is not None and self._saved != (os.path.realpath(path), self.finished):
+            save_state(path, FORMAT, self.state_dict())
+            self._saved = os.path.realpath(path), self.finished
+
+    def _check_whole(self, what: str) -> None:
+        if self._broken is not None:
+            raise RuntimeError(
+                f"{what}: the model is not as after the last finished shot: {self._broken}; go on from a file of "
+                "run(save=…): run(resume=…)"
+            )
+
+    @alone()
     def shot(self) -> ShotRecord:
         """The next shot: search, mask, retrain.
 
         Raises:
             RuntimeError: all shots are done. Others as for :meth:`run`.
         """
+        self._check_whole("shot")
         if self.done:
             raise RuntimeError(f"shot: the run is over after {self.finished} shots")
-        shot = self.plan[self.finished]
+        shot, before = self.plan[self.finished], self._done
         seed = self.config.seed * 10_007 + shot.number
-        found = self._search(shot, seed)
-        before = _tensors(self._model)
-        saved = {name: tensor.detach().clone() for name, tensor in before.items()}
-        modes = [(module, module.training) for module in self._model.modules()]
+        whole = WholeModel(self._model)
+        self._broken = f"shot {shot.number} stopped half-way"
         try:
-            self._write(self._values)  # those that return bring their values along
+            found = self._search(shot, seed)
+            whole.put_gradients_aside()
+            self._write(before.values)  # those that return bring their values along
             found.mask.apply_(self._model)
             losses = self._train(shot, found.mask, seed)
             found.mask.apply_(self._model)
             trained = self.coordinates.flatten(self._model)  # refuses weights that are not finite
-        except BaseException:
-            _copy(saved, before)
+            whole.restore_modes()
+            mask = found.mask.flat().to(trained.device)
+            returned = int((mask & ~before.masks[-1].flat().to(mask.device)).sum()) if before.masks else 0
+            record = ShotRecord(shot, found.mask.kept, returned, found.history, losses)
+            self._done = _Progress(
+                self._on_schedule(found.particles.detach().cpu().clone(), shot.density),
+                torch.where(mask, trained, before.values),
+                [*before.masks, found.mask],
+                [*before.history, record],
+            )
+            self._broken = None
+        except BaseException as error:
+            self._broken = f"putting back shot {shot.number} stopped half-way"
+            whole.restore()
+            self._done = before
+            if hasattr(error, "add_note"):  # Python ≥ 3.11
+                error.add_note(
+                    f"sfpk_kernels: in shot {shot.number} of {shot.shots}; the model is as "
+                    f"{f'after shot {self.finished}' if self.finished else 'before the first shot'}"
+                )
+            self._broken = None
             raise
-        finally:
-            for module, training in modes:
-                module.training = training
-        mask = found.mask.flat().to(trained.device)
-        returned = int((mask & ~self._masks[-1].flat().to(mask.device)).sum()) if self._masks else 0
-        record = ShotRecord(shot, found.mask.kept, returned, found.history, losses)
-        self._values = torch.where(mask, trained, self._values)
-        self._particles = self._on_schedule(found.particles.detach().cpu().clone(), shot.density)
-        self._masks.append(found.mask)
-        self._history.append(record)
         logger.info(
             "shot %d of %d: %.4f of the weights kept, %d returned, loss %s",
             shot.number, shot.shots, shot.density, returned, f"{losses[-1]:.4f}" if losses else "not known",
@@ -273,21 +323,27 @@ class GradualPruner:
         Raises:
             RuntimeError: no shot is finished.
         """
-        if self._particles is None:
+        self._check_whole("result")
+        done = self._done
+        if done.particles is None:
             raise RuntimeError("result: wanted at least one shot done, got none")
-        return GradualResult(self._masks[-1], list(self._masks), list(self._history), self._particles, self.config)
+        return GradualResult(done.masks[-1], list(done.masks), list(done.history), done.particles, self.config)
 
     def _search(self, shot: Shot, seed: int) -> PruneResult:
-        config = self.config.replace(sparsity=shot.sparsity, n_steps=shot.n_steps, seed=seed)
-        if shot.number == shot.shots:  # without the rounding of 1 - (1 - s)
-            config = config.replace(sparsity=self.config.sparsity)
+        config = self._config_of(shot, seed)
         held = self.coordinates.flatten(self._model)
         try:
-            self._write(self._values)
-            pruner = SFPKPruner(self._model, self._loss_fn, config, start=self._particles, **self._options)
+            self._write(self._done.values)
+            pruner = SFPKPruner(self._model, self._loss_fn, config, start=self._done.particles, **self._options)
         finally:
             self._write(held)
         return pruner.run(self._loader, progress=self._progress)
+
+    def _config_of(self, shot: Shot, seed: int) -> SFPKConfig:
+        config = self.config.replace(sparsity=shot.sparsity, n_steps=shot.n_steps, seed=seed)
+        if shot.number == shot.shots:  # without the rounding of 1 - (1 - s)
+            config = config.replace(sparsity=self.config.sparsity)
+        return config
 
     def _train(self, shot: Shot, masks: MaskSet, seed: int) -> list[float]:
         if isinstance(self._retrain, RetrainConfig):
@@ -320,54 +376,147 @@ class GradualPruner:
         share = particles.double().square().mean(dim=1)
         return particles.mul_((_square(density, self.config.density) / share).sqrt().unsqueeze(1).to(particles.dtype))
 
+    @alone()
     def state_dict(self) -> dict[str, Any]:
-        """Everything to go on from the last finished shot: tensors (copies, on the CPU) and plain values."""
+        """Everything to go on from the last finished shot: tensors (copies, on the CPU) and plain values.
+
+        Raises:
+            RuntimeError: an interruption has left the model half changed.
+        """
+        self._check_whole("state_dict")
+        done = self._done
         return {
             "settings": self._settings(),
-            "model": {name: tensor.detach().cpu().clone() for name, tensor in _tensors(self._model).items()},
-            "particles": None if self._particles is None else self._particles.clone(),
-            "values": self._values.cpu().clone(),
-            "masks": [torch.from_numpy(np.frombuffer(mask.to_bytes(), np.uint8).copy()) for mask in self._masks],
-            "history": [dataclasses.asdict(record) for record in self._history],
+            "model": {name: tensor.detach().cpu().clone() for name, tensor in tensors(self._model).items()},
+            "particles": None if done.particles is None else done.particles.clone(),
+            "values": done.values.cpu().clone(),
+            "masks": [torch.from_numpy(np.frombuffer(mask.to_bytes(), np.uint8).copy()) for mask in done.masks],
+            "history": [dataclasses.asdict(record) for record in done.history],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    @alone()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave, model weights included.
 
         Raises:
-            TypeError: no dict.
-            ValueError: of a run with other settings or another model; the message says what differs. Nothing has
-                changed then.
+            TypeError: no dict, or an entry of another type.
+            ValueError: of a run with other settings or another model, or with an entry of another shape or range,
+                missing or unknown; the message names it. Nothing has changed then.
         """
-        if not isinstance(state, dict):
+        if not isinstance(state, Mapping):
             raise TypeError(f"state: wanted what GradualPruner.state_dict() returns, got {type(state).__name__}")
-        missing = sorted(_PARTS - state.keys())
-        if missing:
-            raise ValueError(f"state: wanted what GradualPruner.state_dict() returns, got one without {missing}")
+        missing, more = sorted(_PARTS - state.keys()), sorted(str(name) for name in state.keys() - _PARTS)
+        if missing or more:
+            what = f"without {missing}" if missing else f"with {more[:5]}, which none has"
+            raise ValueError(f"state: wanted what GradualPruner.state_dict() returns, got one {what}")
         mine, theirs = self._settings(), state["settings"]
-        differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        if not isinstance(theirs, Mapping):
+            raise TypeError(f"state: settings: wanted a dict, got {check.got(theirs)}")
+        differing = [key for key in {**mine, **theirs} if not check.same(mine.get(key, ""), theirs.get(key, ""))]
         if differing:
             of = "; ".join(f"{key}: {mine.get(key)!r} here, {theirs.get(key)!r} there" for key in differing)
-            raise ValueError(f"state: wanted one of a run with the same settings, got another: {of}")
-        tensors, given = _tensors(self._model), state["model"]
+            raise ValueError(f"state: settings: wanted one of a run with the same settings, got another: {of}")
+        given = self._checked_model(state["model"])
+        shots = check.sequence("state: history", state["history"])
+        if len(shots) > len(self.plan):
+            raise ValueError(f"state: history: wanted at most {len(self.plan)} shots, got {len(shots)}")
+        masks = self._checked_masks(state["masks"], len(shots))
+        history = [self._checked_record(i, value, masks) for i, value in enumerate(shots)]
+        values = check.tensor("state: values", state["values"], (self.coordinates.d,), self._done.values.dtype)
+        done = _Progress(
+            self._checked_particles(state["particles"], len(shots)),
+            values.to(self._done.values.device, copy=True),
+            masks,
+            history,
+        )
+        # All of it has been looked at. What stops from here on is put back, or said.
+        whole, before, broken = WholeModel(self._model), self._done, self._broken
+        self._broken = "loading a state stopped half-way"
+        try:
+            with torch.no_grad():
+                for name, tensor in tensors(self._model).items():
+                    if not spread(tensor):
+                        tensor.copy_(given[name])
+            self._done, self._saved = done, None
+            self._broken = None
+        except BaseException:
+            self._broken = "loading a state stopped half-way"
+            whole.restore()
+            self._done = before
+            self._broken = broken
+            raise
+
+    def _checked_model(self, value: Any) -> dict[str, Tensor]:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"state: model: wanted a dict of tensors, got {check.got(value)}")
+        mine = tensors(self._model)
+        for name in {**mine, **value}:
+            if name in value and not isinstance(value[name], Tensor):
+                raise TypeError(f"state: model: {name}: wanted a tensor, got {check.got(value[name])}")
         wrong = [
-            name
-            for name in {**tensors, **given}
-            if name not in tensors or name not in given or _kind(tensors[name]) != _kind(given[name])
+            str(name)
+            for name in {**mine, **value}
+            if name not in mine or name not in value or _kind(mine[name]) != _kind(value[name])
         ]
         if wrong:
-            raise ValueError(f"state: wanted one of the same model, got another: {', '.join(wrong[:5])} differ")
-        history = [
-            ShotRecord(**{
-                **record, "shot": Shot(**record["shot"]), "search": [StepRecord(**step) for step in record["search"]],
-            })
-            for record in state["history"]
-        ]  # fmt: skip
-        masks = [MaskSet.from_bytes(content.numpy().tobytes()) for content in state["masks"]]
-        _copy(given, tensors)
-        self._particles = None if state["particles"] is None else state["particles"].clone()
-        self._values = state["values"].to(self._values.device, copy=True)
-        self._masks, self._history = masks, history
+            raise ValueError(f"state: model: wanted one of the same model, got another: {', '.join(wrong[:5])} differ")
+        found = {}
+        for name, tensor in mine.items():
+            # Some models hold infinities, such as masks of attention; no run makes any.
+            finite = check.is_finite(tensor.detach())
+            found[name] = check.tensor(
+                f"state: model: {name}", value[name], tuple(tensor.shape), tensor.dtype, finite=finite
+            )
+            if spread(tensor) and not torch.equal(found[name].to(tensor.device), tensor):
+                raise ValueError(f"state: model: {name}: wanted the values it has, as its elements share memory")
+        return found
+
+    def _checked_masks(self, value: Any, count: int) -> list[MaskSet]:
+        shapes = {tensor.name: tuple(tensor.shape) for tensor in self.coordinates.tensors}
+        found = []
+        for i, content in enumerate(check.sequence("state: masks", value, count)):
+            name = f"state: masks[{i}]"
+            size = tuple(content.shape) if isinstance(content, Tensor) and content.dim() == 1 else (0,)
+            content = check.tensor(name, content, size, torch.uint8).cpu()
+            try:
+                masks = MaskSet.from_bytes(content.numpy().tobytes())
+            except ValueError as error:
+                raise ValueError(f"{name}: wanted the bytes of a mask file, got others: {error}") from error
+            if masks.shapes != shapes:
+                raise ValueError(f"{name}: wanted masks of this model's prunable tensors, got others")
+            found.append(masks)
+        return found
+
+    def _checked_record(self, i: int, value: Any, masks: list[MaskSet]) -> ShotRecord:
+        name, shot = f"state: history[{i}]", self.plan[i]
+        check.entries(name, value, [field.name for field in dataclasses.fields(ShotRecord)])
+        if not check.same(value["shot"], dataclasses.asdict(shot)):
+            raise ValueError(f"{name}.shot: wanted {dataclasses.asdict(shot)}, got another")
+        kept = check.integer(f"{name}.kept", value["kept"], masks[i].kept, masks[i].kept)
+        search = checkpoint.history(
+            f"{name}.search", value["search"], self._config_of(shot, 0), len(self.coordinates.tensors)
+        )
+        if not 1 <= len(search) <= shot.n_steps:
+            raise ValueError(f"{name}.search: wanted 1 … {shot.n_steps} steps, got {len(search)}")
+        steps = 0 if self._steps is None else self._steps[i]
+        losses = check.reals(f"{name}.losses", value["losses"], steps)
+        return ShotRecord(shot, kept, check.integer(f"{name}.returned", value["returned"], 0, kept), search, losses)
+
+    def _checked_particles(self, value: Any, finished: int) -> Tensor | None:
+        name = "state: particles"
+        if not finished:
+            if value is not None:
+                raise ValueError(f"{name}: wanted None before the first shot, got {check.got(value)}")
+            return None
+        config = self.config
+        dtype = self.coordinates.dtype if config.particle_dtype == "float32" else getattr(torch, config.particle_dtype)
+        found = check.tensor(name, value, (config.n_particles, self.coordinates.d), dtype).to("cpu", copy=True)
+        share = found.double().square().mean(dim=1)
+        density = float((share.sqrt() if config.density == "l2" else share).mean())
+        low = self.plan[finished].density if finished < len(self.plan) else 0.0  # else the next shot could not begin
+        if not low < density <= 1.0 + 1e-6:
+            raise ValueError(f"{name}: wanted a mean density above {low:g}, at most 1, got {density:g}")
+        return found
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same to go on."""
@@ -394,14 +543,3 @@ def _square(density: float, kind: str) -> float:
 
 def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
     return tensor.shape, tensor.dtype
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-@torch.no_grad()
-def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    for name, tensor in target.items():
-        tensor.copy_(source[name])

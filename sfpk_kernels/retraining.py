@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from .batches import BatchStream, default_loss
 from .energy import LossFn
 from .masks import MaskSet
 from .model_state import seeded
+from .turns import alone
+from .whole_model import Buffers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +69,28 @@ class RetrainConfig:
         """Optimizer steps of ``epochs`` passes over ``loader``, at least 1.
 
         Raises:
-            TypeError: a loader without a length.
+            TypeError: a loader without a length, such as one over an IterableDataset.
+            ValueError: a loader of length 0.
         """
-        if not isinstance(loader, Sized):
-            raise TypeError(f"loader: wanted one with a length, to count epochs, got {type(loader).__name__}")
-        return max(1, round(self.epochs * len(loader)))
+        length = _length(loader)
+        if length is None:
+            dataset = getattr(loader, "dataset", None)
+            over = "" if dataset is None else f" over a {type(dataset).__name__}"
+            raise TypeError(
+                f"loader: wanted one with a length, to count epochs, got {type(loader).__name__}{over}: pass steps= to "
+                "retrain(); to GradualPruner a retrain_loader= with a length, or a function as retrain="
+            )
+        if length == 0:
+            raise ValueError("loader: wanted batches, got a loader of length 0")
+        return max(1, round(self.epochs * length))
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """None for one without: a DataLoader has ``__len__`` even where its dataset has not."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def check_label_smoothing(loss_fn: LossFn | None, config: RetrainConfig) -> None:
@@ -118,8 +137,8 @@ def retrain(
     Args:
         model: to be trained; masked first.
         loss_fn: ``loss_fn(model, batch) -> scalar``; ``None`` for the default loss.
-        loader: batches, with a length; cycled. Its order is drawn under ``seed`` where it uses
-            torch's global generator.
+        loader: batches, with a length unless ``steps`` is given; cycled. Its order is drawn under ``seed`` where it
+            uses torch's global generator.
         masks: of ``model``.
         config: learning rate and the rest.
         steps: optimizer steps, 0 for none; ``None`` for ``config.epochs`` passes over the loader.
@@ -131,7 +150,9 @@ def retrain(
 
     Raises:
         ValueError: masks of another model, an empty loader, label smoothing with a ``loss_fn``, nothing to train.
-        FloatingPointError: a loss that is not finite; the model is then as that step found it.
+        FloatingPointError: a loss that is not finite; the model is then as that step found it, as after any other error
+            of a forward or backward pass. An interruption in the optimizer's step may leave a part of that step in the
+            weights; the masks hold then, too.
     """
     check_label_smoothing(loss_fn, config)
     total = config.total_steps(loader) if steps is None else steps
@@ -146,30 +167,45 @@ def retrain(
     device = parameters[0].device
     modes = [(module, module.training) for module in model.modules()]
     losses: list[float] = []
+    step = 0
     try:
         model.train()
         with (
+            alone(),
             seeded(seed, device),
             masks.enforce(optimizer, model, strict=False) as enforcer,
             tqdm(total=total, desc="retrain", disable=None if progress is None else not progress) as bar,
         ):
-            stream = BatchStream(loader, device, total)
+            stream, buffers = BatchStream(loader, device, total, "steps of retraining"), Buffers(model)
             for step in range(1, total + 1):
-                loss = _loss(model, loss_fn, stream.take(1)[0], config.label_smoothing)
-                losses.append(float(loss.detach()))
-                if not math.isfinite(losses[-1]):
-                    raise FloatingPointError(
-                        f"loss_fn: wanted a finite loss, got {losses[-1]} in step {step} of {total} of retraining"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if config.clip_norm is not None:
-                    enforcer.mask_gradients_()
-                    nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                buffers.keep()
+                try:
+                    loss = _loss(model, loss_fn, stream.take(1)[0], config.label_smoothing)
+                    losses.append(float(loss.detach()))
+                    if not math.isfinite(losses[-1]):
+                        raise FloatingPointError(
+                            f"loss_fn: wanted a finite loss, got {losses[-1]} in step {step} of {total} of retraining"
+                        )
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    if config.clip_norm is not None:
+                        enforcer.mask_gradients_()
+                        nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                except BaseException:
+                    buffers.restore()  # a forward pass writes batch-norm statistics, also of a batch with NaN
+                    raise
                 optimizer.step()
                 schedule.step()
                 bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
                 bar.update()
+    except BaseException as error:
+        masks.apply_(model)  # a step that was left half-way has moved removed weights
+        if hasattr(error, "add_note"):  # Python ≥ 3.11
+            error.add_note(
+                f"sfpk_kernels: in step {max(step, 1)} of {total} of retraining; the model keeps what the steps before "
+                "have trained, masked"
+            )
+        raise
     finally:
         for parameter in parameters:
             parameter.grad = None

@@ -12,9 +12,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import sfpk_kernels
 from sfpk_kernels import GradualPruner, MaskSet, RetrainConfig, SFPKConfig, SFPKPruner, prune, retrain
 from sfpk_kernels.gradual import plan_shots
 from sfpk_kernels.particles import ParticleSystem
+
+from .interruptions import every_moment
 
 
 def quick(sparsity=0.9, **overrides):
@@ -280,6 +283,7 @@ def test_resume_true_begins_or_goes_on(mlp, vectors, tmp_path):
 KILLED = """
 import os, signal, sys, torch
 from torch import nn
+import sfpk_kernels
 from sfpk_kernels import GradualPruner, SFPKConfig
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
@@ -368,3 +372,126 @@ def test_shots_beat_one_shot_with_the_same_epochs():
             recalibrate_batchnorm(model, DataLoader(data, TRAINING_BATCH))
             accuracies.append(accuracy(model, digits))
     assert sum(found[5]) > sum(found[1]) + 3 * 0.003, found
+
+
+def whole_state(model):
+    """Everything a shot may change."""
+    parameters = list(model.parameters())
+    return (
+        {name: value.clone() for name, value in [*model.named_parameters(), *model.named_buffers()]},
+        [id(value) for _, value in [*model.named_parameters(), *model.named_buffers()]],
+        [module.training for module in model.modules()],
+        [(id(parameter.grad), parameter.requires_grad) for parameter in parameters],
+    )
+
+
+def agree(a, b):
+    return a[1:] == b[1:] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][name], b[0][name]) for name in a[0])
+
+
+@pytest.mark.parametrize(("shots", "at"), [(2, 0), (2, 1), (1, 0)])
+def test_interrupted_anywhere_a_shot_is_undone_or_it_is_said(convnet, images, shots, at):
+    """At every line of a shot and its retraining: the model as after the shot before, or the file has to be resumed."""
+    config = quick(n_steps=2, particle_dtype="float16")
+    dense = copy.deepcopy(convnet)
+
+    def make(model):
+        return GradualPruner(model, None, images[:3], config, shots=shots, retrain=RetrainConfig(shots, clip_norm=1.0))
+
+    whole = make(convnet)
+    states = [whole.state_dict()]
+    while not whole.done:
+        whole.shot()
+        states.append(whole.state_dict())
+    expected, trained = whole.result(), whole_state(convnet)[0]
+    model, counts = dense, {"on": 0, "said": 0}
+    pruner = make(model)
+
+    def goes_on():
+        found = pruner.run()
+        assert found.masks == expected.masks
+        assert torch.equal(found.particles, expected.particles)
+        assert all(torch.equal(value, trained[name]) for name, value in whole_state(model)[0].items())
+
+    def work():
+        pruner.load_state_dict(states[at])
+        seen.append(whole_state(model))
+        pruner.shot()
+        seen.append(whole_state(model))
+
+    package, seen = os.path.dirname(sfpk_kernels.__file__), []
+    files = [f"{package}/{name}.py" for name in ("gradual", "retraining", "whole_model", "turns")]
+    for raised in every_moment(work, files, step=13):
+        assert type(raised) is KeyboardInterrupt
+        del raised
+        if pruner._broken is not None:
+            counts["said"] += 1
+            for further in (pruner.run, pruner.shot, pruner.result, pruner.state_dict):
+                with pytest.raises(RuntimeError, match="the model is not as after the last finished shot: "):
+                    further()
+            pruner.load_state_dict(states[at])
+        else:
+            counts["on"] += 1
+            before = at if pruner.finished == at else at + 1
+            assert pruner.finished in (at, at + 1) or not seen
+            if seen and before == at and not seen[1:]:
+                assert agree(whole_state(model), seen[0])
+        if pruner.finished >= at:
+            goes_on()
+        seen.clear()
+    assert counts["on"] > 20, counts
+
+
+def test_what_a_function_did_to_the_model_is_put_back(convnet, images):
+    """Weights exchanged, halved, registered anew, frozen, with gradients: all as before the shot that failed."""
+    broken = []
+
+    def train(model, masks, shot):
+        if not broken:
+            return
+        model.half()
+        model[0].weight.requires_grad_(False)
+        model[1].running_mean = torch.ones(6)
+        model[1].register_buffer("more", torch.ones(2))
+        model[4].weight = nn.Parameter(torch.zeros(8, 6, 3, 3))
+        model[8].bias.grad = torch.ones(4, dtype=torch.float16)
+        model.train()
+        raise broken[0]
+
+    pruner = GradualPruner(convnet, None, images, quick(), shots=3, retrain=train)
+    pruner.shot()
+    convnet[4].weight.grad = torch.full((8, 6, 3, 3), 3.0)
+    before, names = whole_state(convnet), list(convnet.state_dict())
+    for error in (KeyboardInterrupt(), ValueError("mine"), SystemExit(3)):
+        broken[:] = [error]
+        with pytest.raises(type(error)) as caught:
+            pruner.run()
+        assert caught.value is error
+        assert agree(whole_state(convnet), before)
+        assert list(convnet.state_dict()) == names
+        assert bool((convnet[4].weight.grad == 3).all())
+        if sys.version_info >= (3, 11):
+            assert "in shot 2 of 3; the model is as after shot 1" in error.__notes__[-1]
+    broken.clear()
+    assert pruner.run().mask.kept == round(0.1 * pruner.coordinates.d)
+
+
+def test_the_last_shot_is_saved_by_a_further_run(mlp, vectors, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    pruner = GradualPruner(mlp, None, vectors, quick(), shots=2, retrain=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("sfpk_kernels.gradual.save_state", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pruner.run(save=path)
+        assert pruner.finished == 1
+        with pytest.raises(KeyboardInterrupt):
+            pruner.run(save=path)
+    assert pruner.done
+    assert not path.exists()
+    result = pruner.run(save=path)
+    fresh = GradualPruner(copy.deepcopy(mlp), None, vectors, quick(), shots=2, retrain=1)
+    assert fresh.run(resume=path).mask == result.mask
+
+
+def interrupted(*arguments):
+    raise KeyboardInterrupt

@@ -2,13 +2,14 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sfpk_kernels import MaskSet, RetrainConfig, retrain
+from sfpk_kernels import GradualPruner, MaskSet, RetrainConfig, SFPKConfig, prune, retrain
 from sfpk_kernels.baselines import magnitude
 
 
@@ -138,3 +139,78 @@ def test_errors(mlp, vectors):
 def test_bad_configs(values, error, words):
     with pytest.raises(error, match=words):
         RetrainConfig(**values)
+
+
+def test_what_a_failed_step_leaves(convnet, images, monkeypatch):
+    """Statistics of batch-norm as the step found them; after a stopped optimizer step the masks hold all the same."""
+    mask = magnitude(convnet, None, None, 0.5)
+    twin, bad = copy.deepcopy(convnet), [*images[:2], (images[2][0] * float("nan"), images[2][1])]
+    retrain(twin, None, images[:2], mask, RetrainConfig(1, lr=1e-9))
+    with pytest.raises(FloatingPointError):
+        retrain(convnet, None, bad, mask, RetrainConfig(1, lr=1e-9))
+    for name, buffer in convnet.named_buffers():
+        assert torch.equal(buffer, twin.get_buffer(name)), name
+    step, left = torch.optim.SGD.step, iter([False, True])
+
+    def stopped(self, *arguments):
+        step(self, *arguments)
+        if next(left):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data += 1.0
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.SGD, "step", torch.optim.Optimizer.profile_hook_step(stopped))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        retrain(convnet, None, images, mask, RetrainConfig(1))
+    if sys.version_info >= (3, 11):
+        assert "in step 2 of 10 of retraining; the model keeps" in caught.value.__notes__[-1]
+    assert MaskSet.from_model(convnet) == mask
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Samples of a list of batches; a pass may begin anew, or not."""
+
+    def __init__(self, batches, again=True):
+        self.samples = [pair for x, y in batches for pair in zip(x, y, strict=True)]
+        self.left = None if again else iter(self.samples)
+
+    def __iter__(self):
+        return iter(self.samples) if self.left is None else self.left
+
+
+def test_loaders_without_a_length(mlp, vectors):
+    """Everything that reads batches: it works, or says what is wanted instead, before anything is trained."""
+    streams = DataLoader(Endless(vectors), 16)
+    config = SFPKConfig(0.5, n_particles=2, n_steps=6, energy_mode="sequential")
+    listed = prune(mlp, None, vectors, config)
+    assert prune(mlp, None, streams, config).mask == listed.mask
+    assert prune(mlp, None, DataLoader(Endless(vectors), 16, num_workers=1), config).mask == listed.mask
+    assert prune(mlp, None, (batch for batch in vectors * 2), config).mask == listed.mask
+    before = copy.deepcopy(mlp.state_dict())
+    for loader, what in (
+        (streams, "DataLoader over a Endless"), (iter(vectors), "list_iterator"), ((b for b in vectors), "generator"),
+        (Endless(vectors), "Endless"),
+    ):  # fmt: skip
+        for search in (vectors, loader):
+            with pytest.raises(TypeError, match=f"^loader: wanted one with a length, .* got {what}: .*retrain_loader="):
+                GradualPruner(mlp, None, search, config, shots=2, retrain=1, retrain_loader=loader)
+    with pytest.raises(ValueError, match="^loader: wanted batches, got a loader of length 0"):
+        GradualPruner(mlp, None, vectors, config, shots=2, retrain=1, retrain_loader=[])
+    assert all(torch.equal(value, before[name]) for name, value in mlp.state_dict().items())
+    twin = copy.deepcopy(mlp)
+    found = GradualPruner(mlp, None, streams, config, shots=2, retrain=1, retrain_loader=vectors).run()
+    assert found.masks == GradualPruner(twin, None, vectors, config, shots=2, retrain=1).run().masks
+    assert len(retrain(mlp, None, streams, found.mask, RetrainConfig(1), steps=13)) == 13
+    with pytest.raises(
+        ValueError, match=r"^loader: wanted 99 batches \(steps of retraining\), got a one-shot iterator"
+    ):
+        retrain(mlp, None, iter(vectors), found.mask, RetrainConfig(1), steps=99)
+    read = DataLoader(Endless(vectors, again=False), 16)
+    with pytest.raises(ValueError, match="yields nothing: its IterableDataset should open its source in __iter__"):
+        prune(mlp, None, read, config)
+    with pytest.raises(ValueError, match="got an empty iterable: its IterableDataset should open"):
+        prune(mlp, None, read, config)
+    spent = iter(vectors[:0])
+    with pytest.raises(ValueError, match="got a one-shot iterator that is empty, or was read to its end before"):
+        prune(mlp, None, spent, config)

@@ -1,0 +1,106 @@
+"""A model as it was, to be put back after work that changes it in place has failed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WholeModel:
+    """Copies of all values, and everything beside them that training may change.
+
+    Args:
+        model: which parameters and buffers it has, their values, ``requires_grad`` flags, gradients (not copied, see
+            :meth:`put_gradients_aside`) and the modes of its modules are kept.
+    """
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self._modes = [(module, module.training) for module in modules]
+        self._registered = [
+            (module, dict(module._parameters), dict(module._buffers), set(module._non_persistent_buffers_set))
+            for module in modules
+        ]
+        held = list(tensors(model).values())
+        self._values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in held]
+        self._parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+
+    def put_gradients_aside(self) -> None:
+        """Gradients that are there are kept from being written; they come back with :meth:`restore`."""
+        for parameter, _, _ in self._parameters:
+            parameter.grad = None
+
+    def restore_modes(self) -> None:
+        """Train or eval, as each module was."""
+        for module, training in self._modes:
+            module.training = training
+
+    def restore(self) -> None:
+        """Everything; the same tensors, also where others have taken their place or their memory was exchanged."""
+        self.restore_modes()
+        for module, parameters, buffers, non_persistent in self._registered:
+            _refill(module._parameters, parameters)
+            _refill(module._buffers, buffers)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(non_persistent)
+        with torch.no_grad():
+            for tensor, data, saved in self._values:
+                if tensor.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype or tensor.shape != data.shape:
+                    tensor.data = data  # such as after model.half() or model.to(device)
+                if not spread(tensor):  # nobody can write those
+                    tensor.copy_(saved)
+        for parameter, requires_grad, grad in self._parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
+class Buffers:
+    """The buffers of a model, such as batch-norm statistics, kept before each step and put back where it fails."""
+
+    def __init__(self, model: nn.Module):
+        self._modules = list(model.modules())
+        self._registered: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._live: list[Tensor] = []
+        self._saved: list[Tensor] = []
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """As they are now."""
+        self._registered = [(module, dict(module._buffers)) for module in self._modules if module._buffers]
+        found = {id(b): b for _, buffers in self._registered for b in buffers.values() if b is not None}
+        live = [buffer for buffer in found.values() if not spread(buffer)]
+        if len(live) != len(self._live) or any(a is not b for a, b in zip(live, self._live, strict=True)):
+            self._live, self._saved = live, [buffer.clone() for buffer in live]
+        elif live:
+            torch._foreach_copy_(self._saved, live)  # into the memory of the step before, few launches on a GPU
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """As they were kept."""
+        for module, buffers in self._registered:
+            _refill(module._buffers, buffers)
+        for buffer, saved in zip(self._live, self._saved, strict=True):
+            buffer.copy_(saved)
+
+
+def _refill(entries: dict[str, Any], saved: dict[str, Any]) -> None:
+    """The saved entries, in their order."""
+    if list(entries) != list(saved) or any(entries[name] is not value for name, value in saved.items()):
+        entries.update(saved)  # first: an interruption leaves none out
+        for name in [name for name in entries if name not in saved]:
+            del entries[name]
+        for name, value in saved.items():
+            del entries[name]
+            entries[name] = value
+
+
+def spread(tensor: Tensor) -> bool:
+    """Whether elements share memory, as in an expanded buffer."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
