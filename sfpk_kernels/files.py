@@ -175,7 +175,7 @@ def load_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another kind of file, or one that was cut or altered.
+        ValueError: another kind of file, one that was cut or altered, or one that holds other things.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: wanted a file of format {kind}, got {os.fspath(path)!r}, which is no file")
@@ -190,5 +190,15 @@ def load_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         if digest != f"{found_digest.hexdigest()}\n".encode():
             raise ValueError(f"path: {os.fspath(path)!r} was cut or altered: its checksum does not match")
         file.seek(start)
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"path: {os.fspath(path)!r}: wanted tensors and plain values, got what cannot be read: {reason}"
+            ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"path: {os.fspath(path)!r}: wanted a dict, got {type(state).__name__}")
     return state

@@ -27,7 +27,7 @@ from .records import StepRecord
 from .result import PruneResult
 from .retraining import RetrainConfig, check_label_smoothing, retrain, trained_parameters
 from .turns import alone
-from .whole_model import WholeModel, spread, tensors
+from .whole_model import WholeModel, spread, tensors, write
 
 logger = logging.getLogger(__name__)
 
@@ -433,10 +433,7 @@ class GradualPruner:
         whole, before, broken = WholeModel(self._model), self._done, self._broken
         self._broken = "loading a state stopped half-way"
         try:
-            with torch.no_grad():
-                for name, tensor in tensors(self._model).items():
-                    if not spread(tensor):
-                        tensor.copy_(given[name])
+            write(self._model, given)
             self._done, self._saved = done, None
             self._broken = None
         except BaseException:
@@ -473,10 +470,12 @@ class GradualPruner:
 
     def _checked_masks(self, value: Any, count: int) -> list[MaskSet]:
         shapes = {tensor.name: tuple(tensor.shape) for tensor in self.coordinates.tensors}
-        found = []
-        for i, content in enumerate(check.sequence("state: masks", value, count)):
+        found, contents = [], check.sequence("state: masks", value)
+        if len(contents) != count:
+            raise ValueError(f"state: masks: wanted {count}, one for every shot of history, got {len(contents)}")
+        for i, content in enumerate(contents):
             name = f"state: masks[{i}]"
-            size = tuple(content.shape) if isinstance(content, Tensor) and content.dim() == 1 else (0,)
+            size = (content.numel(),) if isinstance(content, Tensor) and not content.is_nested else (0,)
             content = check.tensor(name, content, size, torch.uint8).cpu()
             try:
                 masks = MaskSet.from_bytes(content.numpy().tobytes())
@@ -492,7 +491,9 @@ class GradualPruner:
         check.entries(name, value, [field.name for field in dataclasses.fields(ShotRecord)])
         if not check.same(value["shot"], dataclasses.asdict(shot)):
             raise ValueError(f"{name}.shot: wanted {dataclasses.asdict(shot)}, got another")
-        kept = check.integer(f"{name}.kept", value["kept"], masks[i].kept, masks[i].kept)
+        kept = check.integer(f"{name}.kept", value["kept"])
+        if kept != masks[i].kept:
+            raise ValueError(f"{name}.kept: wanted {masks[i].kept}, as in masks[{i}], got {kept}")
         search = checkpoint.history(
             f"{name}.search", value["search"], self._config_of(shot, 0), len(self.coordinates.tensors)
         )
@@ -541,5 +542,5 @@ def _square(density: float, kind: str) -> float:
     return density**2 if kind == "l2" else density
 
 
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
+def _kind(tensor: Tensor) -> tuple[torch.Size | None, torch.dtype]:
+    return None if tensor.is_nested else tensor.shape, tensor.dtype

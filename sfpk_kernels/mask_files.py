@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,9 +66,21 @@ def decode(
         raise ValueError(f"{source}: wanted a file of format {FORMAT}, got {header.get('format')!r}")
     try:
         shapes = {name: tuple(shape) for name, shape in json.loads(header["shapes"]).items()}
+        if not shapes or not all(type(size) is int and size > 0 for shape in shapes.values() for size in shape):
+            raise ValueError("its shapes are none")
         fingerprint, facts = header["fingerprint"], json.loads(header["facts"])
+        if not isinstance(facts, dict):
+            raise ValueError("its metadata are no dict")
+        json_dict(facts.get("metadata"))
         if hashlib.sha256(header["facts"].encode()).hexdigest() != header["facts_sha256"]:
             raise ValueError("its metadata does not match its checksum")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{source} was altered: its metadata is broken") from error
-    return {name: packed.get(name, np.empty(0, np.uint8)) for name in shapes}, shapes, fingerprint, facts
+    for name, shape in shapes.items():
+        bits = packed.get(name, np.empty(0, np.uint8))
+        count = math.prod(shape)
+        if bits.dtype != np.uint8 or bits.shape != (-(-count // 8),) or (count % 8 and int(bits[-1]) >> count % 8):
+            raise ValueError(
+                f"{source} was altered: {name}: wanted one bit for each weight of shape {shape}, got others"
+            )
+    return {name: packed[name] for name in shapes}, shapes, fingerprint, facts

@@ -209,6 +209,9 @@ class ParticleSystem:
         residual = state["residual"]
         if self._residual is not None:
             residual = check.tensor(f"{prefix}residual", residual, tuple(masks.shape), self._residual.dtype)
+            size, most = (float(torch.stack(t.aminmax()).abs().max()) for t in (residual, masks))
+            if size > 2.0**-7 * max(1.0, most):
+                raise ValueError(f"{prefix}residual: wanted what rounding took from particles, got up to {size:g}")
         elif residual is not None:
             raise ValueError(f"{prefix}residual: wanted None beside {masks.dtype} particles, got {check.got(residual)}")
         step = check.integer(f"{prefix}step", state["step"], 0, config.n_steps)

@@ -456,9 +456,12 @@ class SFPKPruner:
         checkpoint.check_same(state, config, self._fingerprint, [tensor.name for tensor in tensors])
         particles = check.entries("state: particles", state["particles"], SystemState._fields)
         if config.settle and not check.same(particles["schedule"], self._system.schedule):
-            raise ValueError("checkpoints, start: wanted those of the saved run, which settles, got others")
+            raise ValueError(
+                "checkpoints, start: wanted those of the saved run, which settles, got others (particles.schedule)"
+            )
         system = self._system.checked(particles, "state: particles.")
-        check.integer("state: step", state["step"], system.step, system.step)
+        if check.integer("state: step", state["step"]) != system.step:
+            raise ValueError(f"state: step: wanted {system.step}, that of particles, got {state['step']}")
         history = checkpoint.history("state: history", state["history"], config, len(tensors), system.step)
         energies = checkpoint.energies("state: energies", state["energies"], history, self._theta.device)
         dtypes = torch.promote_types(system.masks.dtype, torch.float32), torch.float64
@@ -485,7 +488,7 @@ class SFPKPruner:
         if passed:
             raise ValueError(
                 f"checkpoints: wanted sparsities that the saved run took or has yet to pass (now {1 - density:.4g}), "
-                f"got {passed[0]:g}"
+                f"got {passed[0]:g}, which is not among its waypoints"
             )
         # All of it has been looked at. An interruption from here on leaves a pruner that says so.
         self._broken = "loading a state stopped half-way"

@@ -40,7 +40,8 @@ def integer(name: str, value: Any, low: int = 0, high: int | None = None) -> int
         raise TypeError(f"{name}: wanted an integer, got {got(value)}")
     number = int(value)
     if number < low or (high is not None and number > high):
-        raise ValueError(f"{name}: wanted {f'≥ {low}' if high is None else f'{low} … {high}'}, got {number}")
+        wanted = f"≥ {low}" if high is None else f"{low} … {high}" if low < high else f"{low}"
+        raise ValueError(f"{name}: wanted {wanted}, got {number}")
     return number
 
 

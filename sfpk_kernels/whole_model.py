@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class WholeModel:
         for module, training in self._modes:
             module.training = training
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Everything; the same tensors, also where others have taken their place or their memory was exchanged."""
         self.restore_modes()
@@ -45,12 +47,11 @@ class WholeModel:
             _refill(module._buffers, buffers)
             module._non_persistent_buffers_set.clear()
             module._non_persistent_buffers_set.update(non_persistent)
-        with torch.no_grad():
-            for tensor, data, saved in self._values:
-                if tensor.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype or tensor.shape != data.shape:
-                    tensor.data = data  # such as after model.half() or model.to(device)
-                if not spread(tensor):  # nobody can write those
-                    tensor.copy_(saved)
+        for tensor, data, saved in self._values:
+            if tensor.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype or tensor.shape != data.shape:
+                tensor.data = data  # such as after model.half() or model.to(device)
+            if not spread(tensor):  # nobody can write those
+                tensor.copy_(saved)
         for parameter, requires_grad, grad in self._parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
@@ -104,3 +105,11 @@ def spread(tensor: Tensor) -> bool:
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@torch.no_grad()
+def write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write the values of every parameter and buffer, but those that nobody can write."""
+    for name, tensor in tensors(model).items():
+        if not spread(tensor):
+            tensor.copy_(values[name])
