@@ -64,6 +64,23 @@ def check_writable(path: str | os.PathLike[str], argument: str) -> None:
         ) from error
 
 
+def check_place(path: str | os.PathLike[str], argument: str) -> None:
+    """That a file may be written under this name: its folder exists, and nothing but a regular file is there.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        IsADirectoryError: ``path`` is a folder.
+        FileExistsError: ``path`` is a device, a FIFO, a socket, or a link to one.
+    """
+    _target(path, argument)
+
+
+def remove_regular(path: Path) -> None:
+    """Remove a regular file, or a link to one; leave anything else."""
+    if path.is_file():
+        path.unlink(missing_ok=True)
+
+
 def _target(path: str | os.PathLike[str], argument: str) -> Path:
     """The file behind links, in a folder that exists."""
     target = Path(os.path.realpath(path))

@@ -1,6 +1,7 @@
 """The demo, scaled down: what it writes, and that its parts do what the table says."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -90,3 +91,14 @@ def test_every_step_by_the_fast_and_the_reference_transition_gives_the_same_mask
         torch.testing.assert_close(fast.particles, reference.particles, rtol=1e-5, atol=1e-6)  # fp32 sums
         kept, wanted = fast.result().mask, reference.result().mask
         assert kept.hamming(wanted) <= 0.002 * wanted.kept
+
+
+@pytest.mark.parametrize("name", ["comparison.json", "loss-versus-sparsity.png", "mask-sfpk-0.95-seed2.safetensors"])
+def test_what_is_no_regular_file_is_known_before_the_work(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("sfpk_kernels.demo.run.load_digits", lambda: pytest.fail("the work has begun"))
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(
+        FileExistsError, match=f"^{name}: wanted a regular file to replace, or a new name, got the FIFO"
+    ):
+        Demo(tmp_path, say=lambda text: None).run()
+    assert os.listdir(tmp_path) == [name]

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -197,3 +199,13 @@ def test_wrong_input(pruned, mlp, tmp_path):
         export(pruned, tmp_path / "no" / "m")
     with pytest.raises(ValueError, match="runs"):
         export(pruned, tmp_path / "m", runs=0)
+
+
+@pytest.mark.parametrize("kind", ["dense", "masks"])
+def test_what_is_no_regular_file_is_never_replaced(convnet, images, tmp_path, kind):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", "/dev/null", tmp_path):
+        with pytest.raises((FileExistsError, IsADirectoryError), match="^path: wanted a"):
+            export(convnet, path, kind=kind, example=images[0])
+    assert stat.S_ISFIFO(os.lstat(tmp_path / "fifo").st_mode)
+    assert os.listdir(tmp_path) == ["fifo"]

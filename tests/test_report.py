@@ -1,8 +1,12 @@
 """report.json, the pictures and the page."""
 
+import errno
 import itertools
 import json
+import os
 import re
+import stat
+import sys
 
 import numpy as np
 import pytest
@@ -234,3 +238,72 @@ def test_plain_numbers():
     assert found == {"a": 2**60 + 1, "b": None, "c": [True, True, 3, 0.5]}
     assert json.loads(json.dumps(found)) == found
     assert [type(value) for value in found["c"]] == [bool, bool, int, float]
+
+
+NAMES = ["report.json", "loss.png", "particles.png", "layers.png", "baselines.png", "report.html"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_regular_file_stays(mlp, vectors, tmp_path, name):
+    """Also a picture that this report has none of, which would be removed."""
+    result = small(mlp, vectors)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(
+        FileExistsError, match=f"{name}: wanted a regular file .* got the FIFO.*nothing is lost"
+    ) as caught:
+        result.report(tmp_path)
+    assert "result.mask.save(path)" in str(caught.value)
+    assert f"result.report({str(tmp_path)!r})" in str(caught.value)
+    assert os.listdir(tmp_path) == [name]
+    assert stat.S_ISFIFO(os.lstat(tmp_path / name).st_mode)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(IsADirectoryError, match="nothing is lost"):
+        result.report(tmp_path)
+    (tmp_path / name).rmdir()
+    assert result.report(tmp_path).exists()
+    if name != "report.json":
+        (tmp_path / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(FileExistsError, match=f"{name}: wanted a regular file"):
+            reports.render(tmp_path)
+        with pytest.raises(FileExistsError, match=f"{name}: wanted a regular file"):
+            result.report(tmp_path)
+
+
+@pytest.mark.parametrize("failing", NAMES)
+def test_a_report_that_cannot_be_written_names_what_is_safe(mlp, vectors, tmp_path, monkeypatch, failing):
+    result, replace = small(mlp, vectors), os.replace
+
+    def full(source, target):
+        if os.path.basename(target) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    if failing == "baselines.png":
+        pytest.skip("there are none")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="nothing is lost") as caught:
+            result.report(tmp_path)
+    words = str(caught.value)
+    assert caught.value.errno == errno.ENOSPC
+    assert "result.mask.save(path)" in words
+    if failing == "report.json":
+        assert f"result.report({str(tmp_path)!r})" in words
+        assert os.listdir(tmp_path) == []
+    else:
+        assert f"`sfpk report {tmp_path}` draws page and pictures" in words
+        assert reports.render(tmp_path).read_text("utf-8")
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_without_matplotlib_the_numbers_are_there(mlp, vectors, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="nothing is lost: .*report.json' holds the numbers"):
+        small(mlp, vectors).report(tmp_path)
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
+def small(model, batches):
+    return prune(model, None, batches, SFPKConfig(0.5, n_particles=2, n_steps=3, energy_mode="sequential"))

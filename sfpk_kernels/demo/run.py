@@ -15,6 +15,7 @@ from torch import nn
 from ..baselines import magnitude, snip
 from ..batchnorm import recalibrate_batchnorm
 from ..config import SFPKConfig
+from ..files import atomic_write, check_place
 from ..masks import MaskSet
 from ..pruner import prune
 from ..result import PruneResult
@@ -24,6 +25,7 @@ SPARSITIES = (0.80, 0.90, 0.95, 0.98)
 HEADLINE = 0.95  # the sparsity that gets all seeds
 SEEDS = (0, 1, 2)
 EPOCHS = 15
+_PICTURE = "loss-versus-sparsity.png"
 
 
 class Demo:
@@ -64,6 +66,8 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """The whole demo; returns what comparison.json holds."""
         self.out.mkdir(parents=True, exist_ok=True)
+        for name in ("comparison.json", _PICTURE, *self._mask_names()):
+            check_place(self.out / name, name)  # before two minutes of work
         digits = load_digits()
         self.say(
             f"Real handwritten digits: {len(digits.train_y):,} training and {len(digits.test_y)} test images "
@@ -77,7 +81,7 @@ class Demo:
         )
         results = []
         for sparsity in self.sparsities:
-            seeds = self.seeds if self.full or sparsity == HEADLINE else self.seeds[:1]
+            seeds = self._seeds_at(sparsity)
             for method, search in self._methods(digits):
                 results.append(self._measure(method, search, sparsity, seeds, models, digits))
         report = {
@@ -90,10 +94,19 @@ class Demo:
             },
             "results": results,
         }
-        (self.out / "comparison.json").write_text(json.dumps(report, indent=2) + "\n")
+        with atomic_write(self.out / "comparison.json") as temporary:
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
         self._plot(report)
         self._summarize(report)
         return report
+
+    def _seeds_at(self, sparsity: float) -> tuple[int, ...]:
+        return self.seeds if self.full or sparsity == HEADLINE else self.seeds[:1]
+
+    def _mask_names(self) -> list[str]:
+        methods = ("magnitude", "snip", *map(_method, self.presets))
+        return [_mask_name(m, sparsity, seed) for m in methods for sparsity in self.sparsities
+                for seed in self._seeds_at(sparsity)]  # fmt: skip
 
     def _methods(self, digits: Digits) -> list[tuple[str, Callable[[nn.Module, float, int], MaskSet]]]:
         def sfpk(preset: str) -> Callable[[nn.Module, float, int], MaskSet]:
@@ -108,11 +121,10 @@ class Demo:
 
             return search
 
-        names = {preset: "sfpk" if preset == "default" else f"sfpk-{preset}" for preset in self.presets}
         return [
             ("magnitude", lambda model, sparsity, seed: magnitude(model, None, None, sparsity)),
             ("snip", lambda model, sparsity, seed: snip(model, None, digits.loader(seed), sparsity)),
-            *((names[preset], sfpk(preset)) for preset in self.presets),
+            *((_method(preset), sfpk(preset)) for preset in self.presets),
         ]
 
     def _measure(
@@ -132,7 +144,7 @@ class Demo:
             pruned = mask.apply_(copy.deepcopy(models[seed]))
             recalibrate_batchnorm(pruned, digits.loader(seed, TRAINING_BATCH))
             accuracies.append(accuracy(pruned, digits))
-            mask.save(self.out / f"mask-{method}-{sparsity:g}-seed{seed}.safetensors")
+            mask.save(self.out / _mask_name(method, sparsity, seed))
         row = {
             "method": method,
             "sparsity": sparsity,
@@ -153,7 +165,7 @@ class Demo:
         longest = max(self.runs)
         result = self.runs[longest]
         plot_loss_versus_sparsity(
-            self.out / "loss-versus-sparsity.png",
+            self.out / _PICTURE,
             result.history,
             report["results"],
             report["dense_accuracy"],
@@ -174,6 +186,14 @@ class Demo:
             "data, seeds and batch-norm\nre-estimation for every method; ± is the standard deviation over seeds. "
             f"Masks, comparison.json, picture and report.html: {self.out}/"
         )
+
+
+def _method(preset: str) -> str:
+    return "sfpk" if preset == "default" else f"sfpk-{preset}"
+
+
+def _mask_name(method: str, sparsity: float, seed: int) -> str:
+    return f"mask-{method}-{sparsity:g}-seed{seed}.safetensors"
 
 
 def _percent(accuracies: Sequence[float]) -> str:

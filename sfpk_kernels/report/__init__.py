@@ -7,12 +7,13 @@ import io
 import json
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..files import atomic_write
+from ..files import atomic_write, check_place, remove_regular
 from ..plain import plain
 from .charts import plot_baselines, plot_layers, plot_loss, plot_loss_versus_sparsity, plot_particles
 from .page import page
@@ -40,7 +41,9 @@ def write(
 ) -> Path:
     """Write ``report.json``, its pictures and ``report.html`` into a folder, made if absent.
 
-    Pictures of an earlier report there are replaced, or removed where this one has none such.
+    Pictures of an earlier report there are replaced, or removed where this one has none such; what is no regular file
+    is left alone. A report that cannot be written loses nothing: the error says what was written, what is left in
+    memory, and how to write it again.
 
     Args:
         result: of a run.
@@ -57,18 +60,62 @@ def write(
         TypeError: a row of ``baselines`` that JSON cannot hold.
         ValueError: a row of ``baselines`` without what it needs, or a number that is no fraction.
         NotADirectoryError: ``folder`` is a file.
+        OSError: something cannot be written; FileExistsError or IsADirectoryError, before anything is, where one of the
+            names belongs to what is no regular file.
     """
     rows = [_row(row) for row in baselines]
     if dense_accuracy is not None:
         dense_accuracy = _fraction("dense_accuracy", dense_accuracy)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"folder: wanted a folder, got the file {os.fspath(folder)!r}")
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plain(_contents(result, rows, dense_accuracy)), indent=1, allow_nan=False)
-    with atomic_write(folder / "report.json") as temporary:
-        temporary.write_text(text + "\n")
-    return _draw(folder, json.loads(text))
+        safe = _safe_in_memory(folder.with_name("FOLDER"))
+        raise NotADirectoryError(f"folder: wanted a folder, got the file {os.fspath(folder)!r}; {safe}")
+    with _saying(folder, lambda: _safe_in_memory(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_places(folder, "report.json")
+        text = json.dumps(plain(_contents(result, rows, dense_accuracy)), indent=1, allow_nan=False)
+        with atomic_write(folder / "report.json") as temporary:
+            temporary.write_text(text + "\n", "utf-8")
+    with _saying(folder, lambda: _safe_on_disk(folder)):
+        return _draw(folder, json.loads(text))
+
+
+def _safe_in_memory(folder: Path) -> str:
+    return (
+        "nothing is lost: the result is in memory, result.mask.save(path) writes its mask, "
+        f"result.report({os.fspath(folder)!r}) the report, to another folder, too"
+    )
+
+
+def _safe_on_disk(folder: Path) -> str:
+    return (
+        f"nothing is lost: {os.fspath(folder / 'report.json')!r} holds the numbers, and `sfpk report "
+        f"{os.fspath(folder)}` draws page and pictures from it again; the result is in memory, "
+        "result.mask.save(path) writes its mask"
+    )
+
+
+@contextmanager
+def _saying(folder: Path, safe: Callable[[], str]) -> Iterator[None]:
+    """Errors of writing, and of drawing without matplotlib, say what is safe."""
+    try:
+        yield
+    except OSError as error:
+        where = os.fspath(folder)
+        if error.errno is None:
+            raise type(error)(f"the report in {where!r} was not written: {error}; {safe()}") from error
+        at = "" if error.filename is None else f": {error.filename!r}"
+        raise OSError(
+            error.errno, f"{error.strerror}{at}: the report in {where!r} was not written; {safe()}"
+        ) from error
+    except ImportError as error:
+        raise ImportError(f"{error} ({safe()})", name=error.name) from error
+
+
+def _check_places(folder: Path, *more: str) -> None:
+    """That all that will be written may take its place."""
+    for name in (*more, *_PICTURES, "report.html"):
+        check_place(folder / name, name)
 
 
 def render(folder: str | os.PathLike[str]) -> Path:
@@ -101,6 +148,7 @@ def render(folder: str | os.PathLike[str]) -> Path:
 
 def _draw(folder: Path, report: Mapping[str, Any]) -> Path:
     """The pictures and the page; pictures of another report go."""
+    _check_places(folder)
     pictures = {}
     for name, draw in _PICTURES.items():
         if name == "particles.png" and report["config"]["n_particles"] == 1:
@@ -113,7 +161,7 @@ def _draw(folder: Path, report: Mapping[str, Any]) -> Path:
     text = page(report, pictures)
     for name in _PICTURES:
         if name not in pictures:
-            (folder / name).unlink(missing_ok=True)
+            remove_regular(folder / name)
     target = folder / "report.html"
     for path, content in {**{folder / name: png for name, png in pictures.items()}, target: text.encode()}.items():
         with atomic_write(path) as temporary:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ..files import atomic_write
 from ..records import StepRecord
 
 _COLOURS = ("#1b5e9e", "#c4541a", "#5b8c2a", "#7d3c98")
@@ -30,7 +31,7 @@ def plot_loss_versus_sparsity(
     """A PNG of two panels: energy over soft sparsity with the particles' spread, and accuracy by method.
 
     Args:
-        path: the PNG to write.
+        path: the PNG to write, atomically.
         history: of one run; the energy of a step belongs to the soft density at its start.
         results: rows of the comparison.
         dense_accuracy: of the unpruned model, in [0, 1].
@@ -51,7 +52,8 @@ def plot_loss_versus_sparsity(
     _accuracies(right, results, dense_accuracy)
     right.set_title("One shot, no retraining")
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
 
 
 def plot_loss(target: IO[bytes], report: Mapping[str, Any]) -> None:
