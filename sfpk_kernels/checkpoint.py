@@ -67,7 +67,7 @@ def check_same(state: Mapping[str, Any], config: SFPKConfig, fingerprint: str, n
     if check.texts("state: names", state["names"]) != names:
         other = sorted(set(state["names"]) ^ set(names))
         raise ValueError(
-            f"state: names: wanted those of the same prunable tensors, got one that differs in {other[:5] or 'order'}"
+            f"state: wanted one over the same prunable tensors (names), got one that differs in {other[:5] or 'order'}"
         )
     if check.text("state: model", state["model"]) != fingerprint:
         raise ValueError(

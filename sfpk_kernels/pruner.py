@@ -248,7 +248,7 @@ class SFPKPruner:
             other, me = self._runs_in, threading.current_thread()
             if other is not None and other is not me and other.is_alive():
                 raise RuntimeError(
-                    f"run: wanted one run of a pruner at a time, got a second one beside that of {other}"
+                    f"run: wanted one run of a pruner at a time, got another beside that of {other.name}"
                 )
             self._runs_in = me
         try:
