@@ -26,7 +26,7 @@ from .files import atomic_write
 from .masks import MaskSet
 from .memory import in_words
 from .model_state import guarded, seeded
-from .turns import alone
+from .turns import lock
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +143,11 @@ def export(
     if kind == "dense":
         _check_state(model)
     cure = "apply the masks first, masks.apply_(model), and pass verify=False"
-    pruned = model if _holds(masks, model) else masks.apply_(_copy(model, cure))
+    with lock():  # no other thread's pruner has other weights in it
+        pruned = model if _holds(masks, model) else masks.apply_(_copy(model, cure))
     device = next(model.parameters()).device
     batch = None if example is None else move_to(example, device)
-    with atomic_write(path) as temporary:
+    with lock(), atomic_write(path) as temporary:
         if kind == "dense":
             _save_dense(pruned, masks, temporary)
         else:
@@ -277,7 +278,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _run(model: nn.Module, batch: Any, forward_fn: Forward) -> Any:
     device = next(model.parameters()).device
-    with alone(), guarded(model, bn="running", dropout=False), seeded(0, device), torch.no_grad():
+    with guarded(model, bn="running", dropout=False), seeded(0, device), torch.no_grad():
         return forward_fn(model, batch)
 
 

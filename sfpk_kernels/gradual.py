@@ -26,7 +26,7 @@ from .pruner import SFPKPruner
 from .records import StepRecord
 from .result import PruneResult
 from .retraining import RetrainConfig, check_label_smoothing, retrain, trained_parameters
-from .turns import alone
+from .turns import alone, end_contexts
 from .whole_model import WholeModel, spread, tensors, write
 
 logger = logging.getLogger(__name__)
@@ -267,7 +267,7 @@ class GradualPruner:
                 "run(save=…): run(resume=…)"
             )
 
-    @alone()
+    @alone
     def shot(self) -> ShotRecord:
         """The next shot: search, mask, retrain.
 
@@ -301,6 +301,7 @@ class GradualPruner:
             )
             self._broken = None
         except BaseException as error:
+            end_contexts(error)
             self._broken = f"putting back shot {shot.number} stopped half-way"
             whole.restore()
             self._done = before
@@ -376,7 +377,7 @@ class GradualPruner:
         share = particles.double().square().mean(dim=1)
         return particles.mul_((_square(density, self.config.density) / share).sqrt().unsqueeze(1).to(particles.dtype))
 
-    @alone()
+    @alone
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on from the last finished shot: tensors (copies, on the CPU) and plain values.
 
@@ -394,7 +395,7 @@ class GradualPruner:
             "history": [dataclasses.asdict(record) for record in done.history],
         }
 
-    @alone()
+    @alone
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave, model weights included.
 

@@ -36,8 +36,9 @@ from .reading import read_together
 from .records import StepRecord
 from .result import PruneResult
 from .step import gauss_seidel, jacobi
-from .turns import Turns, alone
+from .turns import Turns, alone, end_contexts, lock
 from .vote import Vote
+from .whole_model import Registered
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class SFPKPruner:
         MemoryError: particles and weights alone will not fit.
     """
 
-    @alone()
+    @alone
     @autograd_allowed()
     def __init__(
         self,
@@ -200,7 +201,11 @@ class SFPKPruner:
             if resume:
                 self.load(resume)
             self._check_whole("run")
-            result = self._run(loader, progress, save_every, target)
+            try:
+                result = self._run(loader, progress, save_every, target)
+            except BaseException as error:
+                end_contexts(error)
+                raise
         for words in result.dead_layers:
             logger.warning("%s", words)
         return result
@@ -244,17 +249,19 @@ class SFPKPruner:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """One run at a time: two of the same pruner would share its steps, and each read batches for all of them."""
-        with alone():
-            other, me = self._runs_in, threading.current_thread()
-            if other is not None and other is not me and other.is_alive():
-                raise RuntimeError(
-                    f"run: wanted one run of a pruner at a time, got another beside that of {other.name}"
-                )
-            self._runs_in = me
+        other = self._begin_run()
         try:
             yield
         finally:
             self._runs_in = other
+
+    @alone
+    def _begin_run(self) -> threading.Thread | None:
+        other, me = self._runs_in, threading.current_thread()
+        if other is not None and other is not me and other.is_alive():
+            raise RuntimeError(f"run: wanted one run of a pruner at a time, got another beside that of {other.name}")
+        self._runs_in = me
+        return other
 
     def _begin(self, stream: BatchStream) -> None:
         """That a one-shot iterator has its first batch yet to come."""
@@ -285,9 +292,13 @@ class SFPKPruner:
         if not isinstance(batches, Sequence) or len(batches) != self.config.n_particles:
             got = len(batches) if isinstance(batches, Sequence) else type(batches).__name__
             raise ValueError(f"batches: wanted a list of {self.config.n_particles}, one per particle, got {got}")
-        with alone(), self._guard():
-            record = self._step([move_to(batch, self.coordinates.device) for batch in batches])
-        self._call_back(record)
+        try:
+            with lock(), self._guard():
+                record = self._step([move_to(batch, self.coordinates.device) for batch in batches])
+            self._call_back(record)
+        except BaseException as error:
+            end_contexts(error)
+            raise
         return record
 
     def _step(
@@ -346,6 +357,7 @@ class SFPKPruner:
             self._taken += taken
             self._broken = None
         except BaseException as error:
+            end_contexts(error)
             if isinstance(error, NonFiniteError):  # found at the end of the step
                 system.moves = before + (error.moved if plan.memory == "lean" else 0)
             moved = system.moves - before
@@ -379,7 +391,7 @@ class SFPKPruner:
     def _call_back(self, record: StepRecord) -> None:
         """After everything of the step is done: a callback may save. What it draws does not move the data's order."""
         for callback in self._callbacks:
-            with alone(), seeded(self._step_seed(record.step), self.coordinates.device):
+            with lock(), seeded(self._step_seed(record.step), self.coordinates.device):
                 callback(record)
 
     def _passed(self, number: int, densities: list[float], energies: list[float]) -> list[Waypoint]:
@@ -399,7 +411,7 @@ class SFPKPruner:
         densities = self._system.known_densities or self._system.densities.tolist()
         return self._vote.current(self._system.masks, densities, self._last_energies.tolist())
 
-    @alone()
+    @alone
     @autograd_allowed()
     def result(self) -> PruneResult:
         """The final mask from the particles as they stand.
@@ -438,7 +450,7 @@ class SFPKPruner:
         """
         return self._state(copy=True)
 
-    @alone()
+    @alone
     @autograd_allowed()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; nothing is changed after an error.
@@ -504,6 +516,7 @@ class SFPKPruner:
         self._saved = self._begun = None
         self._broken = None
 
+    @alone
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`state_dict` to a file, atomically: killed at any moment, it holds the old state or the new one.
 
@@ -511,9 +524,8 @@ class SFPKPruner:
             OSError: it cannot be written; FileNotFoundError where the folder does not exist.
             RuntimeError: an error or an interruption has left a step half done.
         """
-        with alone():
-            save_state(path, checkpoint.KIND, self._state(copy=False))
-            self._saved = _place(path, self._system.step)
+        save_state(path, checkpoint.KIND, self._state(copy=False))
+        self._saved = _place(path, self._system.step)
 
     def _try_to_save(self, path: str | os.PathLike[str]) -> None:
         """A full disk does not end a run: the file of before stays, the next save tries again."""
@@ -534,7 +546,7 @@ class SFPKPruner:
         self.load_state_dict(load_state(path, checkpoint.KIND))
         self._saved = _place(path, self._system.step)
 
-    @alone()
+    @alone
     def _state(self, copy: bool) -> dict[str, Any]:
         self._check_whole("state_dict")
         vote, energies, scale = self._vote.score, self._last_energies, self._energy.scale
@@ -580,8 +592,21 @@ class SFPKPruner:
         """One per step, far from those of neighbouring seeds."""
         return (self.config.seed * 1_000_003 + number) % 2**63
 
-    def _guard(self) -> Any:
-        return guarded(self._model, bn=self.config.bn, dropout=self.config.dropout)
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """The model in the mode energies are measured in, and as it was afterwards.
+
+        What computes energies, and the guard itself, put back what they change; where an interruption comes in between,
+        that is done once more.
+        """
+        before = Registered(self._model)
+        try:
+            with guarded(self._model, bn=self.config.bn, dropout=self.config.dropout):
+                yield
+        except BaseException as error:
+            end_contexts(error)
+            before.restore()
+            raise
 
 
 def _functions(callbacks: Iterable[Any]) -> list[Callable[[StepRecord], None]]:

@@ -17,7 +17,7 @@ from .batches import BatchStream, default_loss
 from .energy import LossFn
 from .masks import MaskSet
 from .model_state import seeded
-from .turns import alone
+from .turns import end_contexts, lock
 from .whole_model import Buffers
 
 
@@ -171,7 +171,7 @@ def retrain(
     try:
         model.train()
         with (
-            alone(),
+            lock(),
             seeded(seed, device),
             masks.enforce(optimizer, model, strict=False) as enforcer,
             tqdm(total=total, desc="retrain", disable=None if progress is None else not progress) as bar,
@@ -199,6 +199,7 @@ def retrain(
                 bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
                 bar.update()
     except BaseException as error:
+        end_contexts(error)
         masks.apply_(model)  # a step that was left half-way has moved removed weights
         if hasattr(error, "add_note"):  # Python ≥ 3.11
             error.add_note(

@@ -9,6 +9,72 @@ import torch
 from torch import Tensor, nn
 
 
+class Registered:
+    """Which tensors a model has under which names, the values of its buffers, and the modes of its modules.
+
+    Not the values of its parameters: for work that puts others in their place, and writes none.
+    """
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self._attributes = [
+            (module, name, module.__dict__[name])
+            for module in modules
+            for name in ("training", "track_running_stats")
+            if name in module.__dict__
+        ]
+        self._registered = [
+            (module, dict(module._parameters), dict(module._buffers), set(module._non_persistent_buffers_set))
+            for module in modules
+        ]
+        self._buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+        self._modes = _Modes()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for module, name, value in self._attributes:
+            module.__dict__[name] = value
+        for module, parameters, buffers, non_persistent in self._registered:
+            _refill(module._parameters, parameters)
+            _refill(module._buffers, buffers)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(non_persistent)
+        for buffer, version, saved in self._buffers:
+            if buffer._version != version and not spread(buffer):
+                buffer.copy_(saved)
+
+    def restore(self) -> None:
+        """Everything, whatever part of it was put back already."""
+        self._restore()
+        self._modes.restore()
+
+
+class _Modes:
+    """Autograd and autocast of this thread: a block that was interrupted as it ended may have left them on or off."""
+
+    def __init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._autocast = [
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+        ]
+        self._nesting = _nesting()
+
+    def restore(self) -> None:
+        torch.set_grad_enabled(self._grad)
+        for device, enabled, dtype in self._autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        while _nesting() > self._nesting:
+            torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+
+
+def _nesting() -> int:
+    """How many autocast blocks are open; inside one its casts of weights are kept."""
+    torch.autocast_increment_nesting()
+    return int(torch.autocast_decrement_nesting())
+
+
 class WholeModel:
     """Copies of all values, and everything beside them that training may change.
 

@@ -1,6 +1,7 @@
 """Runs that are interrupted: by exceptions, signals, a full disk; what is saved then, and that it goes on."""
 
 import contextlib
+import copy
 import logging
 import os
 import random
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 import sfpk_kernels
-from sfpk_kernels import MaskSet, SFPKPruner, prune
+from sfpk_kernels import GradualPruner, MaskSet, SFPKPruner, prune
+from sfpk_kernels.files import load_state
+from sfpk_kernels.gradual import FORMAT
 
 from .interruptions import every_moment
 from .snapshot import Snapshot
@@ -197,8 +200,12 @@ SETTINGS = [
     {"memory": "lean", "particle_dtype": "float16", "nonfinite": "skip_particle", "selection": "threshold",
      "retract": False},
 ]  # fmt: skip
-# What a step passes through; the model's own swapping and guarding have tests of their own.
-MODULES = ("pruner", "step", "particles", "vote", "polarizer", "diagnostics", "nonfinite", "reading", "masks", "turns")
+# What a step passes through.
+MODULES = (
+    "pruner", "step", "particles", "vote", "polarizer", "diagnostics", "nonfinite", "reading", "masks", "turns",
+    "batches", "model_state", "whole_model", "energy/__init__", "energy/sequential", "energy/batched", "energy/_swap",
+    "energy/_scale", "energy/_problem",
+)  # fmt: skip
 
 
 def outcome(result):
@@ -233,6 +240,7 @@ def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(mlp, vectors, op
         assert type(raised) is KeyboardInterrupt
         del raised
         snapshot.check()
+        assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")) == (True, False)
         if pruner._broken is not None:
             counts["refused"] += 1
             refused = (
@@ -251,3 +259,32 @@ def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(mlp, vectors, op
         else:
             assert outcome(pruner.run(vectors)) == expected
     assert min(counts.values()) > 20, counts
+
+
+@pytest.mark.parametrize("what", ["mask", "run", "shots"])
+def test_interrupted_while_saving_the_old_file_is_whole(mlp, vectors, tmp_path, what):
+    """At every line of ours: KeyboardInterrupt, and nothing beside the file."""
+    path = tmp_path / "file"
+    pruner = SFPKPruner(mlp, None, quick())
+    pruner.step(vectors[:3])
+    shots = GradualPruner(copy.deepcopy(mlp), None, vectors, quick(), shots=2, retrain=1)
+    shots.shot()
+    mask = pruner.result().mask
+    save, load = {
+        "mask": (lambda: mask.save(path), MaskSet.load),
+        "run": (lambda: pruner.save(path), SFPKPruner(mlp, None, quick()).load),
+        "shots": (lambda: shots._save(path), lambda path: load_state(path, FORMAT)),
+    }[what]
+    save()
+    package = os.path.dirname(sfpk_kernels.__file__)
+    files = [f"{package}/{name}.py" for name in ("files", "masks", "mask_files", "pruner", "gradual", "turns")]
+
+    def work():
+        shots._saved = None
+        save()
+
+    for raised in every_moment(work, files, step=1 if what == "mask" else 3):
+        assert type(raised) is KeyboardInterrupt
+        del raised
+        assert os.listdir(tmp_path) == ["file"]
+        load(path)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from sfpk_kernels import GradualPruner, RetrainConfig, SFPKConfig, SFPKPruner, export, prune
-from sfpk_kernels.turns import Turns
+from sfpk_kernels.turns import Turns, lock
 
 
 def quick(**overrides):
@@ -183,3 +183,11 @@ def test_a_one_shot_iterator_is_not_read_on(mlp, vectors):
         pruner.run(batches)
     assert len(pruner.history) == 2
     assert pruner.run(iter(vectors * 3)).mask == prune(mlp, None, vectors, quick()).mask
+
+
+def test_a_lock_that_nobody_inside_holds_is_not_waited_for(mlp, vectors):
+    lock().acquire()  # and never released
+    expected = prune(mlp, None, vectors, quick())
+    (found,) = at_once(lambda: prune(mlp, None, vectors, quick()))
+    assert found.mask == expected.mask
+    assert prune(mlp, None, vectors, quick()).mask == expected.mask
