@@ -288,3 +288,46 @@ def test_interrupted_while_saving_the_old_file_is_whole(mlp, vectors, tmp_path, 
         del raised
         assert os.listdir(tmp_path) == ["file"]
         load(path)
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(600, marks=pytest.mark.slow)])
+def test_signals_at_random_moments(convnet, images, tmp_path, count):
+    """As the system sends them, between any two instructions: a further run ends at the same mask, or is refused."""
+    config, path, draw = quick(dropout=True, momentum=0.1), tmp_path / "run", random.Random(count)
+    expected, snapshot = outcome(prune(convnet, None, images, config, checkpoints=[0.5])), Snapshot(convnet)
+    started = time.perf_counter()
+    prune(convnet, None, images, config, save_every=1, save_path=path)
+    whole = time.perf_counter() - started
+    stopped = []
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    def fresh():
+        pruner = SFPKPruner(convnet, None, config, checkpoints=[0.5])
+        if path.exists():
+            pruner.load(path)
+        return pruner
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    try:
+        for _ in range(count):
+            path.unlink(missing_ok=True)
+            pruner = fresh()
+            for _ in range(3):
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.0005, whole))
+                    pruner.run(images, save_every=1, save_path=path)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                snapshot.check()
+                assert os.listdir(tmp_path) in ([], ["run"])
+                stopped.append(len(pruner.history) < 8)
+                if pruner._broken is not None:
+                    with pytest.raises(RuntimeError, match="^run: this run cannot go on: step "):
+                        pruner.run(images)
+                    pruner = fresh()
+            assert outcome(pruner.run(images, save_every=1, save_path=path)) == expected
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert sum(stopped) > count / 4
