@@ -71,8 +71,7 @@ class _Modes:
 
 def _nesting() -> int:
     """How many autocast blocks are open; inside one its casts of weights are kept."""
-    torch.autocast_increment_nesting()
-    return int(torch.autocast_decrement_nesting())
+    return torch.autocast_increment_nesting() * 0 + torch.autocast_decrement_nesting()  # no line in between to stop at
 
 
 class WholeModel:

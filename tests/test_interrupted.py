@@ -17,6 +17,7 @@ import sfpk_kernels
 from sfpk_kernels import GradualPruner, MaskSet, SFPKPruner, prune
 from sfpk_kernels.files import load_state
 from sfpk_kernels.gradual import FORMAT
+from sfpk_kernels.whole_model import _nesting
 
 from .interruptions import every_moment
 from .snapshot import Snapshot
@@ -240,7 +241,7 @@ def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(mlp, vectors, op
         assert type(raised) is KeyboardInterrupt
         del raised
         snapshot.check()
-        assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")) == (True, False)
+        assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), _nesting()) == (True, False, 0)
         if pruner._broken is not None:
             counts["refused"] += 1
             refused = (
@@ -331,3 +332,18 @@ def test_signals_at_random_moments(convnet, images, tmp_path, count):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
     assert sum(stopped) > count / 4
+
+
+def test_the_last_step_is_saved_by_a_further_run(mlp, vectors, tmp_path):
+    path, whole = tmp_path / "run", prune(mlp, None, vectors, quick())
+    pruner = SFPKPruner(mlp, None, quick(), callbacks=[stop_after(8)])
+    with pytest.raises(Killed):
+        pruner.run(vectors, save_every=3, save_path=path)
+    assert pruner.done
+    assert pruner.run(vectors, save_every=3, save_path=path).mask == whole.mask
+    written = path.stat().st_mtime_ns
+    assert pruner.run(vectors, save_every=3, save_path=path).mask == whole.mask
+    assert path.stat().st_mtime_ns == written, "it is there already"
+    fresh = SFPKPruner(mlp, None, quick())
+    fresh.load(path)
+    assert fresh.done
