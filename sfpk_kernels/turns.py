@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 _PACKAGE = os.path.dirname(__file__)
 _PATIENCE = 1.0  # seconds
+_TIMES = 3  # that nobody is seen inside a lock that is held: once may be the moment between two holders
 
 _lock = threading.RLock()
 
@@ -41,15 +42,18 @@ def lock() -> threading.RLock:
     The lock itself is returned, because its own ``with`` cannot be interrupted half-way. Should it be held all the same
     by nobody who is inside, waiting for it ends.
     """
-    while not _free():
-        if not _somebody_inside():
+    nobody = 0  # times in a row
+    while not _lock._is_owned() and not _free():  # type: ignore[attr-defined]
+        nobody = 0 if _somebody_inside() else nobody + 1
+        if nobody == _TIMES:
             _renew()
     return _lock
 
 
 def _free() -> bool:
-    if _lock.acquire(timeout=_PATIENCE):
-        _lock.release()
+    current = _lock
+    if current.acquire(timeout=_PATIENCE):
+        current.release()
         return True
     return False
 

@@ -217,13 +217,13 @@ def outcome(result):
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 @pytest.mark.parametrize("at", [2, 4])
-def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(mlp, vectors, options, at):
+def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(mlp, vectors, caplog, options, at):
     """At every call and line of a step (with a mask on the way in it), the last one, too; by run() and step()."""
     wanted = [0.5] if options.get("vote") == "masked_at_the_end" else [0.3, 0.5, 0.6]
     if options.get("vote") == "masked_at_the_end":
         options, wanted = {**options, "vote": "masked"}, []
     config = quick(n_steps=4, **options)
-    logging.getLogger("sfpk_kernels").setLevel(logging.ERROR)
+    caplog.set_level(logging.ERROR, "sfpk_kernels")
     whole = SFPKPruner(mlp, None, config, checkpoints=wanted)
     states = []
     whole.add_callback(lambda record: states.append(whole.state_dict()))
