@@ -42,6 +42,8 @@ from .whole_model import Registered
 
 logger = logging.getLogger(__name__)
 
+_beginning = threading.Lock()  # of runs
+
 
 class SFPKPruner:
     """Prunes a trained model by simulating mask particles (SFPK-pruner, ICLR 2025).
@@ -255,13 +257,15 @@ class SFPKPruner:
         finally:
             self._runs_in = other
 
-    @alone
     def _begin_run(self) -> threading.Thread | None:
-        other, me = self._runs_in, threading.current_thread()
-        if other is not None and other is not me and other.is_alive():
-            raise RuntimeError(f"run: wanted one run of a pruner at a time, got another beside that of {other.name}")
-        self._runs_in = me
-        return other
+        with _beginning:  # not the lock of the steps: the other run may be in one
+            other, me = self._runs_in, threading.current_thread()
+            if other is not None and other is not me and other.is_alive():
+                raise RuntimeError(
+                    f"run: wanted one run of a pruner at a time, got another beside that of {other.name}"
+                )
+            self._runs_in = me
+            return other
 
     def _begin(self, stream: BatchStream) -> None:
         """That a one-shot iterator has its first batch yet to come."""
