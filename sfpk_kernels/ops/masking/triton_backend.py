@@ -13,6 +13,7 @@ from ..bits._shape import BITS
 from ._layout import Mask, Piece, gapless
 
 _BLOCK = 1024
+_MOST_ROWS = 65_535  # along y of a grid
 _SCORES = ("value", "abs", "abs_saliency")
 
 
@@ -79,6 +80,10 @@ def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: S
         outer, groups, inner = piece.blocks
         if not n:
             continue
+        if n > _MOST_ROWS and outer * inner > 1:
+            raise ValueError(
+                f"mask_gradient: weight_grads: wanted up to {_MOST_ROWS:,} rows for backend 'triton', got {n:,}"
+            )
         if outer * inner == 1:
             grid = (-(-groups // _BLOCK),)
             _triton.launch(

@@ -7,12 +7,16 @@ from torch import Tensor
 
 from ._problem import Problem, nan_error, plan
 
+MOST_ROWS = 65_535  # along y of a grid
+
 
 def uncovered(problem: Problem) -> str | None:
     """Which part of the problem the GPU kernels do not solve."""
     for name, part in (("sizes", problem.sizes), ("pattern", problem.pattern)):
         if part:
             return f"it does not solve {name}"
+    if problem.rows > MOST_ROWS:
+        return f"it ranks up to {MOST_ROWS:,} rows, these are {problem.rows:,}"
     return "it solves one segment" if len(problem.segments) > 2 else None
 
 

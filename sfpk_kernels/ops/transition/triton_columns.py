@@ -111,7 +111,8 @@ def reduce_columns(
     mu_at: tl.constexpr = 8 * N + N * N
     uu_at: tl.constexpr = 8 * N + 2 * N * N
     clear(sums, 8 * N + (3 * square if GRAMS else 0))
-    for block in range(begin, stop, FLUSH * hop):
+    stretch = FLUSH * tl.full([], hop, tl.int64)
+    for block in range(begin, stop, stretch):
         ee = _zeros(ROWS, B)
         es = _zeros(ROWS, B)
         eu = _zeros(ROWS, B)
@@ -119,7 +120,7 @@ def reduce_columns(
         ss = _zeros(ROWS if guess is None else 0, B)
         uu = _zeros(ROWS * (ROWS + 1) // 2 if GRAMS else ROWS, B)
         us = _zeros(ROWS * ROWS if GRAMS else ROWS, B)
-        for at in range(block, tl.minimum(block + FLUSH * hop, stop), hop):
+        for at in range(block, tl.minimum(block + stretch, stop), hop):
             columns = at + tl.arange(0, B).to(tl.int64)
             m = _particles(masks, mask_stride, residual, residual_stride, columns, end, ROWS)
             e = _descents(grads, grad_stride, weights, columns, end, ROWS)

@@ -147,13 +147,14 @@ def _reduce(
     cuu, csu, css = ee, ee, ee
     if GRAMS:
         clear(sums + 8 * N, (6 if sizes is not None else 3) * square)
-    for block in range(begin, stop, FLUSH * hop):
+    stretch = FLUSH * tl.full([], hop, tl.int64)
+    for block in range(begin, stop, stretch):
         if GRAMS:
             g_mm = tl.zeros([N, N], tl.float32)
             g_mu, g_uu = g_mm, g_mm
             if sizes is not None:
                 g_sm, g_su, g_ss = g_mm, g_mm, g_mm
-        for at in range(block, tl.minimum(block + FLUSH * hop, stop), hop):
+        for at in range(block, tl.minimum(block + stretch, stop), hop):
             columns = at + tl.arange(0, B).to(tl.int64)
             m = _particles(masks, mask_stride, residual, residual_stride, rows, columns, n, end)
             e, g = _descent(
@@ -634,7 +635,7 @@ def transition(
             tl.debug_barrier()
         # A sample tells how far g leans on the slope; summing u = g - guess * s instead of g keeps the digits of
         # the norm of u when g is nearly parallel to s.
-        sampled = tl.minimum(SAMPLED_TILES * hop, d).to(tl.int64)
+        sampled = tl.minimum(SAMPLED_TILES * tl.full([], hop, tl.int64), d)
         if ROWS > 0:
             reduce_columns(
                 masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, None,
