@@ -111,7 +111,7 @@ def last_slot(n: int, d: int) -> None:
     torch.testing.assert_close(updated[:n], (m / 2).square().sum(dim=1), rtol=1e-5, atol=1e-6)
 
 
-class as_program:  # noqa: N801 - reads like a function
+class as_program:
     """The interpreter runs its one program under another number."""
 
     def __init__(self, number: int):
