@@ -205,6 +205,8 @@ def fresh_tree(folder: Path, files: list[Path]) -> Path:
 
 def build_and_load(python: str, tree: Path, mode: str, cuda: bool, logs: Path) -> None:
     """`pip install` with the extension, then load it as a user would: from elsewhere, all symbols bound at once."""
+    for built in (*tree.glob("sfpk_kernels/*.so"), tree / "build"):  # of another mode
+        shutil.rmtree(built) if built.is_dir() else built.unlink(missing_ok=True)
     run(
         logs / f"build-{mode}.log", python, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps",
         "--force-reinstall", "-e", ".", cwd=tree, SFPK_BUILD=mode,

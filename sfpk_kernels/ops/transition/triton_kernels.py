@@ -10,8 +10,8 @@ A step is five launches of :func:`transition`, by STAGE, without a host synchron
 
 with ``combine`` behind each pass that has more than one slot. Few coordinates run as one launch (``whole``).
 
-Sums run in fp32 over at most 4,096 columns, in fp64 beyond. Columns are cut into slots by n and d alone, slots are
-added in order: the same bits on every device of a kind, and no atomics.
+Sums run in fp32 over at most 4,096 columns (512 of a thread where it owns them), in fp64 beyond. Columns are cut into
+slots by n and d alone, slots are added in order: the same bits on every device of a kind, and no atomics.
 
 For few particles the two passes run by columns (triton_columns.py), else by tiles with matrix products (here).
 The algebra is that of csrc/cpu/transition_algebra.cpp: m' = f (m + alpha s + b u), u = g - slope s, s = c m.
@@ -639,7 +639,7 @@ def transition(
         if ROWS > 0:
             reduce_columns(
                 masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, None,
-                sums, tl.zeros([], tl.int64), sampled, hop, d, ROWS, N, B, FLUSH, WEIGHTED, REPEL, False,
+                sums, tl.zeros([], tl.int64), sampled, hop, d, ROWS, N, B, WEIGHTED, REPEL, False,
             )  # fmt: skip
         else:
             _reduce(
@@ -657,7 +657,7 @@ def transition(
         if ROWS > 0:
             reduce_columns(
                 masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, guess,
-                slot, begin, stop, B, d, ROWS, N, B, FLUSH, WEIGHTED, REPEL, GRAMS,
+                slot, begin, stop, B, d, ROWS, N, B, WEIGHTED, REPEL, GRAMS,
             )  # fmt: skip
         else:
             _reduce(
@@ -679,7 +679,7 @@ def transition(
             update_columns(
                 masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, moves,
                 slot, begin, stop, d, pull_high, key_low, key_high,
-                ROWS, N, B, FLUSH, WEIGHTED, REPEL, PULL, whole or STAGE == "update", STAGE == "rescale",
+                ROWS, N, B, WEIGHTED, REPEL, PULL, whole or STAGE == "update", STAGE == "rescale",
                 HIGH, LOW, KEEP, TANGENTIAL, AFTER, SKIPPED,
             )  # fmt: skip
         else:
