@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,12 +73,39 @@ def wants_cuda() -> bool:
     if mode in ("cpu", "none"):
         return False
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
-    missing = "a torch with CUDA" if torch.version.cuda is None else "nvcc" if CUDA_HOME is None else None
+    missing = "a torch with CUDA" if torch.version.cuda is None else "nvcc" if cuda_home() is None else None
     if mode == "cuda" and missing:
         raise RuntimeError(f"SFPK_BUILD=cuda: wanted nvcc and a torch with CUDA, got no {missing.split()[-1]}")
     return missing is None
+
+
+def cuda_home() -> str | None:
+    """The CUDA toolkit: ``CUDA_HOME`` or ``CUDA_PATH``, else that of the nvcc on PATH, else the usual place.
+
+    nvcc is asked where it belongs: on PATH there may be a link or a wrapper of it, far from its headers.
+    """
+    chosen = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if chosen:
+        return chosen
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        usual = Path("/usr/local/cuda")
+        return str(usual) if (usual / "bin" / "nvcc").is_file() else None
+    words = [nvcc, "--dryrun", "-x", "cu", "-E", os.devnull]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+        top = re.search(r"^#\$ TOP=(.+)$", said.stderr + said.stdout, re.MULTILINE)
+    except (OSError, subprocess.TimeoutExpired):
+        top = None
+    return str(Path(top[1]).resolve() if top else Path(nvcc).resolve().parents[1])
+
+
+def put_cuda_home() -> None:
+    """Have torch's build tools, not imported yet, use :func:`cuda_home`."""
+    home = cuda_home()
+    if home is not None:
+        os.environ["CUDA_HOME"] = home
 
 
 def cuda_architectures() -> str:

@@ -15,10 +15,11 @@ from . import _build
 
 def main(folder: Path, cuda: bool) -> None:
     """Build beside FOLDER, import what was built, and give it its name."""
+    if cuda:
+        _build.put_cuda_home()
+        os.environ["TORCH_CUDA_ARCH_LIST"] = _build.cuda_architectures()
     from torch.utils import cpp_extension
 
-    if cuda:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = _build.cuda_architectures()
     _build.put_ninja_on_path()
     building = building_folder(folder, os.getpid())
     building.mkdir()

@@ -48,10 +48,16 @@ def test_the_matrix_tries_the_oldest_and_every_python():
 @pytest.mark.parametrize(
     ("package", "version", "fits"),
     [
-        ("torch", "2.9.1", False), ("torch", "1.13", False), ("torch", "2.10.0+cu128", True), ("torch", "3.0.0a0", True),
-        ("triton", "3.3.1", False), ("triton", "3.4.0", True), ("setuptools", "76.1", False), ("setuptools", "84.2", True),
+        ("torch", "2.9.1", False),
+        ("torch", "1.13", False),
+        ("torch", "2.10.0+cu128", True),
+        ("torch", "3.0.0a0", True),
+        ("triton", "3.3.1", False),
+        ("triton", "3.4.0", True),
+        ("setuptools", "76.1", False),
+        ("setuptools", "84.2", True),
     ],
-)  # fmt: skip
+)
 def test_too_old(package, version, fits):
     reason = _build.too_old(package, version)
     assert (reason is None) == fits

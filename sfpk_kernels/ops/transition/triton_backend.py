@@ -34,15 +34,12 @@ class Tiling(NamedTuple):
 
 
 def tiling(n: int, sized: bool, residual: bool) -> Tiling:
-    """Tiles whose temporaries and sums fit the registers; see tests/test_triton_compiles.py.
-
-    (All but 16 bytes a thread of more than 128 bf16 particles with sizes.)
-    """
+    """Tiles whose temporaries and sums fit the registers with every Triton from 3.4 on: tests/test_triton_compiles.py."""
     if n <= MOST_BY_COLUMNS and not sized:
         # A thread adds one column in 128: 512 of them before its fp32 sums are handed on.
         return Tiling(16, 128, 16, 4, flush=65536, by_columns=True)
     if n <= 16:
-        return Tiling(16, 32 if residual or sized else 64, 16, 4)
+        return Tiling(16, 32, 16, 4)
     if n <= 32:
         return Tiling(32, 32, 16, 4 if residual else 8)
     if n <= 64:
