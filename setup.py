@@ -79,7 +79,12 @@ def extension_arguments():
     mode = FLAGS.build_mode()
     if mode == "none":
         return {}
+    FLAGS.put_ninja_on_path()
+    cuda = False
     try:
+        cuda = FLAGS.wants_cuda()
+        if cuda:
+            FLAGS.put_cuda_home()
         from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
         if mode != "auto":
@@ -89,8 +94,6 @@ def extension_arguments():
             ) from error
         print("sfpk_kernels: no torch in the build environment; the extension is compiled at first use")
         return {}
-    FLAGS.put_ninja_on_path()
-    cuda = FLAGS.wants_cuda()
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", FLAGS.CUDA_ARCHITECTURES)
 

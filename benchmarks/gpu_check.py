@@ -12,10 +12,10 @@ installed. Needs nothing but the standard library to start, so that it can say w
             compiles all kernels for sm_80 and sm_90, interprets Triton's, runs checks and harness on the CPU
     LIMIT   seconds for everything (default: 530, so that it ends within 9 minutes)
 
-Time that a stage does not use goes to those after it, and a stage given alone has all of it; on a machine where nothing is
-compiled yet: STAGE="build large", then "test", "sanitize", "bench". A backend that is missing fails. Measured rows lie
-in OUT/results: `sfpk bench --report --results OUT/results` shows them; the .jsonl file goes to benchmarks/results to be
-committed. Exit code: 0 all passed, 1 something failed, 2 wrong usage.
+Time that a stage does not use goes to those after it, and a stage given alone has all of it; on a machine where
+nothing is compiled yet: STAGE="build large", then "test", "sanitize", "bench". A backend that is missing fails.
+Measured rows lie in OUT/results (`sfpk bench --report --results OUT/results` shows them); their .jsonl goes to
+benchmarks/results to be committed. Exit code: 0 all passed, 1 something failed, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ SPILLS = re.compile(r"\d+ bytes spill stores, \d+ bytes spill loads")
 PROBE = """
 import importlib.util, json, platform
 has = lambda name: importlib.util.find_spec(name) is not None
-found = {name: has(name) for name in ("torch", "numpy", "safetensors", "tqdm", "triton", "pytest", "hypothesis", "xdist")}
+found = {name: has(name) for name in ("torch", "numpy", "safetensors", "tqdm", "triton", "pytest", "hypothesis")}
+found["xdist"] = has("xdist")
 found["python"] = platform.python_version()
 if found["torch"]:
     import torch

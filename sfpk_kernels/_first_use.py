@@ -149,13 +149,8 @@ def build_key(cuda: bool) -> str:
     # A missing ninja makes a build fail: with one it is another.
     facts.append(importlib.util.find_spec("ninja") is not None or shutil.which("ninja") is not None)
     if cuda:
-        from torch.utils.cpp_extension import CUDA_HOME
-
-        facts += [
-            _build.cuda_flags(),
-            _build.cuda_architectures(),
-            _said_by(str(Path(CUDA_HOME or "") / "bin" / "nvcc")),
-        ]
+        nvcc = Path(_build.cuda_home() or "") / "bin" / "nvcc"
+        facts += [_build.cuda_flags(), _build.cuda_architectures(), _said_by(str(nvcc))]
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:16]
 

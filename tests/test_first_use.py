@@ -191,7 +191,7 @@ def test_the_key_knows_compilers_and_architectures(monkeypatch, tmp_path):
 
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
-    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     keys = []
     for version in ("12.8", "13.0"):
         nvcc.write_text(f"#!/bin/sh\necho release {version}\n")
@@ -221,6 +221,28 @@ def test_architectures(monkeypatch, devices, expected):
     assert _build.cuda_architectures() == expected
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
     assert _build.cuda_architectures() == "9.0a"
+
+
+def test_the_toolkit_is_found(monkeypatch, tmp_path):
+    """Through links and wrappers on PATH, whose folder has no headers."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    real = tmp_path / "toolkit" / "bin" / "nvcc"
+    real.parent.mkdir(parents=True)
+    real.write_text("#!/bin/sh\necho '#$ TOP='$(dirname $0)/.. >&2\n")
+    real.chmod(0o755)
+    folder = tmp_path / "path" / "bin"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    (folder / "nvcc").write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    (folder / "nvcc").chmod(0o755)
+    assert _build.cuda_home() == str(tmp_path / "toolkit")
+    (folder / "nvcc").unlink()
+    real.write_text("#!/bin/sh\n")  # one that says nothing
+    (folder / "nvcc").symlink_to(real)
+    assert _build.cuda_home() == str(tmp_path / "toolkit")
+    monkeypatch.setenv("CUDA_HOME", "/chosen")
+    assert _build.cuda_home() == "/chosen"
 
 
 @pytest.mark.parametrize("mode", ["auto", "cuda"])

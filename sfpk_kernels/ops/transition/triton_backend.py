@@ -34,7 +34,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(n: int, sized: bool, residual: bool) -> Tiling:
-    """Tiles whose temporaries and sums fit the registers with every Triton from 3.4 on: tests/test_triton_compiles.py."""
+    """Tiles whose temporaries and sums fit the registers with Triton 3.4 to 3.9; see tests/test_triton_compiles.py."""
     if n <= MOST_BY_COLUMNS and not sized:
         # A thread adds one column in 128: 512 of them before its fp32 sums are handed on.
         return Tiling(16, 128, 16, 4, flush=65536, by_columns=True)
