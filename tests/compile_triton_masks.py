@@ -23,7 +23,7 @@ POINTERS = {
     "grads": "*fp32",
 }  # fmt: skip
 RANK = {"SCORE": 3, "EXCLUDES": True, "BLOCK": 1024, "TILES": 16}
-APPLY = {"SCORE": 2, "SINGLE": False, "BITS": 8, "BLOCK": 1024}
+APPLY = {"SCORE": 2, "SINGLE": False, "PART": True, "BITS": 8, "BLOCK": 1024}
 VARIANTS = [
     *((selection.count_digits, {**RANK, "SHIFT": shift}, {}) for shift in (24, 0)),
     (selection.choose_digit, {}, {}),
@@ -50,7 +50,9 @@ VARIANTS = [
 def compile_kernel(kernel, constants, pointers, capability):
     signature = {}
     for name in kernel.arg_names:
-        default = "fp32" if name == "scale" else "i64" if name in ("begin", "end", "first", "d") else "i32"
+        default = (
+            "fp32" if name == "scale" else "i64" if name in ("begin", "end", "first", "low", "high", "d") else "i32"
+        )
         kind = {**POINTERS, **pointers}.get(name, default)
         signature[name] = "constexpr" if name in constants else kind
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}

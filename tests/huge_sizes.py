@@ -7,7 +7,6 @@ A process of its own, because a size that has overflowed may loop for ever. Exit
 
 from __future__ import annotations
 
-import mmap
 import sys
 from typing import Any
 from unittest import mock
@@ -20,18 +19,9 @@ from sfpk_kernels import _triton
 from sfpk_kernels.ops import Blocks, mask_gradient, masked_weights, topk_mask, topk_threshold, transition_
 from sfpk_kernels.ops.transition import TransitionStats, triton_backend, triton_kernels
 
+from .sparse import sparse
+
 SIZES = (2**26, 85_000_000, 2**30, 2**32)
-_NO_RESERVE = 0x4000  # MAP_NORESERVE: pages are there when they are touched, zeros before
-
-
-def sparse(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Zeros that take no memory until they are written."""
-    count = 1
-    for size in shape:
-        count *= size
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
-    buffer = mmap.mmap(-1, count * dtype.itemsize + mmap.PAGESIZE, flags=flags)
-    return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
 
 
 def far_apart(rows: Tensor, stride: int = 2**30 + 64) -> Tensor:

@@ -103,6 +103,8 @@ def launch_all(group: str, d: int, device: str = "cuda:0") -> None:
     for kind in ("bool", "packed", "words", "factors"):
         apply(device, d, kind=kind, n=200, backend=backend)
     apply(device, d, segments=[0, d // 3, d], backend=backend)
+    wide = [empty(device, d // 8 * 8)]
+    apply(device, d // 8, segments=[0, d // 20, d // 8], theta=wide, layout=(2, d // 8, 4), backend=backend)
     apply(device, 64, theta=[empty(device, d // 64 * 64)], layout=(1, 64, d // 64), kind="bool", backend=backend)
     apply(device, 64, theta=[empty(device, d // 64 * 64)], layout=(d // 64, 64, 1), kind="bool", backend=backend)
     differentiate(device, d // 64 * 64, layout=(1, 64, d // 64), n=100, backend=backend)

@@ -184,6 +184,21 @@ def test_lists_of_model_shaped_tensors():
     assert torch.equal(mask_gradient(weights, grads), joined)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("blocks", [Blocks(7, 30, 1), Blocks(3, 30, 25), Blocks(1, 30, 40)])
+def test_blocks_that_cross_segments(backend, blocks):
+    """Each coordinate is decided by its own segment's cut, on every backend."""
+    device = "cuda" if torch.cuda.is_available() and backend != "cpp" else "cpu"
+    if backend == "triton":
+        pytest.importorskip("triton")
+    theta, values = torch.randn(blocks.numel, device=device), torch.randint(-4, 5, (3, 30), device=device).float()
+    borders = [0, 4, 4, 17, 30]
+    cut = topk_threshold(values, [5, 9, 20], segments=borders, backend="reference")
+    options = {"cut": cut, "score": "value", "segments": borders, "layout": blocks}
+    expected = masked_weights(theta, values, backend="reference", **options)
+    assert torch.equal(masked_weights(theta, values, backend=backend, **options), expected)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_backends_agree_on_anything(data):
