@@ -239,7 +239,8 @@ def sanitize_stage(machine: Machine, out: Path, dry: bool, seconds: float) -> tu
     if dry:
         note = "found" if machine.sanitizer else "not found on this machine"
         rows = [Row("sanitize", "compute-sanitizer", "skipped", note=f"it needs a GPU; {note}")]
-        return [smoke_command(machine, dry, {"TRITON_INTERPRET": "1"}, "--choice")], rows
+        jobs = ("--jobs", str(os.cpu_count() or 2))
+        return [smoke_command(machine, dry, {"TRITON_INTERPRET": "1"}, "--choice", *jobs)], rows
     if machine.sanitizer is None:
         return [], [Row("sanitize", "compute-sanitizer", "not run", note="it was not found; the CUDA toolkit has it")]
     smoke = smoke_command(machine, dry, {})
