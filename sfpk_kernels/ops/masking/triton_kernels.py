@@ -73,7 +73,7 @@ def group_sums(
     row = tl.program_id(1).to(tl.int64)
     total = tl.zeros((G,), tl.float64)
     for o in range(outer):
-        for begin in range(0, inner, WIDE):
+        for begin in range(tl.full([], 0, tl.int64), inner, WIDE):
             i = begin + tl.arange(0, WIDE)
             at = ((tl.full([], 0, tl.int64) + o) * groups + group[:, None]) * inner + i[None, :]
             inside = (group[:, None] < groups) & (i[None, :] < inner)
