@@ -168,7 +168,7 @@ def build_stage(machine: Machine, out: Path, dry: bool, seconds: float) -> tuple
     else:
         for architecture in ARCHITECTURES:
             for module, *arguments in (("compile_triton", TRITON_CASES), ("compile_triton_masks",)):
-                words = (machine.python, "-m", f"tests.{module}", architecture, *arguments)
+                words = (machine.python, "-m", f"tests.{module}", architecture, *arguments, "--jobs", jobs)
                 commands.append(Command(f"{module} sm_{architecture}", words, {"TRITON_INTERPRET": "0"}))
     return commands, rows
 

@@ -106,7 +106,7 @@ def in_processes(function, tasks, jobs):
 
 
 def row_of(n, text, stage, capability):
-    row = {"n": n, "options": text, "stage": stage}
+    row = {"triton": triton.__version__, "n": n, "options": text, "stage": stage}
     return {**row, **resources(compile_stage(stage, n, text.split(), capability))}
 
 

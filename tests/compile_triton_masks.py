@@ -62,7 +62,7 @@ def compile_kernel(kernel, constants, pointers, capability):
 
 def row_of(index, capability):
     kernel, constants, pointers = VARIANTS[index]
-    row = {"kernel": kernel.fn.__name__, "constants": constants, "pointers": pointers}
+    row = {"triton": triton.__version__, "kernel": kernel.fn.__name__, "constants": constants, "pointers": pointers}
     return {**row, **resources(compile_kernel(kernel, constants, pointers, capability))}
 
 

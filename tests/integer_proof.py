@@ -12,8 +12,10 @@ Prints one JSON object: how much was looked at, and the faults.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,6 +100,9 @@ def compiled(kernel: Any, launch: Launch) -> Compiled:
             if value % 16 == 0 and name not in loose:
                 attributes[place] = [["tt.divisibility", 16]]
     ordered = {name: signature[name] for name in kernel.arg_names}
+    # Triton 3.4 prints arguments by number.
+    runtime = [name for name in kernel.arg_names if ordered[name] != "constexpr"]
+    values |= {f"arg{i}": values[name] for i, name in enumerate(runtime) if name in values}
     key = repr((launch.name, kernel.fn.__module__, ordered, constants, attributes, options))
     if key not in _texts:
         _texts[key] = intermediate_code(kernel, ordered, constants, attributes, options)
@@ -166,6 +171,7 @@ class Analysis:
                 open_regions.append((name, count, [argument for argument, _ in pairs]))
                 continue
             if called == "scf.if":
+                self.roots |= set(_NAME.findall(body.split(" -> ")[0].split(" : ")[0]))
                 open_regions.append((name, count, []))
                 continue
             if called == "scf.yield":
@@ -330,6 +336,7 @@ def main(group: str) -> dict[str, Any]:
     """Everything of a group of launches, over all sizes."""
     from .launch_cases import launch_all
 
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # what is compiled already would not pass by here
     kernels = {name: getattr(module, name) for module, names in recorder.KERNELS.items() for name in names}
     looked, faults = set(), []
     for d in SIZES:

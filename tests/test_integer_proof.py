@@ -29,7 +29,7 @@ def faults(name, *arguments, grid=(1024,)):
 import torch
 with torch._subclasses.fake_tensor.FakeTensorMode():
     x = torch.empty(n, d, device="cuda:0")
-print([len(faults(name, x, n, d)) for name in ("rows", "rows_widened", "hops", "hops_widened", "programs", "masks")])
+print([len(faults(name, x, n, d)) for name in ("rows", "rows_widened", "hops", "hops_widened", "programs", "masks", "branches")])
 """
 KERNELS = """
 import triton
@@ -62,6 +62,12 @@ def programs(x, n, d, BLOCK: tl.constexpr):
     tl.store(x + at, 1.0)
 
 @triton.jit
+def branches(x, n, d, BLOCK: tl.constexpr):
+    at = tl.program_id(0)
+    if at * d < 5 * n:
+        tl.store(x + at, 1.0)
+
+@triton.jit
 def masks(x, n, d, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(x + at, 1.0, mask=at + d < 3 * d + n)
@@ -70,7 +76,8 @@ def masks(x, n, d, BLOCK: tl.constexpr):
 
 def python(*words):
     # A process of its own: in this one the kernels are interpreted.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    environment = {**os.environ, "PYTHONPATH": paths}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *words], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
@@ -89,11 +96,12 @@ def test_every_size_fits(group):
 def test_what_does_not_fit_is_found(tmp_path):
     """Products of rows and strides, loops that do not advance, program ids, comparisons in masks."""
     (tmp_path / "kernels.py").write_text(KERNELS)
-    rows, rows_widened, hops, hops_widened, programs, masks = json.loads(
+    rows, rows_widened, hops, hops_widened, programs, masks, branches = json.loads(
         python("-c", WRONG.format(folder=str(tmp_path)))
     )
     assert rows > 0
     assert hops > 0
     assert programs > 0
     assert masks > 0
+    assert branches > 0
     assert rows_widened == hops_widened == 0
