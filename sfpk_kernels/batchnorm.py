@@ -49,7 +49,8 @@ def recalibrate_batchnorm(
     batches = 0
     finished = False
     try:
-        model.eval()
+        for module, _ in modes:  # not by eval(): a model's own may merge adapters into weights
+            module.training = False
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # cumulative average

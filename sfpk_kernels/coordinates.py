@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from .shared_memory import overlaps, place
 
 _NORMS: tuple[type, ...] = (
     nn.modules.batchnorm._NormBase,
@@ -21,6 +24,7 @@ _EMBEDDINGS: tuple[type, ...] = (nn.Embedding, nn.EmbeddingBag)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _PIECE = 1 << 18  # elements
 
+T = TypeVar("T")
 Ignored = str | type[nn.Module] | nn.Module
 
 
@@ -114,6 +118,13 @@ class Coordinates:
             self.tensors.append(PrunableTensor(name, aliases, type(module).__name__, shape, offset, numel))
             dtypes.append(parameter.dtype)
             offset += numel
+        prunable = {name for tensor in self.tensors for name in (tensor.name, *tensor.aliases)}
+        for a, b in overlaps([*model.named_parameters(), *model.named_buffers()]):
+            if prunable & {a, b}:
+                raise ValueError(
+                    f"model: wanted every weight in memory of its own, got {a} and {b}, which overlap: tie whole "
+                    "parameters (b.weight = a.weight), or give one a copy (b.weight.data = b.weight.data.clone())"
+                )
         if not self.tensors:
             raise ValueError(f"model: wanted at least one prunable tensor, got none\n{self.describe()}")
         self.d = offset
@@ -124,6 +135,15 @@ class Coordinates:
         """The prunable parameters of ``model``, in flat order."""
         model = unwrapped(model)
         return [model.get_parameter(tensor.name) for tensor in self.tensors]
+
+    def by_parameter(self, model: nn.Module, values: Sequence[T]) -> dict[int, T]:
+        """A value per prunable tensor by the ``id`` of its parameter, tied ones under each of theirs."""
+        model = unwrapped(model)
+        return {
+            id(model.get_parameter(name)): value
+            for tensor, value in zip(self.tensors, values, strict=True)
+            for name in (tensor.name, *tensor.aliases)
+        }
 
     def flatten(self, model: nn.Module) -> Tensor:
         """A copy of the prunable weights as one vector (d,), fp32 (fp64 if the model has fp64 weights).
@@ -200,12 +220,12 @@ Use = tuple[str, nn.Module, nn.Parameter]  # (full name, the module that holds i
 
 
 def _parameter_uses(model: nn.Module) -> list[list[Use]]:
-    """Every parameter once, with all the names it goes by."""
-    uses: dict[int, list[Use]] = {}
+    """Every parameter once, with all the names it goes by; one memory behind several of them counts as one."""
+    uses: dict[Hashable, list[Use]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{prefix}.{local}" if prefix else local
-            uses.setdefault(id(parameter), []).append((name, module, parameter))
+            uses.setdefault(place(parameter), []).append((name, module, parameter))
     return list(uses.values())
 
 

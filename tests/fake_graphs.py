@@ -17,12 +17,14 @@ class Machine:
     """Two devices, of which the second is the model's.
 
     Args:
-        fails: where a capture fails: "begin", "body", "end", or "" for nowhere.
+        fails: where a capture fails: "begin", "body", "end", "end also" (whatever the body did), or "" for nowhere.
         empty: graphs hold nothing.
         good: captures that succeed before one fails.
+        dropout_on_device: the pass draws from what stands for the device's generator.
     """
 
-    def __init__(self, fails="", empty=False, good=0, error=RuntimeError):
+    def __init__(self, fails="", empty=False, good=0, error=RuntimeError, dropout_on_device=True):
+        self.dropout_on_device = dropout_on_device
         self.fails, self.empty, self.good, self.error = fails, empty, good, error
         self.events, self.captures = [], 0
         self.device = torch.device("cuda:0")
@@ -77,6 +79,11 @@ class Machine:
             yield
             self.capturing = False
             raise self.error("the capture was invalidated\nsecond line")
+        if failing == "end also":
+            try:
+                yield
+            finally:
+                raise self.error("the capture was invalidated")
         yield
         self.streams[stream.device] = before
         self.generator, self.capturing = "as before", False
@@ -122,4 +129,6 @@ class Machine:
                 stack.enter_context(mock.patch.object(torch.cuda, name, value))
             stack.enter_context(mock.patch.object(capture, "_record", self.record))
             stack.enter_context(mock.patch.object(graphed, "_why_not", return_value=None))
+            if self.dropout_on_device:  # which is the CPU's generator here
+                stack.enter_context(mock.patch.object(capture, "_host_random", return_value=None))
             yield self

@@ -178,6 +178,49 @@ def test_a_model_that_replaces_its_buffers_is_not_captured(vectors, on_cuda_1):
         run(model, vectors[:2], "cudagraph")
 
 
+@pytest.mark.parametrize("draw", ["torch", "random", "numpy"])
+def test_a_pass_that_draws_on_the_host_is_not_captured(mlp, vectors, draw, on_cuda_1):
+    """A graph would repeat what was drawn once."""
+    import random
+
+    import numpy as np
+
+    draws = {"torch": lambda: float(torch.rand(())), "random": random.random, "numpy": np.random.rand}
+
+    def loss_fn(model, batch):
+        return default_loss(model, batch) * (1 + draws[draw]())
+
+    before = torch.get_rng_state(), random.getstate()
+    with Machine(dropout_on_device=False).installed(), guarded(mlp, bn="batch", dropout=False):
+        energy = energy_of(mlp, "cudagraph", loss_fn=loss_fn)
+        with pytest.raises(RuntimeError, match="it draws random numbers on the host"):
+            energy(keep_of(energy, 2), vectors[:2])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+@pytest.mark.parametrize("extra", [{"a": 1}.keys(), object()], ids=["view", "object"])
+def test_batches_that_a_graph_would_freeze_are_not_captured(mlp, vectors, extra, on_cuda_1):
+    batches = [(x, y, extra) for x, y in vectors[:2]]
+    with Machine().installed(), pytest.raises(RuntimeError, match="something else than tensors and plain values"):
+        run(mlp, batches, "cudagraph", loss_fn=lambda model, batch: default_loss(model, batch[:2]))
+
+
+def test_the_first_error_counts(mlp, vectors, on_cuda_1):
+    """An interruption inside a capture whose end complains, too."""
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(None)
+        if len(calls) > 3:  # after the warm-ups
+            raise KeyboardInterrupt
+        return default_loss(model, batch)
+
+    with Machine("end also").installed() as machine, pytest.raises(KeyboardInterrupt):
+        run(mlp, vectors[:2], "auto", decided="cudagraph", loss_fn=loss_fn)
+    assert machine.streams["cuda:1"] == "main 1"
+
+
 def test_not_more_shapes_than_memory_is_for(mlp, on_cuda_1):
     batches = [(torch.randn(k + 2, 8), torch.randint(4, (k + 2,))) for k in range(10)]
     expected = run(mlp, batches, "sequential")

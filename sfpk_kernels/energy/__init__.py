@@ -169,27 +169,28 @@ class ParticleEnergy:
         grad: Tensor,  # (d,) written
     ) -> Tensor:  # 0-d
         """One particle's loss and weight gradient; only inside :meth:`one_by_one`."""
-        runner = self._inside
-        assert runner is not None
+        assert self._inside is not None
         try:
-            with runner.ready() if self._fell_back else nullcontext():
-                return runner.run(keep, batch, grad)
+            with self._inside.ready() if self._fell_back else nullcontext():
+                return self._inside.run(keep, batch, grad)
         except CannotRunError as error:
             if self._mode != "auto":
                 raise RuntimeError(f"energy_mode={self.mode!r} cannot run this model: {error}") from error
-            self._fall_back(error)
-            return self.single(index, keep, batch, grad)
+            why = str(error)
         except BaseException as error:
             if hasattr(error, "add_note"):  # Python ≥ 3.11
                 error.add_note(f"sfpk_kernels: while computing the energy of particle {index}")
                 if "more than 1 value per channel" in str(error):
                     error.add_note("sfpk_kernels: batch-norm cannot use a batch of one sample: drop_last=True")
             raise
+        # Here, where the error is gone: it holds on to the graphs and their memory.
+        self._fall_back(why)
+        return self.single(index, keep, batch, grad)
 
-    def _fall_back(self, error: CannotRunError) -> None:
+    def _fall_back(self, why: str) -> None:
         """From now on without CUDA graphs; in this step with stand-ins for those that the model has now."""
-        logger.warning("particles run one by one without CUDA graphs from now on: %s", error)
-        self.choice = Choice("sequential", str(error))
+        logger.warning("particles run one by one without CUDA graphs from now on: %s", why)
+        self.choice = Choice("sequential", why)
         self._runners.clear()
         self._inside, self._fell_back = OneByOne(self.problem, self.scale), True
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ._problem import CannotRunError
 
 _WARM_UPS = 3  # outside the capture, so that libraries have chosen their algorithms
-_SENTINEL = 1.2345e30  # no pass leaves this everywhere
+_SENTINEL = -(2.0**15)  # the same in every float dtype; no pass leaves it everywhere
 
 
 def captured(
@@ -32,32 +34,45 @@ def captured(
     with torch.cuda.device(device), _undisturbed(model, device) as check_buffers:
         current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                once()
-        current.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    once()
+        finally:
+            current.wait_stream(stream)
         check_buffers()
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        spare = generator.clone_state()
+        spare, failed = generator.clone_state(), []
+
+        def noted() -> Tensor:
+            try:
+                return once()
+            except BaseException as error:
+                failed.append(error)
+                raise
+
         try:
-            loss = _record(graph, once, pool, stream)
+            loss = _record(graph, noted, pool, stream)
             check_buffers()
             _check_not_empty(graph, row, loss)
-        except BaseException as error:
+        except BaseException as last:
             # A capture that fails at its end leaves its stream current, the generator waiting for the capture's end,
-            # and the allocator with its pool.
+            # and the allocator with its pool. (A graph that somebody else has captured with that generator's state
+            # stays with a state that never saw its end: before torch 2.12 it cannot be replayed.)
             torch.cuda.set_stream(current)
             generator.graphsafe_set_state(spare)
             for clean in (
                 lambda: torch._C._cuda_endAllocateToPool(device.index, pool),
+                lambda: _release(graph, pool, device),
                 graph.reset,
                 lambda: torch.cuda.synchronize(device),
             ):
                 with contextlib.suppress(Exception):  # done already, or not begun
                     clean()
+            error = failed[0] if failed else last  # what came first: the capture's end complains, too
             if isinstance(error, CannotRunError | torch.OutOfMemoryError) or not isinstance(error, Exception):
-                raise
+                raise error from None
             words = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CannotRunError(f"the pass cannot be captured: {words}") from error
     return graph, loss
@@ -67,6 +82,14 @@ def _record(graph: torch.cuda.CUDAGraph, once: Callable[[], Tensor], pool: Any, 
     # thread_local: what other threads do meanwhile (loading data) must not break it.
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         return once()
+
+
+def _release(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+    """Give back the pool of a capture that never ended; reset() does it for one that did."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        torch._C._cuda_releasePool(device.index, pool)
 
 
 def _check_not_empty(graph: torch.cuda.CUDAGraph, row: Tensor, loss: Tensor) -> None:
@@ -80,22 +103,41 @@ def _check_not_empty(graph: torch.cuda.CUDAGraph, row: Tensor, loss: Tensor) -> 
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Buffers and the device's random numbers are put back; yields a check that the model keeps its buffers."""
-    buffers = dict(model.named_buffers())
-    values = [(buffer, buffer._version, buffer.clone()) for buffer in buffers.values()]
-    random = torch.cuda.get_rng_state(device)
+    """Buffers and random numbers are put back; yields a check that the pass leaves both to the graph.
+
+    A graph repeats what the host decided once: buffers that are replaced would be written no more, and random numbers
+    drawn on the host would be the same for ever.
+    """
+    tables = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    random_of_device, random_of_host = torch.cuda.get_rng_state(device), torch.get_rng_state()
+    python, numpys, drawn = random.getstate(), np.random.get_state(), _host_random()
 
     def check() -> None:
-        now = dict(model.named_buffers())
-        new = next((name for name in {**buffers, **now} if buffers.get(name) is not now.get(name)), None)
-        if new is not None:
-            raise CannotRunError(f"the pass cannot be captured: the model replaces its buffer {new}")
+        for module, table in tables:
+            for name in {**table, **module._buffers}:
+                if table.get(name) is not module._buffers.get(name):
+                    raise CannotRunError(f"the pass cannot be captured: the model replaces its buffer {name}")
+        if _host_random() != drawn:
+            raise CannotRunError("the pass cannot be captured: it draws random numbers on the host")
 
     try:
         yield check
     finally:
+        for module, table in tables:
+            module._buffers.clear()
+            module._buffers.update(table)
         with torch.no_grad():
             for buffer, version, value in values:
                 if buffer._version != version:
                     buffer.copy_(value)
-        torch.cuda.set_rng_state(random, device)
+        torch.cuda.set_rng_state(random_of_device, device)
+        torch.set_rng_state(random_of_host)
+        random.setstate(python)
+        np.random.set_state(numpys)
+
+
+def _host_random() -> object:
+    """Equal as long as nobody draws from the host's generators."""
+    numpys = np.random.get_state(legacy=False)["state"]
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), numpys["pos"], numpys["key"].tobytes()

@@ -13,6 +13,7 @@ from ._scale import LossScale
 from .capture import captured
 from .sequential import OneByOne
 
+_PLAIN = (bool, int, float, str, bytes, type(None))
 _MOST_SHAPES = 8  # each graph keeps the memory of a whole pass
 
 
@@ -33,6 +34,7 @@ class Graphed(OneByOne):
         if self._row is None:
             self._row = torch.empty_like(problem.theta)
         self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[Any], Tensor]] = {}
+        self._scaled_by = scale.value  # the factor on losses that the graphs have
 
     def differentiate(self, batch: Any, row: Tensor) -> Tensor:
         """As :meth:`OneByOne.differentiate`, by replaying.
@@ -43,8 +45,17 @@ class Graphed(OneByOne):
         assert self._row is not None
         leaves, spec = pytree.tree_flatten(batch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        rest = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
-        shape = (str(spec), tuple((tuple(t.shape), t.dtype) for t in tensors), rest, self.scale.value)
+        rest = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+        # What a graph would keep from its first batch must be part of what it is known by.
+        frozen = next((leaf for leaf in rest if not isinstance(leaf, _PLAIN)), None)
+        if frozen is not None:
+            raise CannotRunError(f"a batch with something else than tensors and plain values: {type(frozen).__name__}")
+        if any(tensor.device != self.problem.device for tensor in tensors):
+            raise CannotRunError(f"a batch with tensors that are not on {self.problem.device}")
+        shape = (str(spec), tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors), repr(rest))
+        if self._scaled_by != self.scale.value:
+            self._captured.clear()
+            self._scaled_by = self.scale.value
         if shape not in self._captured:
             if len(self._captured) == _MOST_SHAPES:
                 raise CannotRunError(f"batches of more than {_MOST_SHAPES} shapes: each graph takes memory of its own")
