@@ -33,10 +33,11 @@ TOOLS = ("wheel", "ninja", "numpy", "safetensors", "tqdm", "pytest", "pytest-xdi
          "matplotlib")  # fmt: skip
 # What depends on torch and Python: every op and backend, energies, runs from start to resumption, what is saved.
 TESTED = (
-    "authors_parity", "coordinates", "diagnostics", "energy", "energy_models", "enforce", "files", "graphed", "interrupted",
-    "lean", "mask_sets", "masked_weights", "masks", "naive_agreement", "one_read_per_step", "package", "packed_masks",
-    "particle_dtypes", "pruner", "recorded_launches", "registration", "resume", "selection_backends",
-    "selection_constraints", "topk_mask", "transition", "transition_backends", "transition_row",
+    "authors_parity", "coordinates", "diagnostics", "energy", "energy_models", "enforce", "files", "graphed",
+    "interrupted", "lean", "mask_sets", "masked_weights", "masks", "model_untouched", "naive_agreement",
+    "one_read_per_step", "package", "packed_masks", "particle_dtypes", "pruner", "recorded_launches", "registration",
+    "resume", "selection_backends", "selection_constraints", "topk_mask", "transition", "transition_backends",
+    "transition_row",
 )  # fmt: skip
 # What depends on Triton: its kernels in its interpreter, and what is read from its intermediate code.
 INTERPRETED = ("integer_proof", "huge_sizes", "selection_gpu", "masked_weights", "transition_row")
@@ -326,8 +327,9 @@ def table(outcomes: list[Outcome], nvcc: str | None) -> str:
         f"{compiler[0] if compiler else 'no compiler'}; no GPU: of the CUDA kernels nothing ran.",
         "",
         "CUDA: `SFPK_BUILD=cuda`, loaded with `LD_BIND_NOW=1`, ops registered, `build_config()` and `sfpk info` true.",
-        "Tests: ops, energies, runs and files (TESTED in tests/matrix.py), without Triton's. Triton: every tiling compiled",
-        "for sm_80 and sm_90, no register spilled for want of one; sizes proved to fit; kernels run in its interpreter.",
+        "Tests: ops, energies, runs and files (TESTED in tests/matrix.py), without Triton's. Triton: every tiling",
+        "compiled for sm_80 and sm_90, no register spilled for want of one; sizes proved to fit; kernels run in its",
+        "interpreter.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),

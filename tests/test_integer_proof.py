@@ -29,7 +29,8 @@ def faults(name, *arguments, grid=(1024,)):
 import torch
 with torch._subclasses.fake_tensor.FakeTensorMode():
     x = torch.empty(n, d, device="cuda:0")
-print([len(faults(name, x, n, d)) for name in ("rows", "rows_widened", "hops", "hops_widened", "programs", "masks", "branches")])
+names = "rows rows_widened hops hops_widened programs masks branches"
+print([len(faults(name, x, n, d)) for name in names.split()])
 """
 KERNELS = """
 import triton
