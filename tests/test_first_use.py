@@ -305,3 +305,44 @@ def test_a_real_build(tmp_path):
     )
     assert _first_use.library(folder) is not None
     assert [path.name for path in tmp_path.iterdir()] == ["name"]
+
+
+def install_build(folder, **environment):
+    """What pip runs of setup.py, into a folder."""
+    words = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "temp")]
+    inherited = {k: v for k, v in os.environ.items() if k != "SFPK_BUILD"}
+    return subprocess.run(
+        words, capture_output=True, text=True, check=False, cwd=ROOT, env={**inherited, **environment}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["auto", "cpu"])
+def test_a_compiler_that_fails_at_installation(tmp_path, mode):
+    """auto: the package is installed, with the compiler's last words in it; asked for: the installation fails."""
+    compiler = tmp_path / "c++"
+    real = os.environ.get("CXX", "c++")
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *.cpp*) echo no such header, really; exit 7;; esac\nexec {real} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    done = install_build(tmp_path / "lib", SFPK_BUILD=mode, CXX=str(compiler), CC=str(compiler))
+    failure = tmp_path / "lib" / "sfpk_kernels" / _build.FAILURE_FILE
+    if mode == "cpu":
+        assert done.returncode != 0
+        assert not failure.exists()
+        return
+    assert done.returncode == 0, done.stderr
+    assert "the extension for the CPU was not built" in failure.read_text()
+    assert "no such header, really" in failure.read_text()
+    assert "no such header, really" in done.stdout + done.stderr, "also seen while it runs"
+
+
+@pytest.mark.slow
+def test_a_good_build_forgets_the_failed_one(tmp_path):
+    failure = tmp_path / "sfpk_kernels" / _build.FAILURE_FILE
+    failure.parent.mkdir()
+    failure.write_text("of before")
+    done = install_build(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not failure.exists()
+    assert list(failure.parent.glob("_C*.so"))
