@@ -43,7 +43,7 @@ bench-full: setup
 	$(BIN)/sfpk bench --report
 
 # Offline, with the machine's own Python, torch, Triton and nvcc: no .venv, nothing is downloaded.
-# STAGE="build test" runs a part, OUT=folder takes the logs, DRY=1 does without a GPU what can be done without.
+# STAGE="build large" runs a part, OUT=folder takes the logs, DRY=1 does without a GPU what can be done without.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
 

@@ -201,7 +201,7 @@ def test_a_backend_that_was_asked_for_and_is_missing_fails(backend, capsys, monk
     assert "0 ran and agree with the reference, 0 wrong, 3 missing" in said
     assert smoke.main(["--device", "cpu", "--op", *ops]) == 0, "nobody asked: cpp and the reference ran"
     assert smoke.main(["--device", "cpu", "--backend", "cpp", "cuda", "--op", "transition"]) == 1
-    assert "no op has the backend cuda" in capsys.readouterr().out
+    assert "no op here has the backend cuda" in capsys.readouterr().out
 
 
 def test_another_choice_than_the_best_fails(capsys, monkeypatch):
@@ -218,6 +218,26 @@ def test_ops_in_processes(capsys):
     assert "2 ops in up to 2 processes, 0 failed" in capsys.readouterr().out
     assert smoke.main([*arguments, "cuda"]) == 1
     assert "missing" in capsys.readouterr().out
+    one = ["--device", "cpu", "--jobs", "2", "--op", "transition", "--backend"]
+    assert smoke.main([*one, "cpp"]) == 0
+    assert smoke.main([*one, "cpp", "cuda"]) == 1, "as in one process"
+    assert smoke.main(["--device", "cpu", "--jobs", "2", "--op", "transition", "apply", "--backend", "cpp"]) == 0
+
+
+def test_a_process_that_dies_fails(monkeypatch, capsys):
+    """Whatever it said before."""
+    died = subprocess.CompletedProcess([], -6, "apply ok\n1 ran\n", "an illegal memory access was encountered")
+    monkeypatch.setattr(smoke.subprocess, "run", lambda *arguments, **options: died)
+    assert smoke.main(["--device", "cpu", "--jobs", "2", "--op", "apply", "--backend", "cpp"]) == 1
+    assert "illegal memory access" in capsys.readouterr().out
+
+
+def test_each_large_check_has_its_own_time(check, tmp_path):
+    """One that hangs must not take that of the others."""
+    for dry in (False, True):
+        commands, _ = check.large_stage(machine(check), tmp_path, dry, 100.0)
+        assert len(commands) == 7
+        assert {"transition_moves_as_it_should", "second_card"} <= {command.name for command in commands}
 
 
 def test_large_checks_at_a_small_scale():
