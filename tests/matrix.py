@@ -41,7 +41,7 @@ TESTED = (
     "transition_row",
 )  # fmt: skip
 # What depends on Triton: its kernels in its interpreter, and what is read from its intermediate code.
-INTERPRETED = ("integer_proof", "huge_sizes", "selection_gpu", "masked_weights", "transition_row")
+INTERPRETED = ("integer_proof", "huge_sizes", "selection_gpu", "transition_row")
 MINUTES = 40.0  # for one command
 
 
