@@ -29,7 +29,7 @@ def test_they_are_the_same_everywhere():
     readme = (ROOT / "README.md").read_text()
     stated = (
         f"Python {words(oldest['python'])} to {words(_build.NEWEST_PYTHON)}, torch {words(oldest['torch'])} and newer, "
-        f"Triton {words(oldest['triton'])} and newer"
+        f"Triton {words(oldest['triton'])} and newer, setuptools {oldest['setuptools'][0]} and newer"
     )
     assert stated in " ".join(readme.split())
     assert _build.TORCH_TARGET_VERSION == "0x020a000000000000"
