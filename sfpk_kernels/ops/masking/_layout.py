@@ -138,4 +138,7 @@ def check_mask(op: str, mask: Any, d: int, device: torch.device) -> Tensor:
 
 def gapless(rows: Tensor) -> Tensor:
     """Rows may lie apart, entries of a row may not."""
-    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
+    if rows.shape[1] <= 1 or rows.stride(1) == 1:
+        return rows
+    # Without entries, every tensor is contiguous already.
+    return rows.contiguous() if rows.numel() else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
