@@ -136,7 +136,6 @@ def masked_weights(
         check.is_tensor(_OP, name, buffer)
         check.has_shape(_OP, name, buffer, shape)
         check.same_device(_OP, name, buffer, device)
-        check.owns_memory(_OP, name, buffer)
     named = [*((f"weights[{i}]" if is_list else "weights", t) for i, t in enumerate(tensors)), ("mask", mask)]
     transforms.refuse_derivatives(_OP, "a result written into out has no derivative", named)
     torch.ops.sfpk.masked_weights_out(tensors, rows, *ranking, flat, buffers, backend or "")
@@ -304,7 +303,8 @@ def _masked_weights_out(
     backend: str,
 ) -> None:
     names = [*((f"weights[{i}]" if len(weights) > 1 else "weights", t) for i, t in enumerate(weights)), ("mask", mask)]
-    for buffer in out:
+    for i, buffer in enumerate(out):
+        check.owns_memory(_OP, f"out[{i}]" if len(out) > 1 else "out", buffer)
         for name, tensor in names:
             if check.share_memory(buffer, tensor):
                 raise ValueError(f"{_OP}: out: wanted memory of its own, got memory shared with {name}")
