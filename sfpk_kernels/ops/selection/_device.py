@@ -35,7 +35,7 @@ def check_nan(
     nan: Tensor,  # (rows, …) bool
 ) -> None:
     """Raises where a score was NaN; waits for the device."""
-    rows: list[bool] = nan.reshape(problem.rows, -1).any(dim=1).tolist()
+    rows: list[bool] = nan.reshape(problem.rows, nan[:1].numel()).any(dim=1).tolist()
     if not any(rows):
         return
     if problem.by_rows:
