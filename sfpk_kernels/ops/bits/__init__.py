@@ -36,6 +36,8 @@ def pack_mask(
         kind: ``"uint8"`` or ``"int32"``.
         backend: ``None`` for the fastest available.
 
+    To ``torch.export`` with a dynamic d, one unit is a size of its own: let d begin behind it (min=9, or min=33).
+
     Raises:
         TypeError: no bool tensor.
         ValueError: another kind.

@@ -81,7 +81,7 @@ def masked_weights(
     by :func:`mask_gradient`: for factors the derivative, for particle values with a cut the straight-through one, as if
     the mask were the values (∂P/∂m = 1 for the P that is kept by the cut). Derivatives of any order follow the same
     rule, so they are those of a product; backward, forward (``torch.func.jvp``) and under ``torch.func.vmap``. The cut
-    and the saliency have none.
+    and the saliency have none. (``is_grads_batched``, torch's old vmap, raises.)
 
     Args:
         weights: the dense weights, flat or as the tensors of a model; their coordinates follow one another.

@@ -61,7 +61,8 @@ def normalize(op: str, layout: Any, sizes: Sequence[int]) -> list[int]:
     entries = [layout] if isinstance(layout, Blocks) else layout
     if not isinstance(entries, Sequence) or not all(isinstance(b, Sequence) and len(b) == 3 for b in entries):
         raise TypeError(f"{op}: layout: wanted a list of Blocks(outer, groups, inner), got {layout!r:.80}")
-    flat = [int(v) for blocks in entries for v in blocks]
+    # Symbolic sizes stay so.
+    flat: list[Any] = [v if isinstance(v, int | torch.SymInt) else int(v) for blocks in entries for v in blocks]
     if any(v < 1 for v in flat):
         raise ValueError(f"{op}: layout: wanted numbers ≥ 1, got {layout!r:.80}")
     covered = pieces(flat, sizes)

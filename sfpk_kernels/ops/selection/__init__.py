@@ -163,7 +163,8 @@ def topk_threshold(
     and removed entries are not described by the cut: kept are the protected ones, and of the others but
     the removed those the cut keeps.
 
-    The cut is a constant to autograd, like a mask; asking for a derivative of the threshold raises NotImplementedError.
+    The cut is a constant to autograd, like a mask; asking for a derivative of the threshold raises NotImplementedError
+    (under ``torch.compile`` the threshold is detached).
 
     Returns:
         Cut: (rows, S) each; threshold +inf with tie_end 0 where none is kept, -inf with tie_end d where all are.
@@ -176,7 +177,9 @@ def topk_threshold(
         min_keep=min_keep, max_keep=max_keep, pattern=None, protected=protected, removed=removed, guess=guess,
     )
     op = torch.ops.sfpk.topk_cut if isinstance(values, Tensor) else torch.ops.sfpk.topk_cut_list
-    tracked = [t for t in (values if isinstance(values, Sequence) else [values]) if transforms.is_tracked(t)]
+    tracked = []
+    if not torch.compiler.is_compiling():
+        tracked = [t for t in (values if isinstance(values, Sequence) else [values]) if transforms.is_tracked(t)]
     cut = Cut(*op(
         transforms.detached(call.values), call.k, call.score, transforms.detached(call.saliency), call.sizes,
         call.segments, call.min_keep, call.max_keep, call.protected, call.removed, call.guess, backend or "",

@@ -63,6 +63,11 @@ def transition_(
     ``m_i ← m_i + η (m̄ - m_i)``; scale again. A row of zeros has no direction and stays as it is, also where the others
     are pulled (it counts in their mean, like any row that does not move in this step).
 
+    ``torch.compile(dynamic=True)`` keeps one graph while n, d, row, seed and step_index change; the floats (step,
+    radius, repulsion, target_density, consensus, eps) are compiled in, so each new value of one compiles again: where
+    they follow a schedule, leave this call out of what is compiled. A step has no derivative, and vmap runs it once per
+    entry.
+
     With ``row`` only that particle moves and the others are held, so that calls for one row after the other, each with
     the gradient of that particle alone, are the same step in Gauss-Seidel order, without an (n, d) array of gradients.
 
