@@ -31,7 +31,7 @@ def counts(problem: Problem, excluded: list[Tensor]) -> tuple[Tensor, Tensor]:  
         return problem.k, torch.full_like(problem.k, problem.segments[-1])
     device = problem.values[0].device
     wanted, limits = plan(problem, excluded)
-    return torch.tensor(wanted).to(device), limits[2, :, 0].to(device)
+    return torch.tensor(wanted, dtype=torch.int64, device=device), limits[2, :, 0].to(device)
 
 
 def check_nan(
@@ -39,7 +39,7 @@ def check_nan(
     nan: Tensor,  # (rows, …) bool
 ) -> None:
     """Raises where a score was NaN; waits for the device."""
-    rows: list[bool] = nan.reshape(problem.rows, -1).any(dim=1).tolist()
+    rows: list[bool] = nan.reshape(problem.rows, nan[:1].numel()).any(dim=1).tolist()
     if not any(rows):
         return
     if problem.by_rows:
@@ -49,4 +49,9 @@ def check_nan(
 
 def as_rows(tensor: Tensor) -> Tensor:  # (n, d)
     """Rows may lie apart, entries of a row may not."""
-    return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
+    if tensor.shape[1] <= 1 or tensor.stride(1) == 1:
+        return tensor
+    # Without entries, every tensor is contiguous already.
+    return (
+        tensor.contiguous() if tensor.numel() else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    )
