@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_model
+
 _NORMS: tuple[type, ...] = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -93,8 +95,7 @@ class Coordinates:
         include_biases: bool = False,
         include_norms: bool = False,
     ):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
+        check_model(model)
         model = unwrapped(model)
         self.device = _single_device(model)
         include = {"embedding": include_embeddings, "bias": include_biases, "norm": include_norms}
