@@ -59,16 +59,23 @@ def check_plain(name: str, parameter: Tensor, argument: str = "model") -> None:
 
 
 def check_structure(model: nn.Module) -> None:
-    """That a model has layers, and its weights whole.
+    """That a model is made of layers in Python, and its weights are whole.
 
     Raises:
-        ValueError: it was scripted or sharded.
+        ValueError: it, or a part of it, was scripted, traced or exported; it was sharded.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "model: wanted layers in Python, got a scripted or traced module (torch.jit): prune the model first and "
-            "script it then"
-        )
+    for name, module in model.named_modules(remove_duplicate=False):
+        got = "it is" if name == "" else f"{name} is"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"model: wanted layers in Python, got others: {got} scripted or traced (torch.jit): prune the model "
+                "first and script it then"
+            )
+        if type(module).__name__ in _GRAPHS or (isinstance(module, fx.GraphModule) and "train" in vars(module)):
+            raise ValueError(
+                f"model: wanted layers in Python, got others: {got} an exported graph (torch.export): prune the model "
+                "first and export it then"
+            )
     for name, parameter in model.named_parameters():
         check_not_sharded(name, parameter)
 
@@ -89,14 +96,10 @@ def reserved(model: nn.Module) -> dict[str, str]:
             )
         elif "AuxiliaryTrainingWrapper" in kinds:
             found[f"{inside}original_module."] = "kept aside by peft, which trains a copy (modules_to_save)"
-        elif any(name.lower().startswith("lora_") for name in (*module._modules, *module._parameters)):
-            found[inside] = (
-                "under a low-rank adapter, whose merging would fill its zeros: merge it into the weight first"
-            )
-        elif isinstance(module, torch.jit.ScriptModule):
-            found[inside] = "scripted or traced (torch.jit): prune the model before that"
-        elif type(module).__name__ in _GRAPHS or (isinstance(module, fx.GraphModule) and not _has_layers(module)):
-            found[inside] = "in a graph without layers (torch.export): prune the model it was made from"
+        elif any(name.lower().startswith("lora_") for name in _own_names(module)):
+            found[inside] = "under a low-rank adapter, whose merging would fill its zeros: merge it for good first"
+        elif isinstance(module, fx.GraphModule) and not _has_layers(module):
+            found[inside] = "in a graph without layers (torch.fx): prune the model it was made from"
     return found
 
 
@@ -138,4 +141,10 @@ def quantized(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], str]]:
 
 
 def _has_layers(graph: fx.GraphModule) -> bool:
-    return any(node.op == "call_module" for node in graph.graph.nodes)
+    called = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    return any(next(graph.get_submodule(target).parameters(), None) is not None for target in called)
+
+
+def _own_names(module: nn.Module) -> Iterator[str]:
+    yield from (name for name, _ in module.named_children())
+    yield from (name for name, _ in module.named_parameters(recurse=False))
