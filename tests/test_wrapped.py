@@ -103,13 +103,6 @@ def test_a_wrapped_layer_is_named_with_what_removes_it(wrap, names, call, unwrap
         model = carried(model)
     why = reasons(model)
     for name in names:
-        full = (
-            name
-            if name.startswith("2.")
-            else f"2.{name}"
-            if "orig" not in name[:4]
-            else f"2.parametrizations.weight.{name}"
-        )
         assert f"call {call} first" in why[f"2.{name}"]
     assert [tensor.name for tensor in Coordinates(model).tensors] == ["0.weight", "4.weight"]
     text = Coordinates(model).describe()
