@@ -76,18 +76,23 @@ def move_to(batch: Any, device: torch.device) -> Any:
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """The model's output on a batch: ``model(x)`` for (x, y, …), ``model(**batch)`` for dicts.
+    """The model's output on a batch: ``model(x)`` for (x, y, …), ``model(**batch)`` for dicts and (dict, …).
 
     Raises:
         TypeError: another kind of batch.
     """
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
-        return model(batch[0])
+    if isinstance(batch, tuple | list) and batch:
+        if isinstance(batch[0], Tensor):
+            return model(batch[0])
+        if isinstance(batch[0], Mapping):
+            return model(**batch[0])
     if isinstance(batch, Tensor):
         return model(batch)
-    raise TypeError(f"batch: wanted a tensor, a tuple (x, …) or a dict, got {_kind(batch)}")
+    raise TypeError(
+        f"batch: wanted a tensor, a tuple (x, …) or a dict, got {_kind(batch)}: pass forward_fn(model, batch)"
+    )
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
