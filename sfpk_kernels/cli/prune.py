@@ -226,7 +226,7 @@ def _write(result: Any, folder: Path) -> list[str]:
     try:
         files.append(result.report(folder))
     except ImportError as error:
-        logger.warning("no report: %s: pip install 'sfpk_kernels[demo]'", error)
+        logger.warning("no report: %s", error)
     return [str(file) for file in files]
 
 
