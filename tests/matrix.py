@@ -303,7 +303,9 @@ def try_row(row: Row, files: list[Path], nvcc: str | None, tried: set[str]) -> O
         if outcome.cells["CUDA: built, linked, loaded"] == "yes":
             outcome.cells["CUDA: built, linked, loaded"] = f"needs nvcc {cuda.split('.')[0]}; falls back to the CPU's"
     attempt("tests", tests, python, tree, logs)
-    if outcome.facts["triton"] in tried:
+    if outcome.facts["triton"] is None:  # it brings none: the tests have shown that all else works without
+        outcome.cells[COLUMNS[3]] = "–"
+    elif outcome.facts["triton"] in tried:
         outcome.cells[COLUMNS[3]] = "as above"
     else:
         attempt(COLUMNS[3], triton_tests, python, tree, logs)

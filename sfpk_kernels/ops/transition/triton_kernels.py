@@ -26,6 +26,7 @@ from .._triton_bfloat16 import round_to_bfloat16
 from .triton_columns import clear, reduce_columns, update_columns
 from .triton_rounding import random_bits, round_to_half
 
+# (In products the tensor stands first: constant * tensor is a constant to the interpreters of Triton 3.7 and 3.8.)
 SAMPLED_TILES = tl.constexpr(16)
 TANGENT_TOLERANCE = tl.constexpr(1e-6)  # as in reference.py
 DISTANCE_ROWS = tl.constexpr(64)  # particles of a block of the stage "distances"
@@ -398,7 +399,7 @@ def _plan(
         pace = step * root / tl.sqrt(slope_norm * slope_norm * u_square + eps)
     else:
         g_norm = tl.sqrt(u_square + slope * slope * ss)
-        points = goes & (u_norm > TANGENT_TOLERANCE * g_norm)
+        points = goes & (u_norm > g_norm * TANGENT_TOLERANCE)
         pace = tl.where(points, step * root / (slope_norm * tl.where(points, u_norm, 1.0)), 0.0)
     pace = tl.where(goes, pace, 0.0)
     alpha = tl.where(goes, -step / slope_norm / norm, 0.0)
@@ -635,7 +636,7 @@ def transition(
             tl.debug_barrier()
         # A sample tells how far g leans on the slope; summing u = g - guess * s instead of g keeps the digits of
         # the norm of u when g is nearly parallel to s.
-        sampled = tl.minimum(SAMPLED_TILES * tl.full([], hop, tl.int64), d)
+        sampled = tl.minimum(tl.full([], hop, tl.int64) * SAMPLED_TILES, d)
         if ROWS > 0:
             reduce_columns(
                 masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, None,
