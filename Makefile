@@ -7,6 +7,12 @@ BIN := $(VENV)/bin
 EXTRAS := demo,test,bench,dev,gpu,lightning,transformers,examples
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+# Waiting OpenMP threads sleep soon instead of spinning (sfpk_command.py says why), unless the user has said how they wait.
+ifeq ($(strip $(foreach name,GOMP_SPINCOUNT KMP_BLOCKTIME OMP_WAIT_POLICY KMP_LIBRARY,$(filter-out undefined,$(origin $(name))))),)
+export GOMP_SPINCOUNT := 1000
+export KMP_BLOCKTIME := 1
+endif
+
 .PHONY: setup demo demo-full test test-all bench bench-full gpu-check matrix lint format clean
 
 setup: $(VENV)/.done
@@ -43,7 +49,7 @@ bench-full: setup
 	$(BIN)/sfpk bench --report
 
 # Offline, with the machine's own Python, torch, Triton and nvcc: no .venv, nothing is downloaded.
-# STAGE="build test" runs a part, OUT=folder takes the logs, DRY=1 does without a GPU what can be done without.
+# STAGE="build large" runs a part, OUT=folder takes the logs, DRY=1 does without a GPU what can be done without.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
 

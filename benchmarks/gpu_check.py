@@ -1,16 +1,21 @@
-"""Everything a GPU is needed for, in one command (`make gpu-check`): build, test, sanitize, measure.
+"""Everything a GPU is needed for, in one command (`make gpu-check`): build, check what only a card can show, test,
+sanitize, measure.
 
     python3 benchmarks/gpu_check.py
 
 Works offline with what the machine has: this Python, its torch and Triton, nvcc and compute-sanitizer; no package is
 installed. Needs nothing but the standard library to start, so that it can say what is missing. Environment:
 
-    STAGE   some of build, test, sanitize, bench, with blanks or commas between them (default: all)
+    STAGE   some of build, large, test, sanitize, bench, with blanks or commas between them (default: all)
     OUT     folder for logs and results (default: gpu-out)
-    DRY     1: without a GPU. Compiles all kernels for sm_80 and sm_90, interprets Triton's, runs the harness on the CPU
+    DRY     1: without a GPU. Builds the extension in the same way (into OUT; with CUDA kernels where torch has CUDA),
+            compiles all kernels for sm_80 and sm_90, interprets Triton's, runs checks and harness on the CPU
     LIMIT   seconds for everything (default: 530, so that it ends within 9 minutes)
 
-Time that a stage does not use goes to those after it. Exit code: 0 all passed, 1 something failed, 2 wrong usage.
+Time that a stage does not use goes to those after it, and a stage given alone has all of it; on a machine where
+nothing is compiled yet: STAGE="build large", then "test", "sanitize", "bench". A backend that is missing fails.
+Measured rows lie in OUT/results (`sfpk bench --report --results OUT/results` shows them); their .jsonl goes to
+benchmarks/results to be committed. Exit code: 0 all passed, 1 something failed, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 530.0  # seconds
-WEIGHTS = {"build": 150.0, "test": 150.0, "sanitize": 90.0, "bench": 140.0}  # shares of the time
+WEIGHTS = {"build": 140.0, "large": 70.0, "test": 120.0, "sanitize": 90.0, "bench": 110.0}  # shares of the time
 STAGES = tuple(WEIGHTS)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 REQUIRED = ("torch", "numpy", "safetensors", "tqdm")
@@ -44,6 +49,7 @@ PROBE = """
 import importlib.util, json, platform
 has = lambda name: importlib.util.find_spec(name) is not None
 found = {name: has(name) for name in ("torch", "numpy", "safetensors", "tqdm", "triton", "pytest", "hypothesis")}
+found["xdist"] = has("xdist")
 found["python"] = platform.python_version()
 if found["torch"]:
     import torch
@@ -55,6 +61,28 @@ if found["triton"]:
     import triton
     found["triton_version"] = triton.__version__
 print(json.dumps(found))
+"""
+
+
+# Loads what was built, from FOLDER or as it is installed, with every symbol bound at once.
+LOADED = """
+import importlib.util, sys, torch
+from pathlib import Path
+folder, cuda = sys.argv[1], sys.argv[2] == "True"
+if folder:
+    path = next(Path(folder).rglob("_C*.so"))
+    spec = importlib.util.spec_from_file_location("sfpk_kernels._C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+else:
+    from sfpk_kernels import _extension
+    module = _extension.load()
+    assert (_extension.without_cuda() is None) is cuda, _extension.without_cuda()
+config = module.build_config()
+assert config["cuda"] is cuda, config
+for op, key, there in (("transition_", "CPU", True), ("topk_device_", "CUDA", cuda)):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sfpk_cpp::{op}", key) is there, (op, key)
+print(config)
 """
 
 
@@ -113,16 +141,22 @@ def probe() -> Machine:
 
 
 def build_stage(machine: Machine, out: Path, dry: bool, seconds: float) -> tuple[list[Command], list[Row]]:
-    """The extension for this card; dry: every CUDA and Triton kernel for two architectures."""
+    """The extension for this card, loaded and chosen, and Triton's kernels; dry: all kernels for two architectures."""
+    jobs = str(os.cpu_count() or 2)
+    cuda = not dry or bool(machine.facts.get("torch_cuda") and machine.nvcc)
+    setup = (machine.python, "setup.py", "build_ext", "--force")
+    setup += ("--build-lib", str(out / "lib"), "--build-temp", str(out / "temp")) if dry else ("--inplace",)
+    environment = {"SFPK_BUILD": "cuda" if cuda else "cpu", "MAX_JOBS": jobs}
     if not dry:
-        setup = (machine.python, "setup.py", "build_ext", "--inplace", "--force")
-        environment = {"SFPK_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": machine.facts.get("capability", "9.0"),
-                       "MAX_JOBS": str(os.cpu_count() or 2)}  # fmt: skip
-        return [
-            Command("extension", setup, environment),
-            Command("info", (machine.python, "-m", "sfpk_kernels.cli", "info")),
-        ], []
-    commands, rows = [], []
+        environment["TORCH_CUDA_ARCH_LIST"] = machine.facts.get("capability", "9.0")
+    loaded = (machine.python, "-c", LOADED, str(out / "lib") if dry else "", str(cuda))
+    commands = [Command("extension", setup, environment), Command("loaded", loaded, {"LD_BIND_NOW": "1"})]
+    if not dry:
+        # Kernels in parallel, into the cache that later stages read; what was built must also be what is chosen.
+        warm = smoke_command(machine, dry, {}, "--jobs", jobs, "--choice")
+        info = Command("info", (machine.python, "-m", "sfpk_kernels.cli", "info"))
+        return [*commands, Command("kernels", warm.words, warm.environment), info], []
+    rows = []
     if machine.nvcc is None:
         rows.append(Row("build", "CUDA kernels", "not run", note="nvcc was not found"))
     else:
@@ -134,9 +168,18 @@ def build_stage(machine: Machine, out: Path, dry: bool, seconds: float) -> tuple
     else:
         for architecture in ARCHITECTURES:
             for module, *arguments in (("compile_triton", TRITON_CASES), ("compile_triton_masks",)):
-                words = (machine.python, "-m", f"tests.{module}", architecture, *arguments)
+                words = (machine.python, "-m", f"tests.{module}", architecture, *arguments, "--jobs", jobs)
                 commands.append(Command(f"{module} sm_{architecture}", words, {"TRITON_INTERPRET": "0"}))
     return commands, rows
+
+
+def large_stage(machine: Machine, out: Path, dry: bool, seconds: float) -> tuple[list[Command], list[Row]]:
+    """Sizes beyond 32 bits and a second card; dry: the same checks, small, on the CPU."""
+    how = ("--device", "cpu", "--scale", "small") if dry else ("--device", "cuda")
+    source = (ROOT / "benchmarks" / "gpu_large.py").read_text()
+    names = re.findall(r"^        (\w+),$", source[source.index("for check in (") :], re.MULTILINE)
+    script = (machine.python, "benchmarks/gpu_large.py", *how, "--only")
+    return [Command(name, (*script, name)) for name in names], []
 
 
 def compile_cuda(nvcc: str, source: Path, architecture: str, out: Path) -> Command:
@@ -164,7 +207,8 @@ def test_stage(machine: Machine, out: Path, dry: bool, seconds: float) -> tuple[
         rows.append(Row("test", names, "skipped", note="hypothesis is not installed; each op is run once instead"))
         commands.append(smoke_command(machine, dry, environment))
     skips = [f"--ignore=tests/{path.name}" for path in ignored]
-    pytest = (machine.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *skips)
+    together = ("-n", "4") if machine.facts.get("xdist") and not dry else ()
+    pytest = (machine.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *together, *skips)
     files = [f"tests/{name}.py" for name in KERNEL_TESTS if f"{name}.py" not in {path.name for path in ignored}]
     if dry:
         chosen = [file for file in files if "selection" in file or "row" in file]
@@ -185,11 +229,11 @@ def tests_with_hypothesis() -> list[Path]:
     return [path for path in files if re.search(r"^(from|import) hypothesis", path.read_text(), re.MULTILINE)]
 
 
-def smoke_command(machine: Machine, dry: bool, environment: dict) -> Command:
-    """Every op once on every backend of the device, compared with the reference."""
+def smoke_command(machine: Machine, dry: bool, environment: dict, *more: str) -> Command:
+    """Every op on every backend of the device, none of which may be missing, compared with the reference."""
     backends = ("cpp", "triton") if dry else ("cuda", "triton")
     device = "cpu" if dry else "cuda"
-    words = (machine.python, "-m", "sfpk_kernels.bench.smoke", "--device", device, "--backend", *backends)
+    words = (machine.python, "-m", "sfpk_kernels.bench.smoke", "--device", device, "--backend", *backends, *more)
     return Command("each op once", words, environment)
 
 
@@ -198,7 +242,8 @@ def sanitize_stage(machine: Machine, out: Path, dry: bool, seconds: float) -> tu
     if dry:
         note = "found" if machine.sanitizer else "not found on this machine"
         rows = [Row("sanitize", "compute-sanitizer", "skipped", note=f"it needs a GPU; {note}")]
-        return [smoke_command(machine, dry, {"TRITON_INTERPRET": "1"})], rows
+        jobs = ("--jobs", str(os.cpu_count() or 2))
+        return [smoke_command(machine, dry, {"TRITON_INTERPRET": "1"}, "--choice", *jobs)], rows
     if machine.sanitizer is None:
         return [], [Row("sanitize", "compute-sanitizer", "not run", note="it was not found; the CUDA toolkit has it")]
     smoke = smoke_command(machine, dry, {})
@@ -221,7 +266,13 @@ def bench_stage(machine: Machine, out: Path, dry: bool, seconds: float) -> tuple
     return [Command("measure", (*sfpk, *how, *limit, *results)), Command("report", (*sfpk, "--report", *results))], []
 
 
-PLANS = {"build": build_stage, "test": test_stage, "sanitize": sanitize_stage, "bench": bench_stage}
+PLANS = {
+    "build": build_stage,
+    "large": large_stage,
+    "test": test_stage,
+    "sanitize": sanitize_stage,
+    "bench": bench_stage,
+}
 
 
 def malformed(command: Command) -> str | None:
@@ -236,7 +287,7 @@ def malformed(command: Command) -> str | None:
             and not any(path.is_file() for path in (place.with_suffix(".py"), place / "__main__.py"))
         ):
             return f"-m {word}: no such module"
-        if re.fullmatch(r"(tests|csrc)/\S+\.\w+|setup\.py", word) and not (ROOT / word).is_file():
+        if re.fullmatch(r"(tests|csrc|benchmarks)/\S+\.\w+|setup\.py", word) and not (ROOT / word).is_file():
             return f"{word}: no such file"
     if any(not isinstance(value, str) for value in (*command.environment, *command.environment.values())):
         return f"{command.environment}: not texts"
@@ -291,13 +342,14 @@ def run_stages(stages: list[str], machine: Machine, out: Path, dry: bool, limit:
         stage_end = time.monotonic() + own
         commands, notes = PLANS[stage](machine, out, dry, own)
         rows += notes
-        for command in commands:
-            wrong = malformed(command)
+        for place, command in enumerate(commands):
+            wrong, seconds = malformed(command), stage_end - time.monotonic()
+            if stage in ("large", "sanitize"):  # what takes too long leaves the others their time
+                seconds /= len(commands) - place
             rows.append(
-                Row(stage, command.name, "FAILED", note=wrong) if wrong
-                else run(stage, command, out, stage_end - time.monotonic())
+                Row(stage, command.name, "FAILED", note=wrong) if wrong else run(stage, command, out, seconds)
             )  # fmt: skip
-            if stage == "build" and not dry and rows[-1].failed and command.name == "extension":
+            if stage == "build" and not dry and rows[-1].failed and command.name in ("extension", "loaded"):
                 break
         if dry:  # the commands of the real run are at least well-formed, all but the programs this machine lacks
             real = PLANS[stage](Machine({**machine.facts, "capability": "9.0"}, machine.python, "nvcc",

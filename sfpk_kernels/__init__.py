@@ -1,5 +1,8 @@
 """sfpk_kernels: exact mask kernels for PyTorch, and SFPK one-shot pruning on top of them."""
 
+from . import _supported  # noqa: F401 - first: it refuses what the others cannot run with
+
+# isort: split
 from . import baselines, ops
 from ._version import __version__
 from .batches import default_loss

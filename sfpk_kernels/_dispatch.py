@@ -17,7 +17,7 @@ BACKENDS = ("cpp", "triton", "cuda", "reference")
 # Fastest first. A backend an op does not have is passed over.
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-_said: set[tuple[str, str]] = set()
+_said: set[str] = set()  # reasons, each once, whatever op meets it first
 
 
 def preference(device_type: str) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ def choose(
             reason = available[name].reason(tensor, *others)
             if reason is None:
                 return available[name].run
-            if (op, reason) not in _said:
-                _said.add((op, reason))
-                logger.warning("%s runs on a slower backend than %s: %s", op, name, reason)
+            if reason not in _said:
+                _said.add(reason)
+                logger.warning("%s (and what else needs it) runs on a slower backend than %s: %s", op, name, reason)
     return available["reference"].run

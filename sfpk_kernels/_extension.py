@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import logging
-import os
-import sys
 import threading
 from pathlib import Path
 from types import ModuleType
 
-from . import _build
+from . import _build, _first_use
 
 logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _module: ModuleType | None = None
 _failure: str | None = None
+_why_no_cuda: str | None = None
 
 
 class ExtensionUnavailableError(ImportError):
@@ -27,7 +25,7 @@ class ExtensionUnavailableError(ImportError):
 def load() -> ModuleType:
     """The extension module, with its ops registered under ``torch.ops.sfpk_cpp``.
 
-    The first call may compile (tens of seconds); the outcome, good or bad, is kept for the process.
+    The first call may compile (a minute or two); the outcome, good or bad, is kept for the process.
 
     Raises:
         ExtensionUnavailableError: neither the ahead-of-time nor the just-in-time build can be had.
@@ -50,11 +48,27 @@ def unavailable() -> str | None:
     return None
 
 
+def how() -> str:
+    """How the loaded extension was built, and what of it could not be, in words."""
+    path = load().__file__ or ""
+    when = "ahead of time" if Path(path).parent == Path(__file__).parent else f"at first use, {path}"
+    return when if _why_no_cuda is None else f"{when}; without CUDA kernels: {_why_no_cuda}"
+
+
 def _load() -> tuple[ModuleType | None, str | None]:
+    global _why_no_cuda
+    failed = installation_failure()
     try:
-        return importlib.import_module("sfpk_kernels._C"), None
+        module = importlib.import_module("sfpk_kernels._C")
+        if failed is not None:
+            _why_no_cuda = f"they could not be compiled at installation, see {failed}"
+            logger.warning("the CUDA kernels %s", _why_no_cuda.removeprefix("they "))
+        return module, None
     except ImportError as error:
         ahead_of_time = str(error)
+    if failed is not None:
+        ahead_of_time = f"it could not be compiled at installation, see {failed}"
+        logger.warning("the C++ extension %s", ahead_of_time.removeprefix("it "))
     if _build.build_mode() == "none":
         just_in_time = "switched off by SFPK_BUILD=none"
     else:
@@ -66,60 +80,40 @@ def _load() -> tuple[ModuleType | None, str | None]:
         "the C++ extension of sfpk_kernels is not available.\n"
         f"  built ahead of time: {ahead_of_time}\n"
         f"  built at first use:  {just_in_time}\n"
-        "To build it: install a C++17 compiler, the Python headers and ninja (pip install ninja), then "
-        "pip install --no-build-isolation --force-reinstall --no-deps sfpk_kernels"
+        "To have it: install a C++17 compiler, the Python headers and ninja (pip install ninja); it is then compiled "
+        "at first use"
     )
 
 
 def _compile() -> ModuleType:
-    import torch
-    from torch.utils import cpp_extension
+    """With CUDA kernels where they can be had; where only they cannot be compiled, and nobody insists, without."""
+    global _why_no_cuda
+    if not _build.wants_cuda():
+        return _first_use.compiled(cuda=False)
+    try:
+        return _first_use.compiled(cuda=True)
+    except _first_use.BuildFailedError as error:
+        if _build.build_mode() == "cuda":
+            raise
+        module = _first_use.compiled(cuda=False)
+        _why_no_cuda = f"they could not be compiled: {error}"
+        logger.warning("the CUDA kernels %s", _why_no_cuda.removeprefix("they "))
+        return module
 
-    folder, cuda = _build.source_dir(), _build.wants_cuda()
-    directory = cache_dir() / _build_key(folder, torch.__version__, cuda)
-    directory.mkdir(parents=True, exist_ok=True)
-    if not any(directory.glob("*.so")):
-        logger.warning("compiling the C++ extension into %s (once, about a minute)", directory)
-    _build.put_ninja_on_path()
-    return cpp_extension.load(
-        name="_C",
-        sources=[str(path) for path in _build.sources(folder, cuda)],
-        extra_include_paths=[str(folder.resolve())],
-        extra_cflags=_build.cpp_flags(cuda),
-        extra_cuda_cflags=_build.cuda_flags(),
-        build_directory=str(directory),
-        with_cuda=cuda,
-    )
+
+def installation_failure() -> Path | None:
+    """The file with the last lines of a build that failed when the package was installed, or None."""
+    path = Path(__file__).with_name(_build.FAILURE_FILE)
+    return path if path.is_file() else None
 
 
 def without_cuda() -> str | None:
     """Why the CUDA kernels cannot be had, or None."""
     reason = unavailable()
     if reason is None and not load().build_config()["cuda"]:
-        reason = (
-            "the extension was built without CUDA; with nvcc and a torch with CUDA: "
-            "SFPK_BUILD=cuda pip install --no-build-isolation --force-reinstall --no-deps sfpk_kernels"
+        reason = "the extension was built without CUDA: " + (
+            _why_no_cuda
+            or "with nvcc and a torch with CUDA, install sfpk_kernels again from where it came: "
+            "SFPK_BUILD=cuda pip install --no-build-isolation --force-reinstall --no-deps …"
         )
     return reason
-
-
-def cache_dir() -> Path:
-    """Where just-in-time builds are kept: ``SFPK_CACHE_DIR``, else the user's cache folder."""
-    chosen = os.environ.get("SFPK_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfpk_kernels"
-
-
-def _build_key(folder: Path, torch_version: str, cuda: bool) -> str:
-    """A name that changes with whatever changes the binary: sources, flags, torch, Python, compiler."""
-    digest = hashlib.sha256()
-    for path in (*_build.sources(folder, cuda), *_build.headers(folder)):
-        digest.update(path.name.encode() + path.read_bytes())
-    flags = (
-        (_build.cpp_flags(cuda), _build.cuda_flags(), os.environ.get("TORCH_CUDA_ARCH_LIST"))
-        if cuda
-        else (_build.cpp_flags(cuda))
-    )
-    digest.update(repr((flags, torch_version, sys.version, os.environ.get("CXX"))).encode())
-    return digest.hexdigest()[:16]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_OLDEST = (3, 4)
+from . import _build
 
 
 def interpreted() -> bool:
@@ -24,10 +24,7 @@ def _missing() -> str | None:
         return "Triton is not installed (pip install triton)"
     import triton
 
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < _OLDEST:
-        return f"it needs Triton {_OLDEST[0]}.{_OLDEST[1]} or newer, {triton.__version__} is installed"
-    return None
+    return _build.too_old("triton", triton.__version__)
 
 
 def why_not(tensor: Tensor) -> str | None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.data import IterableDataset
+
+from .arguments import check_loader
+from .labels import label_loss
 
 
 class BatchStream:
@@ -28,13 +30,7 @@ class BatchStream:
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device, needed: int, what: str = "particles × steps"):
-        if not isinstance(loader, Iterable):
-            raise TypeError(f"loader: wanted an iterable of batches, got {type(loader).__name__}")
-        if isinstance(loader, Tensor | Mapping | str):
-            raise TypeError(
-                f"loader: wanted an iterable of batches, got a {type(loader).__name__}: "
-                "put a single batch in a list, [batch]"
-            )
+        check_loader(loader)
         self._loader = loader
         self._device = device
         self._needed = f"{needed} batches ({what})"
@@ -93,25 +89,37 @@ def move_to(batch: Any, device: torch.device) -> Any:
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """The model's output on a batch: ``model(x)`` for (x, y, …), ``model(**batch)`` for dicts.
+    """The model's output on a batch: ``model(x)`` for (x, y, …), ``model(**batch)`` for dicts and (dict, …).
 
     Raises:
         TypeError: another kind of batch.
     """
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
-        return model(batch[0])
+    if isinstance(batch, tuple | list) and batch:
+        if isinstance(batch[0], Tensor):
+            return model(batch[0])
+        if isinstance(batch[0], Mapping):
+            return model(**batch[0])
     if isinstance(batch, Tensor):
         return model(batch)
-    raise TypeError(f"batch: wanted a tensor, a tuple (x, …) or a dict, got {_kind(batch)}")
+    raise TypeError(
+        f"batch: wanted a tensor, a tuple (x, …) or a dict, got {_kind(batch)}: pass forward_fn(model, batch)"
+    )
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
     """Cross-entropy for batches ``(x, y)``; the output's ``.loss`` (or ``["loss"]``) for dict batches.
 
+    ``y`` holds class numbers, or a distribution over the classes for every sample, which are in the output's second
+    dimension (the only one of an output for a single sample). Whether floats are distributions is looked at in plain
+    passes on the CPU; the first pass of a run, its trial, is always plain.
+
     Raises:
-        TypeError: another kind of batch, or an output without a loss. Pass a ``loss_fn`` then.
+        TypeError: another kind of batch, an output without a loss or logits, labels of a wrong dtype.
+        ValueError: labels that are none for this output: floats that are no distribution (regression, several labels
+            for one sample), another shape, a model with one output, numbers beyond the classes. The message says which
+            ``loss_fn`` to pass instead.
     """
     if isinstance(batch, Mapping):
         output = model(**batch)
@@ -119,22 +127,37 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
         if not isinstance(loss, Tensor):
             raise TypeError(
                 "loss_fn: the default loss of a dict batch is the model output's .loss, got an output of "
-                f"{type(output).__name__} without one: put labels into the batch, or pass loss_fn(model, batch)"
+                f"{type(output).__name__} without one: put labels into the batch, or pass loss_fn(model, batch), such "
+                'as loss_fn=lambda model, batch: F.mse_loss(model(batch["x"]), batch["y"])'
             )
         return loss
     if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(b, Tensor) for b in batch)):
         raise TypeError(
             f"loss_fn: the default loss wants batches (x, y) of tensors or dicts, got {_kind(batch)}: "
-            "pass loss_fn(model, batch)"
+            "pass loss_fn(model, batch), such as "
+            "loss_fn=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])"
         )
     x, y = batch
     output = model(x)
     if not isinstance(output, Tensor):
         raise TypeError(
             "loss_fn: the default loss of a batch (x, y) wants the model to return logits, got "
-            f"{type(output).__name__}: pass loss_fn(model, batch)"
+            f"{type(output).__name__}: pass loss_fn(model, batch), such as loss_fn=lambda model, batch: "
+            f"F.cross_entropy(model(batch[0]){_logits_of(output)}, batch[1])"
         )
-    return F.cross_entropy(output, y)
+    return label_loss(output, y)
+
+
+def _logits_of(output: Any) -> str:
+    """How to reach the logits in an output, for an example in a message."""
+    for name in ("logits", "out", "last_hidden_state"):
+        if isinstance(output, Mapping) and name in output:
+            return f'["{name}"]'
+        if hasattr(output, name):
+            return f".{name}"
+    if isinstance(output, Mapping):
+        return f"[{next(iter(output), 'logits')!r}]"
+    return "[0]" if isinstance(output, tuple | list) else ""
 
 
 def _kind(batch: Any) -> str:

@@ -41,10 +41,25 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, value in unwrapped(model).state_dict().items():
         if not isinstance(value, torch.Tensor):
             continue
-        value = value.detach().cpu().contiguous()
+        value = value.detach().cpu()
         digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        for part in _dense_parts(value):
+            digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _dense_parts(value: torch.Tensor) -> list[torch.Tensor]:
+    """What a tensor is made of: itself, or indices and values of a sparse one."""
+    if value.layout == torch.strided:
+        return [value]
+    if value.layout == torch.sparse_coo:
+        value = value.coalesce()
+        return [value.indices(), value.values()]
+    if value.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [value.crow_indices(), value.col_indices(), value.values()]
+    if value.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [value.ccol_indices(), value.row_indices(), value.values()]
+    return [value.to_dense()]
 
 
 def check_same(state: Mapping[str, Any], config: SFPKConfig, fingerprint: str, names: list[str]) -> None:

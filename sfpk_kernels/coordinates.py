@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from .arguments import check_model
+from .shared_memory import overlaps, place
+from .wrapped import check_not_sharded, check_plain, check_structure, quantized, reserved, taken_over
 
 _NORMS: tuple[type, ...] = (
     nn.modules.batchnorm._NormBase,
@@ -21,6 +27,7 @@ _EMBEDDINGS: tuple[type, ...] = (nn.Embedding, nn.EmbeddingBag)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _PIECE = 1 << 18  # elements
 
+T = TypeVar("T")
 Ignored = str | type[nn.Module] | nn.Module
 
 
@@ -36,8 +43,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter by every name it goes by in the model inside such wrappers."""
-    return dict(unwrapped(model).named_parameters(remove_duplicate=False))
+    """Every parameter by every name it goes by in the model inside such wrappers.
+
+    Raises:
+        ValueError: some are parts of sharded ones.
+    """
+    parameters = dict(unwrapped(model).named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        check_not_sharded(name, parameter)
+    return parameters
 
 
 @dataclass(frozen=True)
@@ -80,8 +94,9 @@ class Coordinates:
 
     Raises:
         TypeError: model or an ignored layer of the wrong type.
-        ValueError: a model on several devices, with uninitialized parameters or without any prunable tensor;
-            an ignored name, pattern or module that matches nothing.
+        ValueError: a model on several devices, with uninitialized parameters or without any prunable tensor; one that
+            was scripted or sharded, or has a prunable weight that is no dense tensor (sparse, quantized); an ignored
+            name, pattern or module that matches nothing.
     """
 
     def __init__(
@@ -93,9 +108,9 @@ class Coordinates:
         include_biases: bool = False,
         include_norms: bool = False,
     ):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
+        check_model(model)
         model = unwrapped(model)
+        check_structure(model)
         self.device = _single_device(model)
         include = {"embedding": include_embeddings, "bias": include_biases, "norm": include_norms}
         ignored = _ignored_names(model, ignored_layers)
@@ -103,10 +118,11 @@ class Coordinates:
         self.skipped: list[SkippedTensor] = []
         dtypes = [torch.float32]
         offset = 0
+        elsewhere = reserved(model)
         for uses in _parameter_uses(model):
             name, module, parameter = uses[0]
             shape, numel = tuple(parameter.shape), parameter.numel()
-            reason = _reason_to_skip(uses, include, ignored)
+            reason = _reason_to_skip(uses, include, ignored, elsewhere)
             if reason is not None:
                 self.skipped.append(SkippedTensor(name, shape, numel, reason))
                 continue
@@ -114,6 +130,15 @@ class Coordinates:
             self.tensors.append(PrunableTensor(name, aliases, type(module).__name__, shape, offset, numel))
             dtypes.append(parameter.dtype)
             offset += numel
+        prunable = {name for tensor in self.tensors for name in (tensor.name, *tensor.aliases)}
+        for a, b in overlaps([*model.named_parameters(), *model.named_buffers()]):
+            if prunable & {a, b}:
+                raise ValueError(
+                    f"model: wanted every weight in memory of its own, got {a} and {b}, which overlap: tie whole "
+                    "parameters (b.weight = a.weight), or give one a copy (b.weight.data = b.weight.data.clone())"
+                )
+        for name, shape, why in quantized(model):
+            self.skipped.append(SkippedTensor(name, shape, math.prod(shape), why))
         if not self.tensors:
             raise ValueError(f"model: wanted at least one prunable tensor, got none\n{self.describe()}")
         self.d = offset
@@ -124,6 +149,15 @@ class Coordinates:
         """The prunable parameters of ``model``, in flat order."""
         model = unwrapped(model)
         return [model.get_parameter(tensor.name) for tensor in self.tensors]
+
+    def by_parameter(self, model: nn.Module, values: Sequence[T]) -> dict[int, T]:
+        """A value per prunable tensor by the ``id`` of its parameter, tied ones under each of theirs."""
+        model = unwrapped(model)
+        return {
+            id(model.get_parameter(name)): value
+            for tensor, value in zip(self.tensors, values, strict=True)
+            for name in (tensor.name, *tensor.aliases)
+        }
 
     def flatten(self, model: nn.Module) -> Tensor:
         """A copy of the prunable weights as one vector (d,), fp32 (fp64 if the model has fp64 weights).
@@ -184,38 +218,42 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _single_device(model: nn.Module) -> torch.device:
-    tensors = [*model.parameters(), *model.buffers()]
-    for tensor in tensors:
+    first: dict[torch.device, str] = {}  # the first tensor on each
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
-            raise ValueError("model: wanted initialized parameters, got lazy ones: run one forward pass first")
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1:
-        raise ValueError(f"model: wanted all on one device, got {', '.join(sorted(map(str, devices)))}")
-    if torch.device("meta") in devices:
-        raise ValueError("model: wanted real weights, got a model on the meta device")
-    return devices.pop() if devices else torch.device("cpu")
+            raise ValueError(f"model: wanted initialized parameters, got {name}, lazy: run one forward pass first")
+        first.setdefault(tensor.device, name)
+    devices = sorted(map(str, first))
+    meta = first.get(torch.device("meta"))
+    remedy = "load its weights first, without offloading (or model.to_empty(device=…) and load_state_dict)"
+    if len(first) > 1:
+        where = ", ".join(f"{name} on {device}" for device, name in first.items())
+        then = remedy if meta else "model.to(device) moves it"
+        raise ValueError(f"model: wanted all on one device, got {', '.join(devices)} ({where}): {then}")
+    if meta:
+        raise ValueError(f"model: wanted real weights, got {meta} and all others on the meta device: {remedy}")
+    return next(iter(first), torch.device("cpu"))
 
 
 Use = tuple[str, nn.Module, nn.Parameter]  # (full name, the module that holds it, the parameter)
 
 
 def _parameter_uses(model: nn.Module) -> list[list[Use]]:
-    """Every parameter once, with all the names it goes by."""
-    uses: dict[int, list[Use]] = {}
+    """Every parameter once, with all the names it goes by; one memory behind several of them counts as one."""
+    uses: dict[Hashable, list[Use]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{prefix}.{local}" if prefix else local
-            uses.setdefault(id(parameter), []).append((name, module, parameter))
+            uses.setdefault(place(parameter), []).append((name, module, parameter))
     return list(uses.values())
 
 
 def _role(name: str, module: nn.Module) -> str:
     """``"weight"``, ``"bias"``, ``"norm"``, ``"embedding"``, or else the reason why it is not prunable."""
     local = name.rpartition(".")[2]
-    if local.endswith("_orig"):
-        return "already under torch.nn.utils.prune: call prune.remove first"
-    if isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return "parametrized: call parametrize.remove_parametrizations first"
+    why = taken_over(module, local)
+    if why is not None:
+        return why
     if isinstance(module, _NORMS):
         return "norm"
     if isinstance(module, _EMBEDDINGS) and local == "weight":
@@ -225,16 +263,27 @@ def _role(name: str, module: nn.Module) -> str:
         return "weight"
     if (is_layer and local == "bias") or (isinstance(module, nn.MultiheadAttention) and local == "in_proj_bias"):
         return "bias"
+    if is_layer:
+        return f"neither weight nor bias of its {type(module).__name__}"
     return f"no prunable layer type ({type(module).__name__})"
 
 
-def _reason_to_skip(uses: list[Use], include: dict[str, bool], ignored: dict[str, str]) -> str | None:
+def _reason_to_skip(
+    uses: list[Use], include: dict[str, bool], ignored: dict[str, str], elsewhere: dict[str, str]
+) -> str | None:
     for name, module, parameter in uses:
         tied = "" if name == uses[0][0] else f" (tied to {name})"
         if name in ignored:
             return f"ignored_layers: {ignored[name]}{tied}"
-        if not parameter.is_floating_point():
-            return f"dtype {str(parameter.dtype).removeprefix('torch.')}"
+        for prefix, why in elsewhere.items():
+            if name.startswith(prefix):
+                return f"{why}{tied}"
+        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:  # fp8: a code, beside scales elsewhere
+            quantizes = (
+                parameter.dtype.itemsize == 1 and parameter.dtype != torch.bool and _role(name, module) == "weight"
+            )
+            remedy = ": quantized, prune the model before that" if quantizes else ""
+            return f"dtype {str(parameter.dtype).removeprefix('torch.')}{remedy}"
         if parameter.numel() == 0:
             return "empty"
         role = _role(name, module)
@@ -243,6 +292,8 @@ def _reason_to_skip(uses: list[Use], include: dict[str, bool], ignored: dict[str
             return f"{role}{tied}: include_{plural}=True prunes it"
         if role != "weight" and role not in include:
             return f"{role}{tied}"
+    for name, _, parameter in uses:
+        check_plain(name, parameter)
     return None
 
 

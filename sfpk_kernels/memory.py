@@ -78,10 +78,11 @@ class _Following(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         inputs = pytree.arg_tree_leaves(*args, **kwargs)
-        given = {leaf.untyped_storage()._cdata for leaf in inputs if isinstance(leaf, Tensor)}
+        given = {s._cdata for leaf in inputs if (s := _storage(leaf)) is not None}
         for leaf in pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-                self._count(leaf.untyped_storage(), given)
+            storage = _storage(leaf)
+            if storage is not None:
+                self._count(storage, given)
         return out
 
     def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
@@ -96,6 +97,16 @@ class _Following(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def _storage(leaf: Any) -> torch.UntypedStorage | None:
+    """Where a tensor lies, or None: sparse, nested and other special ones have no memory of their own to count."""
+    if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
+        return None
+    try:
+        return leaf.untyped_storage()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def in_words(size: float) -> str:

@@ -23,7 +23,8 @@ def guarded(
 
     With ``bn="batch"`` batch-norm normalizes with the batch it sees and neither reads nor writes its running
     statistics (train mode without tracking), so that it also runs under vmap. Buffers get their registration and
-    their values back, whatever the forward pass did to them.
+    their values back, whatever the forward pass did to them. Modes are switched and put back module by module: a
+    ``train`` or ``eval`` of the model's own is never called, so that what it does to weights is not done.
     """
     modes = [(module, module.training) for module in model.modules()]
     norms = [m for m in model.modules() if isinstance(m, _STATISTICS_NORMS)]
@@ -33,7 +34,9 @@ def guarded(
     ]
     values = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
     try:
-        model.train(dropout)
+        # Not by train(): a model's own may do more than to switch (merge adapters, freeze stages).
+        for module, _ in modes:
+            module.training = dropout
         for norm in norms:
             norm.training = bn == "batch"
             if bn == "batch":

@@ -1,17 +1,19 @@
 """Compiles stages of the Triton transition for a GPU that need not be there; prints registers, spills, shared memory.
 
-    python -m tests.compile_triton 90 '[[10, "", []], [8, "theta gram", ["reduce", "update"]]]'
+    python -m tests.compile_triton 90 '[[10, "", []], [6, "theta gram", ["reduce", "update"]]]' --jobs 4
 
-Prints one JSON list, a row per stage; an empty list asks for all stages.
+Prints one JSON list, a row per stage; an empty list asks for all stages. --jobs: so many processes compile at once.
 
 Options of a case, separated by blanks: sized, weighted, theta, gram (the reduce pass sums Gram matrices), grads16 (fp16
 gradients), masks16 and masksbf16 (particles), eps, squared.
 """
 
+import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -94,15 +96,32 @@ def stages_of(n, options):
         yield stage
 
 
+def in_processes(function, tasks, jobs):
+    """[function(*task) for task in tasks], by so many processes."""
+    if jobs == 1:
+        return [function(*task) for task in tasks]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        return list(pool.map(function, *zip(*tasks, strict=True)))
+
+
+def row_of(n, text, stage, capability):
+    row = {"triton": triton.__version__, "n": n, "options": text, "stage": stage}
+    return {**row, **resources(compile_stage(stage, n, text.split(), capability))}
+
+
 def main():
-    capability, cases = int(sys.argv[1]), json.loads(sys.argv[2])
-    rows = []
-    for n, text, stages in cases:
-        options = text.split()
-        for stage in stages or stages_of(n, options):
-            row = {"n": n, "options": text, "stage": stage}
-            rows.append({**row, **resources(compile_stage(stage, n, options, capability))})
-    print(json.dumps(rows))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capability", type=int)
+    parser.add_argument("cases", type=json.loads)
+    parser.add_argument("--jobs", type=int, default=1)
+    given = parser.parse_args()
+    tasks = [
+        (n, text, stage, given.capability)
+        for n, text, stages in given.cases
+        for stage in stages or stages_of(n, text.split())
+    ]
+    print(json.dumps(in_processes(row_of, tasks, given.jobs)))
 
 
 if __name__ == "__main__":

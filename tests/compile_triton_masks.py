@@ -1,12 +1,12 @@
 """Compiles the Triton kernels of selection and masked weights for a GPU that need not be there.
 
-    python -m tests.compile_triton_masks 90
+    python -m tests.compile_triton_masks 90 --jobs 4
 
 Prints one JSON list: registers, spilled bytes and shared memory of each kernel and variant.
 """
 
+import argparse
 import json
-import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from sfpk_kernels.ops.masking import triton_kernels as masking
 from sfpk_kernels.ops.selection import triton_kernels as selection
 
-from .compile_triton import resources
+from .compile_triton import in_processes, resources
 
 POINTERS = {
     "values": "*fp32", "saliency": "*fp32", "excluded": "*u8", "always": "*u8", "state": "*i64", "bins": "*i64",
@@ -23,7 +23,7 @@ POINTERS = {
     "grads": "*fp32",
 }  # fmt: skip
 RANK = {"SCORE": 3, "EXCLUDES": True, "BLOCK": 1024, "TILES": 16}
-APPLY = {"SCORE": 2, "SINGLE": False, "BITS": 8, "BLOCK": 1024}
+APPLY = {"SCORE": 2, "SINGLE": False, "PART": True, "BITS": 8, "BLOCK": 1024}
 VARIANTS = [
     *((selection.count_digits, {**RANK, "SHIFT": shift}, {}) for shift in (24, 0)),
     (selection.choose_digit, {}, {}),
@@ -50,7 +50,9 @@ VARIANTS = [
 def compile_kernel(kernel, constants, pointers, capability):
     signature = {}
     for name in kernel.arg_names:
-        default = "fp32" if name == "scale" else "i64" if name in ("begin", "end", "first", "d") else "i32"
+        default = (
+            "fp32" if name == "scale" else "i64" if name in ("begin", "end", "first", "low", "high", "d") else "i32"
+        )
         kind = {**POINTERS, **pointers}.get(name, default)
         signature[name] = "constexpr" if name in constants else kind
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
@@ -58,12 +60,19 @@ def compile_kernel(kernel, constants, pointers, capability):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
+def row_of(index, capability):
+    kernel, constants, pointers = VARIANTS[index]
+    row = {"triton": triton.__version__, "kernel": kernel.fn.__name__, "constants": constants, "pointers": pointers}
+    return {**row, **resources(compile_kernel(kernel, constants, pointers, capability))}
+
+
 def main():
-    rows = []
-    for kernel, constants, pointers in VARIANTS:
-        row = {"kernel": kernel.fn.__name__, "constants": constants, "pointers": pointers}
-        rows.append({**row, **resources(compile_kernel(kernel, constants, pointers, int(sys.argv[1])))})
-    print(json.dumps(rows))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capability", type=int)
+    parser.add_argument("--jobs", type=int, default=1)
+    given = parser.parse_args()
+    tasks = [(index, given.capability) for index in range(len(VARIANTS))]
+    print(json.dumps(in_processes(row_of, tasks, given.jobs)))
 
 
 if __name__ == "__main__":

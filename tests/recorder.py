@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -163,6 +164,8 @@ def recorded(cuda_is_built: bool = True):
     masking_cuda._borders.cache_clear()
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
+        enter(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         enter(mock.patch.object(torch.cuda, "device", guard))
         # Addresses of fake tensors are all the same.
         enter(mock.patch.object(check, "share_memory", return_value=False))

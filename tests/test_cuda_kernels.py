@@ -15,6 +15,8 @@ from torch.utils.cpp_extension import include_paths
 from sfpk_kernels import _build
 from sfpk_kernels.ops import Blocks, Cut, mask_gradient, masked_weights, pack_mask, topk_mask, topk_threshold
 
+from .sparse import sparse
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -223,3 +225,93 @@ def test_mask_gradient(kernels, blocks):
     expected = mask_gradient(theta, grads, layout=blocks, backend="reference")
     torch.testing.assert_close(out[:, : blocks.groups], expected, rtol=1e-6, atol=1e-6)
     assert (out[:, blocks.groups :] == -7).all()
+
+
+HUGE = 2**32 + 5
+
+
+@pytest.fixture
+def window(kernels):
+    """The last two blocks of every launch: the whole would take hours."""
+    kernels.emulated_window(long(2))
+    yield
+    kernels.emulated_window(long(0))
+
+
+def end_of(tensor, values):
+    """Values at the end of the last dimension."""
+    tensor[..., -values.shape[-1] :] = values
+    return tensor
+
+
+@pytest.mark.parametrize("unit", [1, 8, 32])
+def test_selection_behind_32_bits(kernels, window, unit):
+    """Counting, ties and masks; indices beyond 2^32."""
+    here = torch.tensor([5.0, 3.0, 3.0, 1.0, 3.0, 4.0, 2.0])
+    values = end_of(sparse(1, HUGE), here)
+    threshold, tie_end = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+    mask = sparse(1, -(-HUGE // unit), dtype={1: torch.uint8, 8: torch.uint8, 32: torch.int32}[unit])
+    k, free, counts = torch.tensor([4]), torch.tensor([HUGE]), torch.tensor([HUGE])
+    kernels.emulated_select(
+        pointer(values), 0, 0, long(1), long(HUGE), long(1), long(1), pointer(counts), None, None, None, pointer(k),
+        pointer(free), None, unit, pointer(mask), long(mask.stride(0) * mask.element_size()), pointer(threshold),
+        pointer(tie_end),
+    )  # fmt: skip
+    assert float(threshold) == 3.0
+    assert int(tie_end) == HUGE - 4, "the second of three ties is the last one kept"
+    kept = [HUGE - 7, HUGE - 6, HUGE - 5, HUGE - 2]
+    if unit == 1:
+        assert mask[0, -7:].tolist() == [1, 1, 1, 0, 0, 1, 0]
+    else:
+        words = sorted({place // unit for place in kept})
+        bits = [sum(1 << place % unit for place in kept if place // unit == word) for word in words]
+        assert [int(mask[0, word]) & (2**unit - 1) for word in words] == bits
+
+
+@pytest.mark.parametrize("kind", ["bool", "packed", "factors", "cut"])
+def test_masked_weights_behind_32_bits(kernels, window, kind):
+    """Weights, coordinates and rows of the result beyond 2^32 entries."""
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    theta, out = end_of(sparse(HUGE), weights), sparse(2, HUGE)
+    keep = torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]])
+    cut, bits, code = (None, None), 0, {"bool": 0, "packed": 1, "factors": 2, "cut": 3}[kind]
+    if kind == "bool":
+        values = end_of(sparse(2, HUGE, dtype=torch.uint8), keep.to(torch.uint8))
+    elif kind == "packed":
+        values, bits = sparse(2, -(-HUGE // 8), dtype=torch.uint8), 8
+        for row in range(2):
+            for place, kept in zip(range(HUGE - 4, HUGE), keep[row], strict=True):
+                values[row, place // 8] |= int(kept) << place % 8
+    else:
+        values = end_of(sparse(2, HUGE), keep)
+        cut = (torch.full((2, 1), 0.5), torch.full((2, 1), HUGE))
+    threshold, tie_end = cut
+    borders, stride = torch.tensor([0, HUGE]), values.stride(0)
+    kernels.emulated_masked_weights(
+        pointer(theta), 0, long(1), long(HUGE), long(1), code, pointer(values), 0, long(stride), bits, 0, None,
+        pointer(threshold), pointer(tie_end), pointer(borders), long(1), long(2), pointer(out), 0, long(HUGE),
+    )  # fmt: skip
+    assert torch.equal(out[:, -4:], keep * weights)
+
+
+@pytest.mark.parametrize("blocks", [Blocks(1, HUGE, 1), Blocks(2, 2**30, 2)], ids=str)
+def test_mask_gradient_behind_32_bits(kernels, window, blocks):
+    weights, gradient = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[2.0, 3.0, 4.0], [5.0, 6.0, 7.0]])
+    count = blocks.numel
+    theta, grads, out = end_of(sparse(count), weights), end_of(sparse(2, count), gradient), sparse(2, blocks.groups)
+    kernels.emulated_mask_gradient(
+        pointer(theta),
+        0,
+        *map(long, blocks),
+        pointer(grads),
+        0,
+        long(count),
+        long(2),
+        pointer(out),
+        long(blocks.groups),
+    )
+    products = weights * gradient
+    if blocks.inner == 1:
+        assert torch.equal(out[:, -3:], products)
+    else:
+        assert torch.equal(out[:, -2:], torch.stack([products[:, 0], products[:, 1:].sum(dim=1)], dim=1))

@@ -172,7 +172,7 @@ def test_views_are_refused(tmp_path, view):
     export(model, tmp_path / "fine")
     model[1].weight = nn.Parameter(view(model[0].weight.detach()))
     for verify in (True, False):
-        with pytest.raises(ValueError, match="got [01].weight and [01].weight, which share memory without being one"):
+        with pytest.raises(ValueError, match="got [01].weight and [01].weight, which (share memory without|overlap)"):
             export(model, tmp_path / "m", verify=verify)
     assert not (tmp_path / "m").exists()
     model[1].weight = model[0].weight  # the same parameter is written once

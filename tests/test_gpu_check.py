@@ -70,8 +70,11 @@ def test_options_of_our_own_programs_are_known(check, tmp_path):
 
 
 def test_the_real_plan(check, tmp_path):
-    (build, _), _ = check.build_stage(machine(check, capability="8.0"), tmp_path, False, 1.0)
-    assert build.words[1:] == ("setup.py", "build_ext", "--inplace", "--force")
+    (build, loaded, kernels, _), _ = check.build_stage(machine(check, capability="8.0"), tmp_path, False, 1.0)
+    assert build.words[1:] == ("setup.py", "build_ext", "--force", "--inplace")
+    assert loaded.environment == {"LD_BIND_NOW": "1"}
+    assert loaded.words[-2:] == ("", "True"), "what is installed, with CUDA"
+    assert {"--choice", "--jobs", "cuda", "triton"} <= set(kernels.words)
     assert build.environment["SFPK_BUILD"] == "cuda"
     assert build.environment["TORCH_CUDA_ARCH_LIST"] == "8.0", "for the card that is there"
     tests, _ = check.test_stage(machine(check), tmp_path, False, 1.0)
@@ -98,7 +101,7 @@ def test_missing_packages_are_said_and_survived(check, tmp_path):
     assert (commands, row.status, row.failed) == ([], "not run", True)
     commands, rows = check.build_stage(machine(check, triton=False), tmp_path, True, 1.0)
     assert [row.name for row in rows] == ["Triton kernels"]
-    assert all("selection" in c.name or "masked_weights" in c.name for c in commands)
+    assert not [c.name for c in commands if "triton" in c.name]
 
 
 def test_malformed_commands_are_seen(check):
@@ -150,15 +153,100 @@ def test_time_that_is_left_over_goes_to_the_next_stages(check, tmp_path, monkeyp
     given = {}
 
     def plan(machine, out, dry, seconds):
-        stage = ("build", "test", "sanitize", "bench")[len(given)]
+        stage = check.STAGES[len(given)]
         given[stage] = seconds
         return [check.Command(stage, (sys.executable, "-c", "pass"))], []
 
     monkeypatch.setattr(check, "PLANS", dict.fromkeys(check.STAGES, plan))
     rows = check.run_stages(list(check.STAGES), machine(check), tmp_path, False, 530.0)
-    assert [row.status for row in rows] == ["ok"] * 4
+    assert [row.status for row in rows] == ["ok"] * 5
     assert given["build"] == pytest.approx(check.WEIGHTS["build"], abs=5)
     assert given["bench"] > 500, "the others took none"
+
+
+def test_a_sanitizer_that_takes_too_long_leaves_the_others_their_time(check, tmp_path, monkeypatch):
+    def plan(machine, out, dry, seconds):
+        naps = {"memcheck": 60, "racecheck": 0, "initcheck": 0}
+        return [check.Command(n, (sys.executable, "-c", f"import time; time.sleep({s})")) for n, s in naps.items()], []
+
+    monkeypatch.setattr(check, "PLANS", {**check.PLANS, "sanitize": plan})
+    rows = check.run_stages(["sanitize"], machine(check), tmp_path, False, 6.0)
+    assert [row.status for row in rows] == ["OUT OF TIME", "ok", "ok"]
+
+
+def test_the_dry_build_is_the_real_one_elsewhere(check, tmp_path):
+    """The same setup.py, into a folder of its own; with CUDA kernels where this torch has CUDA."""
+    for torch_cuda, mode in ((None, "cpu"), ("13.0", "cuda")):
+        (build, loaded, *_), _ = check.build_stage(machine(check, torch_cuda=torch_cuda), tmp_path, True, 1.0)
+        assert build.words[1:4] == ("setup.py", "build_ext", "--force")
+        assert str(tmp_path / "lib") in build.words
+        assert build.environment["SFPK_BUILD"] == mode
+        assert loaded.words[-2:] == (str(tmp_path / "lib"), str(mode == "cuda"))
+
+
+def test_what_was_built_is_looked_at(check, tmp_path):
+    """Here without CUDA: wanting it fails."""
+    for cuda, status in (("False", "ok"), ("True", "FAILED")):
+        loaded = check.Command("loaded", (sys.executable, "-c", check.LOADED, "", cuda), {"LD_BIND_NOW": "1"})
+        assert check.run("build", loaded, tmp_path, 100.0).status == status
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_backend_that_was_asked_for_and_is_missing_fails(backend, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    ops = ["apply", "masking by segments"]
+    assert smoke.main(["--device", "cpu", "--backend", backend, "--op", *ops]) == 1
+    said = capsys.readouterr().out
+    assert "missing: " in said
+    assert "0 ran and agree with the reference, 0 wrong, 3 missing" in said
+    assert smoke.main(["--device", "cpu", "--op", *ops]) == 0, "nobody asked: cpp and the reference ran"
+    assert smoke.main(["--device", "cpu", "--backend", "cpp", "cuda", "--op", "transition"]) == 1
+    assert "no op here has the backend cuda" in capsys.readouterr().out
+
+
+def test_another_choice_than_the_best_fails(capsys, monkeypatch):
+    arguments = ["--device", "cpu", "--backend", "cpp", "--op", "apply", "--choice"]
+    assert smoke.main(arguments) == 0
+    monkeypatch.setitem(smoke.CHOSEN["cpu"], "selection", "cuda")
+    assert smoke.main(arguments) == 1
+    assert "on cpu: cpp, wanted cuda" in capsys.readouterr().out
+
+
+def test_ops_in_processes(capsys):
+    arguments = ["--device", "cpu", "--jobs", "2", "--op", "apply", "masking by layouts", "--backend"]
+    assert smoke.main([*arguments, "cpp"]) == 0
+    assert "2 ops in up to 2 processes, 0 failed" in capsys.readouterr().out
+    assert smoke.main([*arguments, "cuda"]) == 1
+    assert "missing" in capsys.readouterr().out
+    one = ["--device", "cpu", "--jobs", "2", "--op", "transition", "--backend"]
+    assert smoke.main([*one, "cpp"]) == 0
+    assert smoke.main([*one, "cpp", "cuda"]) == 1, "as in one process"
+    assert smoke.main(["--device", "cpu", "--jobs", "2", "--op", "transition", "apply", "--backend", "cpp"]) == 0
+
+
+def test_a_process_that_dies_fails(monkeypatch, capsys):
+    """Whatever it said before."""
+    died = subprocess.CompletedProcess([], -6, "apply ok\n1 ran\n", "an illegal memory access was encountered")
+    monkeypatch.setattr(smoke.subprocess, "run", lambda *arguments, **options: died)
+    assert smoke.main(["--device", "cpu", "--jobs", "2", "--op", "apply", "--backend", "cpp"]) == 1
+    assert "illegal memory access" in capsys.readouterr().out
+
+
+def test_each_large_check_has_its_own_time(check, tmp_path):
+    """One that hangs must not take that of the others."""
+    for dry in (False, True):
+        commands, _ = check.large_stage(machine(check), tmp_path, dry, 100.0)
+        assert len(commands) == 7
+        assert {"transition_moves_as_it_should", "second_card"} <= {command.name for command in commands}
+
+
+def test_large_checks_at_a_small_scale():
+    words = [sys.executable, str(ROOT / "benchmarks" / "gpu_large.py"), "--device", "cpu", "--scale", "small"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" ok: ") == 6
+    assert "second_card" in done.stdout
+    assert done.stdout.splitlines()[-1] == "7 checks, 0 failed"
 
 
 def test_a_failed_build_ends_its_stage_alone(check, tmp_path, monkeypatch):
@@ -179,7 +267,7 @@ def test_a_failed_build_ends_its_stage_alone(check, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"STAGE": "fly"}, "STAGE: wanted some of build, test, sanitize, bench, got fly"),
+        ({"STAGE": "fly"}, "STAGE: wanted some of build, large, test, sanitize, bench, got fly"),
         ({"DRY": "yes"}, "DRY: wanted 0 or 1, got 'yes'"),
         ({"LIMIT": "soon"}, "LIMIT: wanted seconds > 0, got 'soon'"),
         ({"LIMIT": "-1"}, "LIMIT: wanted seconds > 0, got '-1'"),
@@ -204,7 +292,7 @@ def test_dry_run_of_the_fastest_stage(tmp_path):
     done = script(STAGE="sanitize", DRY="1", OUT=str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "all passed, as far as a dry run goes"
-    assert "ran and agree with the reference, 0 wrong" in done.stdout
+    assert "processes, 0 failed" in done.stdout
     assert (tmp_path / "out" / "summary.txt").read_text().strip() in done.stdout
     assert (tmp_path / "out" / "sanitize-each-op-once.log").is_file()
 

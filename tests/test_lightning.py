@@ -14,7 +14,7 @@ from sfpk_kernels.baselines import magnitude
 pytest.importorskip("lightning")
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BackboneFinetuning, Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, ModelCheckpoint, ModelPruning
 
 from sfpk_kernels.integrations.lightning import SFPKCallback
 
@@ -253,3 +253,96 @@ def test_refusals(tmp_path, loader):
     other = SFPKCallback(magnitude(Plain(), None, None, 0.5))
     with pytest.raises(ValueError, match="masks: wanted those of the checkpoint"):
         trainer(tmp_path, other, max_epochs=3).fit(Plain(), loader, ckpt_path=tmp_path / "last.ckpt")
+
+
+class Other(SFPKCallback):
+    """Another class, which Lightning itself accepts beside the first."""
+
+
+def weights(model, *names):
+    return MaskSet({name: torch.rand(model.get_parameter(name).shape) > 0.5 for name in names})
+
+
+def refused_at_the_start(tmp_path, loader, model, *callbacks, words):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"^callbacks: wanted one that prunes {words}"):
+        trainer(tmp_path, *callbacks).fit(model, loader)
+    assert model.steps == 0
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), "not even masked"
+
+
+def test_two_callbacks_on_one_module_are_refused_at_the_start(tmp_path, loader):
+    model = Plain()
+    whole, part = magnitude(model, None, None, 0.7), magnitude(model.net, None, None, 0.5)
+    words = r"net.0.weight, net.2.weight, got SFPKCallback and another SFPKCallback: put all masks"
+    refused_at_the_start(tmp_path, loader, model, SFPKCallback(whole), SFPKCallback(part, "net"), words=words)
+    words = "net.0.weight, net.2.weight, got SFPKCallback and Other: put all masks of a parameter into one"
+    refused_at_the_start(tmp_path, loader, model, SFPKCallback(whole), Other(whole), words=words)
+    one = weights(model, "net.0.weight")
+    refused_at_the_start(tmp_path, loader, model, Other(one), SFPKCallback(whole), words="net.0.weight, got Other and")
+
+
+def test_a_callback_added_later_is_refused_too(tmp_path, loader):
+    model = Plain()
+    masks = magnitude(model, None, None, 0.7)
+    fitted = trainer(tmp_path, SFPKCallback(masks))
+    fitted.callbacks.append(SFPKCallback(masks))
+    with pytest.raises(ValueError, match="got SFPKCallback and another SFPKCallback"):
+        fitted.fit(model, loader)
+    assert model.steps == 0
+
+
+def test_masks_that_come_from_a_checkpoint_are_looked_at(tmp_path, loader):
+    model = Plain()
+    masks = magnitude(model, None, None, 0.7)
+    trainer(tmp_path, SFPKCallback(masks), ModelCheckpoint(dirpath=tmp_path, save_last=True)).fit(model, loader)
+    resumed = Plain()
+    with pytest.raises(ValueError, match="callbacks: wanted one that prunes net.0.weight"):
+        trainer(tmp_path, SFPKCallback(), Other(masks), max_epochs=3).fit(
+            resumed, loader, ckpt_path=tmp_path / "last.ckpt"
+        )
+    assert resumed.steps == 0
+
+
+@pytest.mark.parametrize("ours_first", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+def test_lightnings_own_pruning_of_the_same_weights(tmp_path, loader, ours_first, listed):
+    model = Plain()
+    own = ModelPruning("l1_unstructured", [(model.net[2], "weight")] if listed else None, amount=0.3, verbose=0)
+    ours = SFPKCallback(magnitude(model, None, None, 0.7))
+    names = "net.2.weight" if listed else "net.0.weight, net.2.weight"
+    callbacks = (ours, own) if ours_first else (own, ours)
+    refused_at_the_start(
+        tmp_path, loader, model, *callbacks, words=f"{names}, got SFPKCallback and ModelPruning: leave"
+    )
+
+
+def test_lightnings_own_pruning_of_other_weights(tmp_path, loader):
+    model = Plain()
+    masks = weights(model, "net.0.weight")
+    own = ModelPruning("l1_unstructured", [(model.net[2], "weight")], amount=0.3)
+    trainer(tmp_path, own, SFPKCallback(masks)).fit(model, loader)
+    assert torch.equal(model.net[0].weight != 0, masks["net.0.weight"])
+    assert (model.net[2].weight == 0).any()
+
+
+def test_a_model_that_was_pruned_before_is_refused_at_the_start(tmp_path, loader):
+    model = Plain()
+    masks = magnitude(model, None, None, 0.7)
+    nn.utils.prune.random_unstructured(model.net[0], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"net.0.weight is .*under torch.nn.utils.prune: call prune.remove first"):
+        trainer(tmp_path, SFPKCallback(masks)).fit(model, loader)
+    assert model.steps == 0
+
+
+def test_weights_written_between_steps_are_said_once(tmp_path, loader, caplog):
+    class Writing(Plain):
+        def on_train_batch_start(self, *_):
+            nn.init.ones_(self.net[0].weight)
+
+    model = Writing()
+    callback = Watch(magnitude(model, None, None, 0.7))
+    trainer(tmp_path, callback).fit(model, loader)
+    assert callback.exact == [True] * 10
+    assert sum("removed weights were not 0 before a step" in record.getMessage() for record in caplog.records) == 1

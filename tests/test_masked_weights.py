@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sfpk_kernels.ops import Blocks, Cut, mask_gradient, masked_weights, pack_ma
 GPU_BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS = ["reference", "cpp", *GPU_BACKENDS]
 ON_GPU = torch.cuda.is_available()  # else Triton's kernels are interpreted
+HERE = ["reference", "cpp", *(["triton"] if find_spec("triton") else []), *(["cuda"] if ON_GPU else [])]
 
 
 def run(function, *arguments, backend, **options):
@@ -184,6 +186,21 @@ def test_lists_of_model_shaped_tensors():
     assert torch.equal(mask_gradient(weights, grads), joined)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("blocks", [Blocks(7, 30, 1), Blocks(3, 30, 25), Blocks(1, 30, 40)])
+def test_blocks_that_cross_segments(backend, blocks):
+    """Each coordinate is decided by its own segment's cut, on every backend."""
+    device = "cuda" if torch.cuda.is_available() and backend != "cpp" else "cpu"
+    if backend == "triton":
+        pytest.importorskip("triton")
+    theta, values = torch.randn(blocks.numel, device=device), torch.randint(-4, 5, (3, 30), device=device).float()
+    borders = [0, 4, 4, 17, 30]
+    cut = topk_threshold(values, [5, 9, 20], segments=borders, backend="reference")
+    options = {"cut": cut, "score": "value", "segments": borders, "layout": blocks}
+    expected = masked_weights(theta, values, backend="reference", **options)
+    assert torch.equal(masked_weights(theta, values, backend=backend, **options), expected)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_backends_agree_on_anything(data):
@@ -199,7 +216,7 @@ def test_backends_agree_on_anything(data):
     score = data.draw(st.sampled_from(["value", "abs"]))
     out_dtype = data.draw(st.sampled_from(FLOATS))
     results = []
-    for backend in ("reference", "cpp", "triton", *(["cuda"] if ON_GPU else [])):
+    for backend in HERE:
         buffer = torch.full((n, 2 * d), float("nan"), dtype=out_dtype)[:, :d]
         results.append(run(masked_weights, theta, values, cut=cut, score=score, out=buffer, backend=backend))
     assert all(torch.equal(result, results[0]) for result in results)

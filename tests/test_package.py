@@ -162,9 +162,3 @@ def test_cli_wrong_usage(capsys, tmp_path):
     file.write_text("")
     assert main(["demo", "--out", str(file)]) == 2
     assert "--out: wanted a folder" in capsys.readouterr().err
-
-
-def test_cli_demo_names_missing_packages(monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["demo"]) == 1
-    assert "pip install 'sfpk_kernels[demo]'" in capsys.readouterr().err

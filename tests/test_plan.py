@@ -20,6 +20,7 @@ SLOW = [
     ("wide-mlp", {"energy_mode": "vmap"}),
     ("wide-resnet-20", {"energy_mode": "sequential"}),
     ("wide-resnet-20", {"energy_mode": "sequential", "memory": "lean"}),
+    ("vit-small", {"energy_mode": "sequential"}),
     ("vit-small", {"energy_mode": "vmap"}),
     ("gpt-small", {"energy_mode": "sequential"}),
     ("gpt-small", {"memory": "lean", "particle_dtype": "float16"}),
@@ -31,7 +32,6 @@ SLOW = [
     ("model", "options"),
     [
         ("wide-mlp", {"memory": "lean"}),
-        ("vit-small", {"energy_mode": "sequential"}),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
     ],
 )

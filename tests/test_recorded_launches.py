@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sfpk_kernels import _dispatch
-from sfpk_kernels.ops import masking, selection, transition
 
 pytest.importorskip("triton")
 
+from .launch_cases import TRANSITIONS, apply, differentiate, empty, move, rank
 from .recorder import CUDA_OPS, DataDependentOutputException, recorded
 
 DEVICES = ["cuda:0", "cuda:1"]  # cuda:0 is the current one
@@ -35,43 +35,11 @@ def check_launches(recording, device, most_rows=65_535):
     assert recording.current == [torch.device("cuda:0")], "the caller's device is current again"
 
 
-TRANSITIONS = [
-    ({}, {}),
-    ({"n": 16, "d": 3000}, {"target_density": 0.5}),
-    ({"n": 10, "theta": True}, {"target_density": 0.5, "consensus": 0.1, "nonfinite": "skip"}),
-    ({"n": 20, "sizes": True}, {"target_density": 0.5, "consensus": 0.1}),
-    ({"n": 100, "theta": True, "saliency": True}, {"kernel": "weighted_rbf", "consensus": 0.1, "target_density": 0.9}),
-    ({"n": 10, "dtype": torch.bfloat16}, {"state": True}),
-    ({"n": 10, "dtype": torch.float16, "theta": True}, {"state": True, "row": 3}),
-]
-
-
-def move(device, shape, options):
-    """transition_ of fake tensors through the implementation registered for CUDA."""
-    n, d, dtype = shape.get("n", 10), shape.get("d", D), shape.get("dtype", torch.float32)
-    options = {"kernel": "rbf", "target_density": None, "consensus": 0.0, "nonfinite": "hold", "row": None, **options}
-
-    def empty(*size, dtype=torch.float32):
-        return torch.empty(size, dtype=dtype, device=device)
-
-    masks = empty(n, d, dtype=dtype)
-    residual = empty(n, d, dtype=dtype) if dtype == torch.bfloat16 else None
-    row = options["row"]
-    vectors = [empty(d) if shape.get(name) else None for name in ("theta", "saliency", "sizes")]
-    state = [empty(n, dtype=torch.float64) for _ in range(4)] + [empty(n, n, dtype=torch.float64), empty(n).double()]
-    return transition._transition_(
-        masks, empty(n if row is None else 1, d), *vectors, residual, state if options.get("state") else [],
-        0.01, 2.0, 0.2, options["kernel"], "l2", options["target_density"], options["consensus"], 0.0, 7,
-        options["nonfinite"], -1 if row is None else row, "",
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("shape", "options"), TRANSITIONS)
-def test_the_transition(device, shape, options, monkeypatch):
-    monkeypatch.setattr(transition.check, "at_least", lambda *arguments, **options: None)  # once a run
+def test_the_transition(device, shape, options):
     with recorded() as recording:
-        stats = move(device, shape, options)
+        stats = move(device, shape, options, D)
         assert {str(t.device) for t in stats} == {device}
     check_launches(recording, device)
     assert {launch.name for launch in recording.launches} <= {"transition", "combine"}
@@ -84,20 +52,8 @@ def test_the_transition(device, shape, options, monkeypatch):
 def test_raising_waits_once():
     """That the recorder sees a host read at all."""
     with recorded() as recording, pytest.raises(DataDependentOutputException):
-        move("cuda:0", {}, {"nonfinite": "raise"})
+        move("cuda:0", {}, {"nonfinite": "raise"}, D)
     assert recording.waits == ["_local_scalar_dense"]
-
-
-def rank(device, n=4, output="bool", **given):
-    """A selection of fake tensors through the implementation registered for CUDA; k lies on the device."""
-    values = given.pop("values", None)
-    if values is None:
-        values = torch.empty(n, D, device=device)
-    k = torch.empty(1 if isinstance(values, list) else n, dtype=torch.int64, device=device)
-    arguments = {"score": "value", "saliency": None, "sizes": None, "segments": [], "min_keep": [], "max_keep": [],
-                 "pattern": [], "protected": None, "removed": None, "guess": None, **given}  # fmt: skip
-    backend = arguments.pop("backend", "")
-    return selection._solve("topk_mask", values, k, *arguments.values(), output, backend)
 
 
 SELECTIONS = [
@@ -121,40 +77,25 @@ def test_the_selection(device, backend, given):
             given["guess"] = torch.empty(4, 1, device=device)
         if "values" in given:
             given["values"] = [torch.empty(200, 300, device=device), torch.empty(7, device=device)]
-        rank(device, backend=backend, **given)
+        rank(device, D, backend=backend, **given)
     check_launches(recording, device)
     names = {launch.name for launch in recording.launches}
     assert names == {"topk_device_"} if backend == "cuda" else "count_digits" in names
     assert recording.waits == []
 
 
-def weights(device, backend="", kind="cut", segments=None, lists=False):
-    def empty(*size, dtype=torch.float32):
-        return torch.empty(size, dtype=dtype, device=device)
-
-    theta = [empty(D - 5000), empty(5000)] if lists else [empty(D)]
-    borders = segments or [0, D]
-    mask = {"cut": empty(10, D), "bool": empty(10, D, dtype=torch.bool), "factors": empty(10, D),
-            "packed": empty(10, D // 8, dtype=torch.uint8)}[kind]  # fmt: skip
-    cut = (
-        (empty(10, len(borders) - 1), empty(10, len(borders) - 1, dtype=torch.int64)) if kind == "cut" else (None,) * 2
-    )
-    outs = [empty(10, t.numel()) for t in theta]
-    masking._masked_weights_out(theta, mask, *cut, "abs", None, borders if kind == "cut" else [], [], outs, backend)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("kind", ["cut", "bool", "factors", "packed"])
 @pytest.mark.parametrize("lists", [False, True])
-def test_masked_weights(device, backend, kind, lists, monkeypatch):
-    # Out of fakes: the same address is taken for a view.
-    monkeypatch.setattr(masking, "_as_rows", lambda out, n, count: out)
+def test_masked_weights(device, backend, kind, lists):
+    borders = [0, 777, D] if kind == "cut" else None
     with recorded() as recording:
-        weights(device, backend, kind, [0, 777, D] if kind == "cut" else None, lists)
+        theta = [empty(device, D - 5000), empty(device, 5000)] if lists else None
+        apply(device, D, kind=kind, segments=borders, theta=theta, backend=backend)
         first = list(recording.waits)
         recording.waits.clear()
-        weights(device, backend, kind, [0, 777, D] if kind == "cut" else None, lists)
+        apply(device, D, kind=kind, segments=borders, theta=theta, backend=backend)
     check_launches(recording, device)
     names = {launch.name for launch in recording.launches}
     assert names == ({"masked_weights_device_"} if backend == "cuda" else {"apply"})
@@ -167,9 +108,7 @@ def test_masked_weights(device, backend, kind, lists, monkeypatch):
 @pytest.mark.parametrize("layout", [[], [10, D // 100, 10]])
 def test_mask_gradient(device, backend, layout):
     with recorded() as recording:
-        masking._mask_gradient(
-            [torch.empty(D, device=device)], [torch.empty(10, D, device=device)], layout, backend
-        )  # fmt: skip
+        differentiate(device, D, layout=layout, backend=backend)
     check_launches(recording, device)
     assert recording.waits == []
 
@@ -177,10 +116,10 @@ def test_mask_gradient(device, backend, layout):
 def test_a_backend_that_is_built_is_chosen(caplog):
     """The automatic choice: CUDA kernels for selection and masking, Triton's for the transition; nothing is said."""
     with caplog.at_level(logging.WARNING, "sfpk_kernels"), recorded() as recording:
-        rank("cuda:1")
-        weights("cuda:1", kind="factors")
-        masking._mask_gradient([torch.empty(D, device="cuda:1")], [torch.empty(2, D, device="cuda:1")], [], "")
-        move("cuda:1", {}, {})
+        rank("cuda:1", D)
+        apply("cuda:1", D, kind="factors")
+        differentiate("cuda:1", D)
+        move("cuda:1", {}, {}, D)
     names = {launch.name for launch in recording.launches}
     assert set(CUDA_OPS) <= names
     assert names - set(CUDA_OPS) == {"transition", "combine"}
@@ -189,8 +128,8 @@ def test_a_backend_that_is_built_is_chosen(caplog):
 
 def test_without_cuda_kernels_triton_is_chosen_and_that_is_said(caplog):
     with caplog.at_level(logging.WARNING, "sfpk_kernels"), recorded(cuda_is_built=False) as recording:
-        rank("cuda:1")
-        weights("cuda:1", kind="factors")
+        rank("cuda:1", D)
+        apply("cuda:1", D, kind="factors")
     assert {launch.name for launch in recording.launches} & {"apply", "count_digits", *CUDA_OPS} == {
         "apply",
         "count_digits",
@@ -198,14 +137,15 @@ def test_without_cuda_kernels_triton_is_chosen_and_that_is_said(caplog):
     assert any("built without CUDA" in record.getMessage() for record in caplog.records)
 
 
-def test_more_rows_than_a_grid_takes_are_refused_or_placed():
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_more_rows_than_a_grid_takes_are_refused(backend):
     with recorded() as recording:
-        try:
-            rank("cuda:0", n=70_000, backend="triton", values=torch.empty(70_000, 100, device="cuda:0"))
-        except ValueError as error:
-            assert "65,535" in str(error) or "65535" in str(error)  # noqa: PT017
-            return
-    check_launches(recording, "cuda:0")
+        with pytest.raises(ValueError, match="it ranks up to 65,535 rows, these are 70,000"):
+            rank("cuda:0", 100, n=70_000, backend=backend)
+        if backend == "triton":  # the CUDA launcher says it itself
+            with pytest.raises(ValueError, match="wanted up to 65,535 rows for backend 'triton', got 70,000"):
+                differentiate("cuda:0", 100, n=70_000, layout=[2, 5, 10], backend=backend)
+    assert not recording.launches
 
 
 @pytest.mark.parametrize("name", ["transition_", "topk_mask", "masked_weights_out", "mask_gradient"])

@@ -9,7 +9,7 @@ SAMPLES = {
     "transition_": lambda: [
         (
             torch.rand(3, 7) + 0.5, torch.randn(3 if only < 0 else 1, 7), weights, saliency, sizes, None, [],
-            0.1, 2.0, 0.2, kernel, "l2", target, 0.3, 0.0, 0, nonfinite, only, backend,
+            0.1, 2.0, 0.2, kernel, "l2", target, 0.3, 0.0, 7, 1, nonfinite, only, backend,
         )
         for backend, nonfinite in (("reference", "raise"), ("cpp", "hold"))
         for only in (-1, 1)
@@ -53,6 +53,12 @@ SAMPLES = {
     ],
     "masked_weights_out": lambda: [
         ([torch.randn(7)], torch.rand(3, 7) > 0.5, None, None, "value", None, [], [], [torch.empty(3, 7)], "reference"),
+    ],
+    "weight_gradient": lambda: [
+        ([torch.randn(3, 7, requires_grad=True)], torch.rand(3, 7) > 0.5, None, None, "value", None, [], [],
+         torch.float32, "reference"),
+        ([torch.randn(3, 4), torch.randn(3, 6)], torch.rand(3, 10, requires_grad=True), None, None, "value", None, [],
+         [], torch.float64, "reference"),
     ],
     "mask_gradient": lambda: [
         ([torch.randn(6, requires_grad=True)], [torch.randn(3, 6, requires_grad=True)], [2, 3, 1], "reference"),

@@ -173,3 +173,25 @@ def test_refusals(tmp_path):
     callback = SFPKTrainerCallback.from_checkpoint(elsewhere)
     trainer(tmp_path / "b", fresh, callback, max_steps=6).train(resume_from_checkpoint=str(elsewhere))
     assert MaskSet.from_model(fresh) == masks
+
+
+def test_weights_written_between_steps_are_said_once(tmp_path, caplog):
+    class Writing(Watch):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            torch.nn.init.ones_(kwargs["model"].classifier.weight)
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            super().on_step_begin(args, state, control, **kwargs)
+            self.started.append(MaskSet.from_model(kwargs["model"]) == self.masks)
+
+    model = tiny()
+    callback = Writing(magnitude(model, None, None, 0.7))
+    callback.started = []
+    trainer(tmp_path, model, callback).train()
+    assert callback.exact == [True] * 4
+    assert callback.started == [True] * 4
+    said = [record.getMessage() for record in caplog.records if "removed weights were not 0" in record.getMessage()]
+    assert len(said) == 1
+    assert "before a step of the Trainer, in classifier.weight (" in said[0]
+    assert MaskSet.from_model(model) == callback.masks, "masked a last time"

@@ -293,6 +293,7 @@ def test_shared_memory_and_foreign_state_are_refused():
 
 
 def test_environment_variable_chooses_the_backend(monkeypatch):
+    pytest.importorskip("triton")
     monkeypatch.setenv("SFPK_BACKEND", "triton")
     transition_(torch.rand(2, 7), torch.randn(2, 7), **STEP)  # holds for the ops that have it
     monkeypatch.setenv("SFPK_BACKEND", "fortran")

@@ -243,6 +243,8 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
 
   const auto moves =
       sfpk::plan_moves(old, sums, guess, skipped, n, p.sizes != nullptr, p.grams, total, settings);
+  // A row of zeros has no direction: it is held like one that is skipped.
+  for (int64_t i = 0; i < n; ++i) skipped[i] = skipped[i] || !(old.slope_norms[i] > 0.0);
   p.skipped = skipped.data();
   p.slope_high = moves.slope_high.data();
   p.slope_low = moves.slope_low.data();

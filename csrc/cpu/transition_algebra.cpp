@@ -156,10 +156,10 @@ Moves plan_moves(const State& old, const std::vector<double>& sums, const std::v
     const double g_norm = std::sqrt(u_square + slope * slope * ss), u_norm = std::sqrt(u_square);
     const double root = std::sqrt(settings.radius * settings.radius - 1.0);
     double pace = 0.0;  // of u
-    if (settings.eps > 0.0)
-      pace = settings.step * root / std::sqrt(slope_norm * slope_norm * u_square + settings.eps);
-    else if (u_norm > kTangentTolerance * g_norm)
-      pace = settings.step * root / (slope_norm * u_norm);
+    if (u_norm > kTangentTolerance * g_norm)
+      pace = settings.step * root /
+             (settings.eps > 0.0 ? std::sqrt(slope_norm * slope_norm * u_square + settings.eps)
+                                 : slope_norm * u_norm);
     alpha[i] = -settings.step / slope_norm / norm;  // ŝ = -s / ‖s‖
     b[i] = pace;
     moves.slope_high[i] = static_cast<float>(slope);

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..arguments import check_loader, check_loss_fn
+
 WANTED = "a function without arguments that returns (model, loss_fn, loader) or (model, loss_fn, loader, eval_fn)"
 
 
@@ -103,6 +105,11 @@ def call_task(function: Callable[[], Any]) -> Task:
     ):
         if not right:
             raise WrongTask(f"{part}: wanted {wanted}, got {type(getattr(task, part)).__name__}")
+    try:
+        check_loss_fn(task.loss_fn)
+        check_loader(task.loader)
+    except TypeError as error:
+        raise WrongTask(str(error)) from error
     return task
 
 

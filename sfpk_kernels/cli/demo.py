@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+from ..extras import require
 from ._words import FAILED, make_folder, refuse
 
 
@@ -26,9 +26,10 @@ def add_command(commands: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        return refuse("demo", f"it needs {' and '.join(missing)}: pip install 'sfpk_kernels[demo]'", FAILED)
+    try:
+        require("it", "sklearn", "matplotlib")
+    except ImportError as error:
+        return refuse("demo", error, FAILED)
     try:
         make_folder(options.out)
     except OSError as error:

@@ -35,6 +35,8 @@ def _info(options: argparse.Namespace) -> int:
     line("cuda device", facts["cuda_device"] or "none")
     built = facts["extension"]
     line("extension", built if isinstance(built, str) else ", ".join(f"{key} {value}" for key, value in built.items()))
+    if facts["extension_built"]:
+        line("", f"built {facts['extension_built']}")
     line("triton", facts["triton"])
     line("SFPK_BACKEND", facts["SFPK_BACKEND"] or "not set: the fastest available")
     line("SFPK_BUILD", facts["SFPK_BUILD"])
@@ -62,6 +64,7 @@ def _facts() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cuda_device": torch.cuda.get_device_name() if cuda else None,
         "extension": f"no: {why_no_extension}" if why_no_extension else dict(_extension.load().build_config()),
+        "extension_built": None if why_no_extension else _extension.how(),
         "triton": _triton.unavailable() or "available",
         "SFPK_BACKEND": os.environ.get("SFPK_BACKEND") or None,
         "SFPK_BUILD": _build.build_mode(),

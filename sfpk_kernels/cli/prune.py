@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import logging
 import re
 import sys
@@ -68,8 +69,9 @@ def add_command(commands: Any) -> None:
 
 def _descriptions() -> dict[str, str]:
     """What SFPKConfig's docstring says of its fields."""
-    text = (SFPKConfig.__doc__ or "").split("Args:", 1)[-1].split("Raises:", 1)[0]
-    parts = re.split(r"\n {8}(?=[a-z_]+: )", text)[1:]
+    # Without its margin, which Python 3.13 leaves out itself.
+    text = inspect.cleandoc(SFPKConfig.__doc__ or "").split("Args:", 1)[-1].split("Raises:", 1)[0]
+    parts = re.split(r"\n {4}(?=[a-z_]+: )", text)[1:]
     pairs = (part.split(":", 1) for part in parts)
     return {name.strip(): re.sub(r"\s+", " ", words).replace("``", "").strip() for name, words in pairs}
 
@@ -224,7 +226,7 @@ def _write(result: Any, folder: Path) -> list[str]:
     try:
         files.append(result.report(folder))
     except ImportError as error:
-        logger.warning("no report: %s: pip install 'sfpk_kernels[demo]'", error)
+        logger.warning("no report: %s", error)
     return [str(file) for file in files]
 
 

@@ -27,7 +27,7 @@ def _report(options: argparse.Namespace) -> int:
     except (FileNotFoundError, ValueError) as error:
         return refuse("report", error)
     except ImportError as error:
-        return refuse("report", f"{error}: pip install 'sfpk_kernels[demo]'", FAILED)
+        return refuse("report", error, FAILED)
     if options.json:
         summary = json.loads((options.folder / "report.json").read_text())["summary"]
         print(json.dumps({**summary, "files": [str(page)]}, indent=1))

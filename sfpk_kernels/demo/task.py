@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from ..extras import require
+
 TRAINING_BATCH = 128
 PRUNING_BATCH = 64  # of SFPK and SNIP; at 128 the searches end at the same accuracy and take a third longer
 TEST_IMAGES = 450
@@ -33,6 +35,7 @@ class Digits:
 
 def load_digits() -> Digits:
     """The digits, from the copy that scikit-learn ships."""
+    require("the digits' data set", "sklearn")
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,6 +70,8 @@ class ParticleEnergy:
         self._mode = mode
         self._chunk_size = chunk_size
         self._said_ragged = False
+        self._inside: OneByOne | None = None  # whose stand-ins the model has
+        self._fell_back = False  # whether it is not that of :attr:`_inside`
         # Kept from step to step, because fresh pages would cost more than filling them.
         self._grads: Tensor | None = None
         self._runners: dict[str, Any] = {}
@@ -153,7 +155,11 @@ class ParticleEnergy:
         except CannotRunError as error:
             raise RuntimeError(f"energy_mode={self.mode!r} cannot run this model: {error}") from error
         with runner.ready():
-            yield
+            self._inside, self._fell_back = runner, False
+            try:
+                yield
+            finally:
+                self._inside = None
 
     def single(
         self,
@@ -163,16 +169,30 @@ class ParticleEnergy:
         grad: Tensor,  # (d,) written
     ) -> Tensor:  # 0-d
         """One particle's loss and weight gradient; only inside :meth:`one_by_one`."""
+        assert self._inside is not None
         try:
-            return self._runner(Graphed if self.mode == "cudagraph" else OneByOne).run(keep, batch, grad)
+            with self._inside.ready() if self._fell_back else nullcontext():
+                return self._inside.run(keep, batch, grad)
         except CannotRunError as error:
-            raise RuntimeError(f"energy_mode={self.mode!r} cannot run this model: {error}") from error
+            if self._mode != "auto":
+                raise RuntimeError(f"energy_mode={self.mode!r} cannot run this model: {error}") from error
+            why = str(error)
         except BaseException as error:
             if hasattr(error, "add_note"):  # Python ≥ 3.11
                 error.add_note(f"sfpk_kernels: while computing the energy of particle {index}")
                 if "more than 1 value per channel" in str(error):
                     error.add_note("sfpk_kernels: batch-norm cannot use a batch of one sample: drop_last=True")
             raise
+        # Here, where the error is gone: it holds on to the graphs and their memory.
+        self._fall_back(why)
+        return self.single(index, keep, batch, grad)
+
+    def _fall_back(self, why: str) -> None:
+        """From now on without CUDA graphs; in this step with stand-ins for those that the model has now."""
+        logger.warning("particles run one by one without CUDA graphs from now on: %s", why)
+        self.choice = Choice("sequential", why)
+        self._runners.clear()
+        self._inside, self._fell_back = OneByOne(self.problem, self.scale), True
 
     def _runner(self, kind: type) -> Any:
         if kind.__name__ not in self._runners:

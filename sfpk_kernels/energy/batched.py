@@ -8,29 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
 from ..polarizer import Polarized
-from ._problem import CannotRunError, Problem, as_scalar
+from ._problem import CannotRunError, Problem
 from ._scale import LossScale
+from ._swap import stand_ins, stood_in
 
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-
-
-class _Loss(nn.Module):
-    """Model and loss as one module, so that functional_call can put masked weights in for both."""
-
-    def __init__(self, problem: Problem):
-        super().__init__()
-        self.model = problem.model
-        # In a tuple, not registered: a loss that is a module itself, or holds the model, must not add parameter names.
-        self._problem = (problem,)
-
-    def forward(self, batch: Any) -> Tensor:
-        (problem,) = self._problem
-        with problem.autocast():
-            return as_scalar(problem.loss_fn(self.model, batch))
 
 
 class Batched:
@@ -46,17 +32,10 @@ class Batched:
         for module in problem.model.modules():
             if isinstance(module, nn.RNNBase):
                 raise CannotRunError(f"{type(module).__name__} keeps a list of its weights that no batched one enters")
-        self._module = _Loss(problem)
-        # Looked up by identity: inside a wrapper (DataParallel) a parameter has another name than its coordinates.
-        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
-        self._names = [names[id(parameter)] for parameter in problem.coordinates.parameters(problem.model)]
+        # Everything else stands in for itself without a gradient: none is computed for it.
+        indices = range(len(problem.coordinates.tensors))
+        self._places = stand_ins(problem.model, problem.coordinates.by_parameter(problem.model, indices))
         self._dtypes = problem.dtypes
-        # Everything else detached: no gradient is computed for it. Tied parameters stand here under their first
-        # name alone; functional_call carries them over to the others.
-        prunable = set(self._names)
-        self._fixed = {
-            name: parameter.detach() for name, parameter in self._module.named_parameters() if name not in prunable
-        }
         self._pass = vmap(grad_and_value(self._scaled, has_aux=True), in_dims=(0, 0, None), randomness="different")
         if problem.compiled:
             self._pass = torch.compile(self._pass)
@@ -113,20 +92,26 @@ class Batched:
             first = False
 
     def _scaled(self, parts: Sequence[Tensor], batch: Any, factor: float) -> tuple[Tensor, Tensor]:
-        parameters = {**self._fixed, **dict(zip(self._names, parts, strict=True))}
-        loss = functional_call(self._module, parameters, (batch,))
+        places = [(m, name, parts[s] if isinstance(s, int) else s.detach()) for m, name, s in self._places]
+        problem = self.problem
+        with stood_in(places), problem.autocast():
+            loss = problem.checked(problem.loss_fn, batch)
         return (loss if factor == 1.0 else loss * factor), loss.detach()
 
     def _guarded(self, parts: Sequence[Tensor], batch: Any, factor: float) -> Any:
         """The batched pass, and the model afterwards as before."""
         model = self.problem.model
-        attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+        attributes = [
+            (module, dict(module.__dict__), dict(module._buffers), dict(module._parameters))
+            for module in model.modules()
+        ]
         try:
             with warnings.catch_warnings():
                 # Slow operators are found by timing.
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 results = self._pass(parts, batch, factor)
         except _OUT_OF_MEMORY:
+            _put_back(attributes)
             raise
         except Exception as error:
             _put_back(attributes)
@@ -159,13 +144,14 @@ def _micro_batches(stacked: Any, size: int | None) -> Any:
         yield pytree.tree_unflatten(cut, spec), (end - begin) / samples
 
 
-def _put_back(attributes: Sequence[tuple[nn.Module, dict[str, Any], dict[str, Tensor | None]]]) -> None:
-    """Give every module the attributes and buffers it had."""
-    for module, values, buffers in attributes:
+def _put_back(attributes: Sequence[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]]) -> None:
+    """Give every module the attributes, buffers and parameters it had."""
+    for module, values, buffers, parameters in attributes:
         module.__dict__.clear()
         module.__dict__.update(values)
-        module._buffers.clear()
-        module._buffers.update(buffers)
+        for table, before in ((module._buffers, buffers), (module._parameters, parameters)):
+            table.clear()
+            table.update(before)
 
 
 def _holds_batched_tensors(model: nn.Module) -> bool:

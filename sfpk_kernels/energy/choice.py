@@ -69,6 +69,10 @@ def choose(
             if mode == name:
                 raise RuntimeError(f"energy_mode={name!r} cannot run this model: {error}") from error
             why_not[name] = str(error)
+        except Exception as error:  # whatever it is, one by one the model runs
+            if mode == name:
+                raise
+            why_not[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if mode != "auto":
         return Choice(mode, "as asked for", seconds, transient)
     best = min(seconds, key=lambda name: seconds[name] * (_MARGIN if name == "sequential" else 1.0))

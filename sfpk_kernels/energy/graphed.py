@@ -10,9 +10,11 @@ from torch.utils import _pytree as pytree
 
 from ._problem import CannotRunError, Problem
 from ._scale import LossScale
+from .capture import captured
 from .sequential import OneByOne
 
-_WARM_UPS = 3  # outside the capture, so that libraries have chosen their algorithms
+_PLAIN = (bool, int, float, str, bytes, type(None))
+_MOST_SHAPES = 8  # each graph keeps the memory of a whole pass
 
 
 class Graphed(OneByOne):
@@ -24,44 +26,58 @@ class Graphed(OneByOne):
     name = "cudagraph"
 
     def __init__(self, problem: Problem, scale: LossScale):
-        if problem.device.type != "cuda":
-            raise CannotRunError(f"CUDA graphs need a CUDA device, the model is on {problem.device}")
+        why_not = _why_not(problem.device)
+        if why_not:
+            raise CannotRunError(why_not)
         super().__init__(problem, scale)
         # The gradient always crosses over: a graph cannot write a different row every time.
         if self._row is None:
             self._row = torch.empty_like(problem.theta)
         self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[Any], Tensor]] = {}
+        self._scaled_by = scale.value  # the factor on losses that the graphs have
 
     def differentiate(self, batch: Any, row: Tensor) -> Tensor:
-        """As :meth:`OneByOne.differentiate`, by replaying."""
+        """As :meth:`OneByOne.differentiate`, by replaying.
+
+        Raises:
+            CannotRunError: the pass cannot be captured for this shape of batch, or there are too many shapes.
+        """
+        assert self._row is not None
         leaves, spec = pytree.tree_flatten(batch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        rest = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
-        shape = (str(spec), tuple((tuple(t.shape), t.dtype) for t in tensors), rest, self.scale.value)
+        rest = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+        # What a graph would keep from its first batch must be part of what it is known by.
+        frozen = next((leaf for leaf in rest if not isinstance(leaf, _PLAIN)), None)
+        if frozen is not None:
+            raise CannotRunError(f"a batch with something else than tensors and plain values: {type(frozen).__name__}")
+        if any(tensor.device != self.problem.device for tensor in tensors):
+            raise CannotRunError(f"a batch with tensors that are not on {self.problem.device}")
+        shape = (str(spec), tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors), repr(rest))
+        if self._scaled_by != self.scale.value:
+            self._captured.clear()
+            self._scaled_by = self.scale.value
         if shape not in self._captured:
-            self._captured[shape] = self._capture(batch, row)
+            if len(self._captured) == _MOST_SHAPES:
+                raise CannotRunError(f"batches of more than {_MOST_SHAPES} shapes: each graph takes memory of its own")
+            self._captured[shape] = self._capture(batch)
         graph, inputs, loss = self._captured[shape]
-        for mine, given in zip(inputs, tensors, strict=True):
-            mine.copy_(given, non_blocking=True)
-        graph.replay()
-        return loss.clone()
+        with torch.cuda.device(self.problem.device):
+            for mine, given in zip(inputs, tensors, strict=True):
+                mine.copy_(given, non_blocking=True)
+            graph.replay()
+            if row is not self._row:  # a trial's
+                row.copy_(self._row)
+            return loss.clone()
 
-    def _capture(self, batch: Any, row: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Any], Tensor]:
+    def _capture(self, batch: Any) -> tuple[torch.cuda.CUDAGraph, list[Any], Tensor]:
+        row, problem = self._row, self.problem
+        assert row is not None
         own = pytree.tree_map_only(Tensor, torch.clone, batch)
         inputs = [leaf for leaf in pytree.tree_flatten(own)[0] if isinstance(leaf, Tensor)]
-        stream = torch.cuda.Stream(self.problem.device)
-        stream.wait_stream(torch.cuda.current_stream(self.problem.device))
-        try:
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UPS):
-                    super().differentiate(own, row)
-            torch.cuda.current_stream(self.problem.device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                loss = super().differentiate(own, row)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            torch.cuda.synchronize(self.problem.device)
-            raise CannotRunError(f"the pass cannot be captured: {str(error).splitlines()[0]}") from error
+        once = super().differentiate
+        graph, loss = captured(lambda: once(own, row), row, problem.model, problem.device)
         return graph, inputs, loss
+
+
+def _why_not(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else f"CUDA graphs need a CUDA device, the model is on {device}"

@@ -45,10 +45,7 @@ class OneByOne:
             nn.Parameter(view if view.dtype == own else torch.empty_like(view, dtype=own))
             for view, own in zip(self._views, dtypes, strict=True)
         ]
-        own_parameters = problem.coordinates.parameters(problem.model)
-        self._places = stand_ins(
-            problem.model, {id(own): leaf for own, leaf in zip(own_parameters, self.leaves, strict=True)}
-        )
+        self._places = stand_ins(problem.model, problem.coordinates.by_parameter(problem.model, self.leaves))
         self._loss = torch.compile(problem.loss_fn) if problem.compiled else problem.loss_fn
 
     @contextmanager

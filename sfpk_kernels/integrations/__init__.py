@@ -1,1 +1,1 @@
-"""Callbacks for other training libraries; each module needs its library (extras ``lightning``, ``transformers``)."""
+"""Callbacks for other training libraries; each module needs its library."""

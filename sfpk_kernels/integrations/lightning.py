@@ -1,4 +1,4 @@
-"""SFPKCallback: masks that hold through training with Lightning. Needs ``pip install 'sfpk_kernels[lightning]'``."""
+"""SFPKCallback: masks that hold through training with Lightning. Needs ``pip install lightning``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import operator
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from ..coordinates import named_parameters
 from ..enforce import MaskEnforcer
+from ..extras import missing
 from ..masks import MaskSet
 from ._restore import check_masks, restored
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise ImportError(f"{missing('SFPKCallback', 'lightning')} ({error})") from error
 
 __all__ = ["SFPKCallback"]
 
@@ -22,8 +28,9 @@ class SFPKCallback(Callback):
     The weights are masked before the first step, after every step of every optimizer (accumulated batches, manual
     optimization and mixed precision included) and at the end. Parameter groups and optimizers may be added or exchanged
     meanwhile. Gradient clipping counts kept weights alone, except by hand (``clip_gradients`` in manual optimization).
-    Resuming from a checkpoint restores its masks. Several callbacks may hold masks of different submodules. Strategies
-    that shard parameters or keep copies of them (FSDP, DeepSpeed) are not covered.
+    Resuming from a checkpoint restores its masks. Several callbacks may hold masks of different submodules; two for the
+    same parameter, or Lightning's own ``ModelPruning`` for one of ours, are refused at the start. Strategies that shard
+    parameters or keep copies of them (FSDP, DeepSpeed) are not covered.
 
     Args:
         masks: of the module, named as in its ``named_parameters()``; ``None`` to take those of the checkpoint that
@@ -33,7 +40,8 @@ class SFPKCallback(Callback):
 
     Raises:
         TypeError: no MaskSet, or no name.
-        ValueError: at the start of a fit: masks of another model, none at all, or others than those of the checkpoint.
+        ValueError: at the start of a fit: masks of another model, none at all, or others than those of the checkpoint;
+            another callback that prunes the same parameters.
     """
 
     def __init__(self, masks: MaskSet | None = None, submodule: str = ""):
@@ -52,6 +60,7 @@ class SFPKCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check and mask, before the sanity check validates."""
+        self._check_alone(trainer, pl_module)
         if self.masks is not None:
             self.masks.apply_(self._model(pl_module))
 
@@ -59,6 +68,7 @@ class SFPKCallback(Callback):
         """Mask what was restored, and from now on after every optimizer step."""
         if self.masks is None:
             raise ValueError("masks: wanted a MaskSet, or a checkpoint with masks to resume from, got neither")
+        self._check_alone(trainer, pl_module)
         self.masks.apply_(self._model(pl_module))
         self._follow(trainer, pl_module)
 
@@ -105,6 +115,44 @@ class SFPKCallback(Callback):
         except AttributeError as error:
             raise ValueError(f"submodule: wanted a part of the module, got {self.submodule!r}: {error}") from error
 
+    def _masked_parameters(self, pl_module: LightningModule) -> dict[int, str]:
+        """Names of the parameters that the masks are for, by the parameters' ids."""
+        if self.masks is None:
+            return {}
+        model = self._model(pl_module)
+        self.masks.check(model)
+        parameters = named_parameters(model)
+        return {id(parameters[name]): name for name in self.masks}
+
+    def _check_alone(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """No other callback prunes parameters of ours.
+
+        Raises:
+            ValueError: one does.
+        """
+        ours = self._masked_parameters(pl_module)
+        for other in trainer.callbacks:
+            if other is self or not ours:
+                continue
+            kinds = {kind.__name__ for kind in type(other).__mro__}
+            if isinstance(other, SFPKCallback):
+                both = [ours[number] for number in other._masked_parameters(pl_module) if number in ours]
+                remedy = "put all masks of a parameter into one (masks & others)"
+            elif "ModelPruning" in kinds:
+                both = [ours[id(weight)] for weight in _to_be_pruned(other, pl_module) if id(weight) in ours]
+                remedy = (
+                    "leave one of the two callbacks out, or give ModelPruning other parameters_to_prune, which renames "
+                    "those it has"
+                )
+            else:
+                continue
+            if both:
+                more = f" and {len(both) - 3} more" if len(both) > 3 else ""
+                raise ValueError(
+                    f"callbacks: wanted one that prunes {', '.join(both[:3])}{more}, got {type(self).__name__} and "
+                    f"{'another ' if type(other) is type(self) else ''}{type(other).__name__}: {remedy}"
+                )
+
     def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.masks is not None
         self._release()
@@ -120,3 +168,11 @@ class SFPKCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which enforce nothing before a fit of their own."""
         return {**self.__dict__, "_optimizers": [], "_enforcers": []}
+
+
+def _to_be_pruned(pruning: Any, pl_module: LightningModule) -> list[Any]:
+    """What Lightning's callback is going to prune: as it says itself after its setup, or every weight."""
+    listed = getattr(pruning, "_parameters_to_prune", None)
+    if not isinstance(listed, list | tuple):
+        return list(pl_module.parameters())
+    return [getattr(module, name, None) for module, name in listed]

@@ -1,6 +1,6 @@
 """SFPKTrainerCallback: masks that hold through training with the Hugging Face Trainer.
 
-Needs ``pip install 'sfpk_kernels[transformers]'``.
+Needs ``pip install transformers accelerate``.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
-
 from ..coordinates import named_parameters
-from ..enforce import MaskedParameters
+from ..enforce import MaskedParameters, Watch
+from ..extras import missing
 from ..masks import MaskSet
 from ._restore import check_masks
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import ExportableState
+except ImportError as error:
+    raise ImportError(f"{missing('SFPKTrainerCallback', 'transformers', 'accelerate')} ({error})") from error
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +35,9 @@ class SFPKTrainerCallback(TrainerCallback, ExportableState):
     The weights are masked before the first step and after every optimizer step (not after every accumulated batch).
     Every checkpoint folder gets a file ``sfpk_masks.safetensors``, and the masks' fingerprint goes into its
     ``trainer_state.json``. A run that resumes is refused if its masks are not those of the checkpoint. The Trainer
-    clips before any callback is asked, so ``max_grad_norm`` counts the gradients of removed weights, too. Sharded or
-    offloaded parameters (FSDP, DeepSpeed) are not covered.
+    clips before any callback is asked, so ``max_grad_norm`` counts the gradients of removed weights, too. Removed
+    weights that something else has written are found before the next step, set to 0 and reported in the log, once.
+    Sharded or offloaded parameters (FSDP, DeepSpeed) are not covered.
 
     Args:
         masks: of the model. ``None`` when a run resumes: they are read from the checkpoint, if it lies in the
@@ -49,6 +54,7 @@ class SFPKTrainerCallback(TrainerCallback, ExportableState):
         check_masks(masks)
         self.masks = masks
         self._masked: MaskedParameters | None = None  # while training
+        self._watch = Watch()
 
     @classmethod
     def from_checkpoint(cls, folder: str | os.PathLike[str]) -> SFPKTrainerCallback:
@@ -87,6 +93,21 @@ class SFPKTrainerCallback(TrainerCallback, ExportableState):
             state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         parameters = named_parameters(model)
         self._masked = MaskedParameters(self.masks, {name: parameters[name] for name in self.masks})
+        self._watch = Watch()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Mask what was written since the last step, and say so."""
+        if self._masked is not None:
+            self._watch.look(
+                self._masked,
+                "before a step of the Trainer",
+                "they were set to 0 again. Something else than its optimizer's steps wrote them (an optimizer's own "
+                "averages, load_state_dict), and may have been evaluated and saved with them",
+            )
+            if self._watch.said:  # whatever writes them will do so again
+                self._masked.apply_()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

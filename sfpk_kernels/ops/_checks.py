@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import numbers
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def is_real(op: str, name: str, value: Any, wanted: str, low: float, high: float
         raise TypeError(f"{op}: {name}: wanted a number {wanted}, got {value!r}")
     number = float(value)
     above = number > low if open_low else number >= low
-    if not (math.isfinite(number) and above and number <= high):
+    if not (above and number <= high and number < float("inf")):
         raise ValueError(f"{op}: {name}: wanted a number {wanted}, got {value!r}")
     return number
 
@@ -51,12 +52,42 @@ _lowest: Any = WeakTensorKeyDictionary()  # tensor → (version, lowest value): 
 
 def at_least(op: str, name: str, value: Tensor, low: float, *, strictly: bool = False) -> None:
     """Every entry of ``value`` is ≥ ``low`` (> with ``strictly``)."""
-    version, lowest = _lowest.get(value, (None, 0.0))
-    if version is None or version != value._version:
-        version, lowest = value._version, float(value.min())
-        _lowest[value] = version, lowest
+    if value.is_inference():  # it has no version to notice changes by
+        lowest = float(value.min())
+    else:
+        version, lowest = _lowest.get(value, (None, 0.0))
+        if version is None or version != value._version:
+            version, lowest = value._version, float(value.min())
+            _lowest[value] = version, lowest
     if not (lowest > low if strictly else lowest >= low):
         raise ValueError(f"{op}: {name}: wanted all {'>' if strictly else '≥'} {low:g}, got {lowest}")
+
+
+def was_written(*tensors: Tensor) -> None:
+    """Tells autograd that a kernel it does not see has changed these: gradients from stale values raise then."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+@contextlib.contextmanager
+def writing(*tensors: Tensor | None) -> Iterator[None]:
+    """Lets kernels write into tensors made under inference mode."""
+    if any(t is not None and t.is_inference() for t in tensors) and not torch.is_inference_mode_enabled():
+        with torch.inference_mode():
+            yield
+    else:
+        yield
+
+
+def owns_memory(op: str, name: str, value: Tensor) -> None:
+    """No two entries of ``value`` lie in the same place."""
+    extent = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise ValueError(
+                f"{op}: {name}: wanted memory of its own for every entry, as it is written, got shape "
+                f"{tuple(value.shape)} with strides {value.stride()}"
+            )
+        extent += (size - 1) * stride
 
 
 def is_one_of(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -56,7 +56,7 @@ def write(
         The page's path.
 
     Raises:
-        ImportError: no matplotlib (``pip install 'sfpk_kernels[demo]'``).
+        ImportError: no matplotlib (``pip install matplotlib``).
         TypeError: a row of ``baselines`` that JSON cannot hold.
         ValueError: a row of ``baselines`` without what it needs, or a number that is no fraction.
         NotADirectoryError: ``folder`` is a file.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ..extras import require
 from ..files import atomic_write
 from ..records import StepRecord
 
@@ -213,6 +214,7 @@ def _apart(axes: Any, values: Sequence[float]) -> None:
 
 
 def _figure(panels: int, size: tuple[float, float] | None = None) -> tuple[Any, Any]:
+    require("a picture", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

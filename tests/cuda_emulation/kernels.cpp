@@ -10,6 +10,8 @@ using namespace sfpk::cuda;
 
 extern "C" {
 
+void emulated_window(int64_t blocks) { emulation::window = blocks; }
+
 // One (problems, count) tensor, or `tensors` of a list that lie one after the other with the given counts.
 void emulated_select(const void* values, int kind, int score, int64_t rows, int64_t row_stride, int64_t problems,
                      int64_t tensors, const int64_t* counts, const float* saliency, const uint8_t* excluded,
@@ -36,7 +38,7 @@ void emulated_select(const void* values, int kind, int score, int64_t rows, int6
     first += counts[i];
     chunks += ceil_div(counts[i], kChunk);
   }
-  std::vector<int64_t> state(problems * kStateColumns, 77), ties(problems * chunks + 1, -7);
+  std::vector<int64_t> state(problems * kStateColumns, 77), ties(problems * chunks + 1, emulation::window ? 0 : -7);
   std::vector<unsigned long long> bins(problems * kCounters, 99);
   const Workspace w{state.data(), bins.data(), ties.data(), chunks};
   select(sources.data(), tensors, problems, k, candidates, guess, w, threshold, tie_end, nullptr);

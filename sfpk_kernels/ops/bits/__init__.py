@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..._dispatch import Backend, choose
 from .. import _checks as check
+from .. import _transforms as transforms
 from . import cpp, reference
 from ._shape import BITS, PACKED, mask_shape, units
 
@@ -34,6 +35,8 @@ def pack_mask(
         mask: bool, of any shape.
         kind: ``"uint8"`` or ``"int32"``.
         backend: ``None`` for the fastest available.
+
+    To ``torch.export`` with a dynamic d, one unit is a size of its own: let d begin behind it (min=9, or min=33).
 
     Raises:
         TypeError: no bool tensor.
@@ -136,6 +139,7 @@ def _define(name: str, schema: str, implementation: str, fake: Any) -> None:
     torch.library.define(f"sfpk::{name}", schema)
     torch.library.impl(f"sfpk::{name}", ("cpu", "cuda"))(run)
     torch.library.register_fake(f"sfpk::{name}")(fake)
+    transforms.register_vmap(f"sfpk::{name}", getattr(torch.ops.sfpk, name))
 
 
 def _pack_fake(mask: Tensor, kind: str, backend: str) -> Tensor:

@@ -29,7 +29,8 @@ def unpack_mask(
     d: int,
 ) -> Tensor:  # (…, d) bool
     """What :func:`pack_mask` was given."""
-    octets = packed.contiguous().view(torch.uint8)
+    # A copy: a mask of one unit is contiguous with any stride, but bytes can be seen only in stride 1.
+    octets = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device).copy_(packed).view(torch.uint8)
     bit = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (octets[..., None] >> bit) & 1
     return bits.flatten(-2)[..., :d].bool()

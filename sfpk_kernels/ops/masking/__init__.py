@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..._dispatch import Backend, choose
 from .. import _checks as check
+from .. import _transforms as transforms
 from ..selection import Cut
 from ..selection._arguments import segment_borders
 from . import _layout, cpp, cuda, reference, triton_backend
@@ -68,7 +69,7 @@ def masked_weights(
     cut: Cut | None = None,  # (n, S)
     score: str | None = None,
     saliency: Tensor | None = None,  # (d,)
-    segments: Sequence[int] | str | None = None,  # (S + 1) offsets, or "tensors" for a list without layout
+    segments: Sequence[int] | str | None = None,  # (S + 1) offsets; for a list without layout also "tensors"
     layout: Blocks | Sequence[Blocks] | None = None,
     dtype: torch.dtype | None = None,
     out: Tensor | Sequence[Tensor] | None = None,  # the shape of the result
@@ -76,9 +77,11 @@ def masked_weights(
 ) -> Tensor | list[Tensor]:  # (W,) or (n, W); for a list, each tensor's shape, with n in front
     """θ ⊙ mask, row by row; where a mask removes a weight the result is exactly 0, whatever the weight was.
 
-    Differentiable (not with ``out``) in ``weights``: the masked gradient, summed over rows; and in a float ``mask``:
-    for factors the derivative, for particle values with a cut the straight-through one, both
-    :func:`mask_gradient`.
+    Differentiable (not with ``out``) in ``weights``: the masked gradient, summed over rows; and in a float ``mask``,
+    by :func:`mask_gradient`: for factors the derivative, for particle values with a cut the straight-through one, as if
+    the mask were the values (∂P/∂m = 1 for the P that is kept by the cut). Derivatives of any order follow the same
+    rule, so they are those of a product; backward, forward (``torch.func.jvp``) and under ``torch.func.vmap``. The cut
+    and the saliency have none. (``is_grads_batched``, torch's old vmap, raises.)
 
     Args:
         weights: the dense weights, flat or as the tensors of a model; their coordinates follow one another.
@@ -88,7 +91,8 @@ def masked_weights(
         cut: of :func:`topk_threshold` for the same values, score, saliency and segments. A NaN score is not kept.
         score, saliency: ``"value"``, ``"abs"`` or ``"abs_saliency"``, as in :func:`topk_threshold`; ``None`` for
             ``"value"``.
-        segments: those of the cut.
+        segments: those of the cut: offsets over all coordinates; ``"tensors"``: each tensor of a list is one, which a
+            layout has no use for.
         layout: structured: which weights each coordinate governs, as consecutive :class:`Blocks`, each within
             one tensor. ``None``: one coordinate per weight.
         dtype: of the result; ``None`` for that of ``weights``. Not together with ``out``.
@@ -99,7 +103,8 @@ def masked_weights(
 
     Raises:
         TypeError: an argument that is no tensor of a fitting dtype, or dtype and out together.
-        ValueError: shapes, devices, layout or segments that do not fit, or ``out`` sharing memory with an input.
+        ValueError: shapes, devices, layout or segments that do not fit, ``out`` sharing memory with an input or with
+            itself, or inputs beside it that record a gradient.
     """
     tensors = _weights(_OP, weights)
     device, is_list = tensors[0].device, not isinstance(weights, Tensor)
@@ -115,7 +120,7 @@ def masked_weights(
         dtype = tensors[0].dtype if dtype is None else dtype
         if dtype not in check.FLOATS:
             raise TypeError(f"{_OP}: dtype: wanted a float dtype, got {dtype}")
-        done = torch.ops.sfpk.masked_weights(tensors, rows, *ranking, flat, dtype, backend or "")
+        done = _PRODUCT(tensors, rows, *ranking, flat, dtype, backend or "")
         results = [t.view(shape) for t, shape in zip(done, shapes, strict=True)]
         return results if is_list else results[0]
     # fmt: on
@@ -131,6 +136,8 @@ def masked_weights(
         check.is_tensor(_OP, name, buffer)
         check.has_shape(_OP, name, buffer, shape)
         check.same_device(_OP, name, buffer, device)
+    named = [*((f"weights[{i}]" if is_list else "weights", t) for i, t in enumerate(tensors)), ("mask", mask)]
+    transforms.refuse_derivatives(_OP, "a result written into out has no derivative", named)
     torch.ops.sfpk.masked_weights_out(tensors, rows, *ranking, flat, buffers, backend or "")
     return out if isinstance(out, Tensor) else buffers
 
@@ -144,8 +151,8 @@ def mask_gradient(
 ) -> Tensor:  # (d,) or (n, d) fp32, fp64 where an input is
     """The gradient by the mask, straight through the polarizer: Σ_{w in e} θ_w · ∂L/∂W_w for every coordinate e.
 
-    Products in the result's dtype, sums in fp64. Differentiable in both arguments. (For single weights
-    ``transition_(weights=θ)`` forms the same product without writing it.)
+    Products in the result's dtype, sums in fp64. Differentiable in both arguments, like :func:`masked_weights`. (For
+    single weights ``transition_(weights=θ)`` forms the same product without writing it.)
 
     Source: method step 2; the chain rule of W = P ⊙ θ with ∂P/∂m = 1.
 
@@ -169,7 +176,7 @@ def mask_gradient(
         check.same_device(_GRADIENT, name, grad, weight.device)
     flat = _layout.normalize(_GRADIENT, layout, [t.numel() for t in tensors])
     rows = [g if batched else g[None] for g in grads]
-    result: Tensor = torch.ops.sfpk.mask_gradient(tensors, rows, flat, backend or "")
+    (result,) = _BY_MASK(tensors, rows, flat, backend or "")
     return result if batched else result[0]
 
 
@@ -208,13 +215,13 @@ def _cut(
         raise TypeError(f"{_OP}: mask: wanted float particle values beside a cut, got {mask.dtype}")
     score = "value" if score is None else score
     check.is_one_of(_OP, "score", score, _SCORES)
-    borders = segment_borders(_OP, segments, tensors or None, d) or [0, d]
+    borders = segment_borders(_OP, segments, tensors or None, d, offsets=True)
     for name, tensor, dtypes in (
         ("cut.threshold", cut[0], check.FLOATS),
         ("cut.tie_end", cut[1], (torch.int64,)),
     ):
         check.is_tensor(_OP, name, tensor, dtypes)
-        check.has_shape(_OP, name, tensor, (rows.shape[0], len(borders) - 1))
+        check.has_shape(_OP, name, tensor, (rows.shape[0], max(len(borders) - 1, 1)))
         check.same_device(_OP, name, tensor, mask.device)
     if (saliency is None) == (score == "abs_saliency"):
         wanted = "values to multiply with" if saliency is None else "None"
@@ -226,7 +233,7 @@ def _cut(
     return cut[0], cut[1], score, saliency, borders
 
 
-_RANKING = "Tensor? threshold, Tensor? tie_end, str score, Tensor? saliency, int[] segments, int[] layout"
+_RANKING = "Tensor? threshold, Tensor? tie_end, str score, Tensor? saliency, SymInt[] segments, SymInt[] layout"
 torch.library.define(
     "sfpk::masked_weights",
     f"(Tensor[] weights, Tensor mask, {_RANKING}, ScalarType dtype, str backend) -> Tensor[]",
@@ -236,7 +243,12 @@ torch.library.define(
     f"(Tensor[] weights, Tensor mask, {_RANKING}, Tensor(a!)[] out, str backend) -> ()",
 )
 torch.library.define(
-    "sfpk::mask_gradient", "(Tensor[] weights, Tensor[] weight_grads, int[] layout, str backend) -> Tensor"
+    "sfpk::mask_gradient", "(Tensor[] weights, Tensor[] weight_grads, SymInt[] layout, str backend) -> Tensor"
+)
+# Σ_i P_i ⊙ ∂L/∂W_i: the third derivative of Σ_i θ ⊙ P_i ⊙ ∂L/∂W_i, beside the two ops above.
+torch.library.define(
+    "sfpk::weight_gradient",
+    f"(Tensor[] weight_grads, Tensor mask, {_RANKING}, ScalarType dtype, str backend) -> Tensor[]",
 )
 
 
@@ -257,25 +269,52 @@ def _run(
     run([p.of(flat[p.tensor]) for p in pieces], described, pieces, [p.of(outs[p.tensor]) for p in pieces])
 
 
-def _masked_weights(weights: list[Tensor], mask: Tensor, *arguments: Any) -> list[Tensor]:
-    *ranking, dtype, backend = arguments
-    outs = [torch.empty((mask.shape[0], t.numel()), dtype=dtype, device=t.device) for t in weights]
-    _run(weights, mask, tuple(ranking), outs, backend)
+def _new_rows(n: int, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:  # (n, numel) each
+    return [torch.empty((n, t.numel()), dtype=dtype, device=t.device) for t in weights]
+
+
+def _masked_weights(
+    weights: list[Tensor],
+    mask: Tensor,
+    threshold: Tensor | None,
+    tie_end: Tensor | None,
+    score: str,
+    saliency: Tensor | None,
+    segments: list[int],
+    layout: list[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    outs = _new_rows(mask.shape[0], weights, dtype)
+    _run(weights, mask, (threshold, tie_end, score, saliency, segments, layout), outs, backend)
     return outs
 
 
-def _masked_weights_out(weights: list[Tensor], mask: Tensor, *arguments: Any) -> None:
-    *ranking, outs, backend = arguments
+def _masked_weights_out(
+    weights: list[Tensor],
+    mask: Tensor,
+    threshold: Tensor | None,
+    tie_end: Tensor | None,
+    score: str,
+    saliency: Tensor | None,
+    segments: list[int],
+    layout: list[int],
+    out: list[Tensor],
+    backend: str,
+) -> None:
     names = [*((f"weights[{i}]" if len(weights) > 1 else "weights", t) for i, t in enumerate(weights)), ("mask", mask)]
-    for out in outs:
+    for i, buffer in enumerate(out):
+        check.owns_memory(_OP, f"out[{i}]" if len(out) > 1 else "out", buffer)
         for name, tensor in names:
-            if check.share_memory(out, tensor):
+            if check.share_memory(buffer, tensor):
                 raise ValueError(f"{_OP}: out: wanted memory of its own, got memory shared with {name}")
-    rows = [_as_rows(out, mask.shape[0], weight.numel()) for out, weight in zip(outs, weights, strict=True)]
-    _run(weights, mask, tuple(ranking), rows, backend)
-    for out, row in zip(outs, rows, strict=True):
-        if row.data_ptr() != out.data_ptr():
-            out.copy_(row.view(out.shape))
+    rows = [_as_rows(buffer, mask.shape[0], weight.numel()) for buffer, weight in zip(out, weights, strict=True)]
+    with check.writing(*out):
+        _run(weights, mask, (threshold, tie_end, score, saliency, segments, layout), rows, backend)
+        for buffer, row in zip(out, rows, strict=True):
+            if row.data_ptr() != buffer.data_ptr():
+                buffer.copy_(row.view(buffer.shape))
+    check.was_written(*out)
 
 
 def _as_rows(out: Tensor, n: int, count: int) -> Tensor:  # (n, count)
@@ -292,7 +331,8 @@ def _mask_gradient(weights: list[Tensor], weight_grads: list[Tensor], layout: li
     assert pieces is not None
     out = _gradient_buffer(weights, weight_grads, layout)
     run = choose(_GRADIENT, backend, _GRADIENT_BACKENDS, out, *weights, *weight_grads)
-    flat, rows = [t.flatten().contiguous() for t in weights], [g.reshape(g.shape[0], -1) for g in weight_grads]
+    flat = [t.flatten().contiguous() for t in weights]
+    rows = [g.reshape(g.shape[0], t.numel()) for g, t in zip(weight_grads, weights, strict=True)]
     run([p.of(flat[p.tensor]) for p in pieces], [p.of(rows[p.tensor]) for p in pieces], pieces, out)
     return out
 
@@ -304,19 +344,66 @@ def _gradient_buffer(weights: list[Tensor], weight_grads: list[Tensor], layout: 
     return torch.empty((weight_grads[0].shape[0], d), dtype=dtype, device=weights[0].device)
 
 
+def _weight_gradient(
+    weight_grads: list[Tensor],  # (n, numel) each
+    mask: Tensor,
+    threshold: Tensor | None,
+    tie_end: Tensor | None,
+    score: str,
+    saliency: Tensor | None,
+    segments: list[int],
+    layout: list[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:  # (numel,) each
+    exact = torch.float64 in (dtype, mask.dtype if threshold is None else dtype, *(g.dtype for g in weight_grads))
+    wide = torch.float64 if exact else torch.float32
+    totals = [torch.zeros(g.shape[1], dtype=wide, device=g.device) for g in weight_grads]
+    row = _new_rows(1, totals, wide)
+    for i in range(mask.shape[0]):
+        # The row's gradient takes the place of the weights.
+        cut = (t if t is None else t[i : i + 1] for t in (threshold, tie_end))
+        _run([g[i] for g in weight_grads], mask[i : i + 1], (*cut, score, saliency, segments, layout), row, backend)
+        for total, part in zip(totals, row, strict=True):
+            total += part[0]
+    return [total.to(dtype) for total in totals]
+
+
 torch.library.impl("sfpk::masked_weights", ("cpu", "cuda"))(_masked_weights)
 torch.library.impl("sfpk::masked_weights_out", ("cpu", "cuda"))(_masked_weights_out)
 torch.library.impl("sfpk::mask_gradient", ("cpu", "cuda"))(_mask_gradient)
+torch.library.impl("sfpk::weight_gradient", ("cpu", "cuda"))(_weight_gradient)
 
 
 @torch.library.register_fake("sfpk::masked_weights")
-def _masked_weights_fake(weights: list[Tensor], mask: Tensor, *arguments: Any) -> list[Tensor]:
-    dtype = arguments[-2]
-    return [torch.empty((mask.shape[0], t.numel()), dtype=dtype, device=t.device) for t in weights]
+def _masked_weights_fake(
+    weights: list[Tensor],
+    mask: Tensor,
+    threshold: Tensor | None,
+    tie_end: Tensor | None,
+    score: str,
+    saliency: Tensor | None,
+    segments: list[int],
+    layout: list[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    return _new_rows(mask.shape[0], weights, dtype)
 
 
 @torch.library.register_fake("sfpk::masked_weights_out")
-def _masked_weights_out_fake(weights: list[Tensor], mask: Tensor, *arguments: Any) -> None:
+def _masked_weights_out_fake(
+    weights: list[Tensor],
+    mask: Tensor,
+    threshold: Tensor | None,
+    tie_end: Tensor | None,
+    score: str,
+    saliency: Tensor | None,
+    segments: list[int],
+    layout: list[int],
+    out: list[Tensor],
+    backend: str,
+) -> None:
     return None
 
 
@@ -325,59 +412,149 @@ def _mask_gradient_fake(weights: list[Tensor], weight_grads: list[Tensor], layou
     return _gradient_buffer(weights, weight_grads, layout)
 
 
-def _none_for(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """No gradients, as autograd expects them: torch takes an empty list of numbers for one of tensors."""
-    return tuple([] if isinstance(value, list) and not value else None for value in inputs)
+@torch.library.register_fake("sfpk::weight_gradient")
+def _weight_gradient_fake(
+    weight_grads: list[Tensor],
+    mask: Tensor,
+    threshold: Tensor | None,
+    tie_end: Tensor | None,
+    score: str,
+    saliency: Tensor | None,
+    segments: list[int],
+    layout: list[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    return [torch.empty(g.shape[1], dtype=dtype, device=g.device) for g in weight_grads]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    weights, mask, threshold, tie_end, ctx.score, saliency, ctx.segments, ctx.layout, _, _ = inputs
-    ctx.no_gradients = _none_for(inputs[2:])
-    ctx.save_for_backward(mask, threshold, tie_end, saliency, *weights)
+# The three ops are the derivatives of one trilinear form, Σ_i θ ⊙ P_i ⊙ ∂L/∂W_i: the derivatives of each are the
+# others. Ranking: what follows the mask, from the cut to the layout; without a cut, as for factors, none.
+_FACTORS: tuple[Any, ...] = (None, None, "value", None, [])
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    mask, threshold, tie_end, saliency, *weights = ctx.saved_tensors
-    grads = [g if g is not None else w.new_zeros(mask.shape[0], w.numel()) for g, w in zip(grads, weights, strict=True)]
-    by_weights: list[Tensor | None] = [None] * len(weights)
+def _product_backward(arguments: list[Any], grads: list[Tensor], wanted: list[Any]) -> list[Any]:
+    weights, mask, *ranking, layout, _, _ = arguments
+    by_weights: Any = [None] * len(weights)
     by_mask = None
-    if any(w.requires_grad for w in weights):
-        # Kept gradients, a row at a time: the row's gradient takes the place of the weights.
-        rows = []
-        for i in range(mask.shape[0]):
-            cut = (t if t is None else t[i : i + 1] for t in (threshold, tie_end))
-            ranking = (*cut, ctx.score, saliency, ctx.segments, ctx.layout)
-            row = [g[i] for g in grads]
-            rows.append(torch.ops.sfpk.masked_weights(row, mask[i : i + 1].detach(), *ranking, grads[0].dtype, ""))
-        by_weights = [
-            (torch.cat(parts).sum(dim=0) if parts else w.new_zeros(w.numel())).view(w.shape).to(w.dtype)
-            for w, parts in zip(weights, zip(*rows, strict=True) if rows else [()] * len(weights), strict=True)
-        ]
-    if mask.requires_grad:
-        shaped = [g.view(mask.shape[0], *w.shape) for g, w in zip(grads, weights, strict=True)]
-        by_mask = torch.ops.sfpk.mask_gradient(weights, shaped, ctx.layout, "").to(mask.dtype)
-    return by_weights, by_mask, *ctx.no_gradients
+    if any(wanted[0]):
+        wide = _widest(*weights)
+        sums = _BY_WEIGHTS(grads, mask, *ranking, layout, wide, "")
+        by_weights = [total.view(w.shape).to(w.dtype) for total, w in zip(sums, weights, strict=True)]
+    if wanted[1]:
+        (by_mask,) = _BY_MASK(weights, _shaped(grads, weights), layout, "")
+        by_mask = by_mask.to(mask.dtype)
+    return [by_weights, by_mask, *[None] * 8]
 
 
-def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weights, weight_grads, ctx.layout, _ = inputs
-    ctx.count, ctx.no_gradients = len(weights), _none_for(inputs[2:])
-    ctx.save_for_backward(*weights, *weight_grads)
+def _product_tangents(arguments: list[Any], tangents: list[Any]) -> list[Tensor]:
+    weights, mask, *ranking, layout, dtype, _ = arguments
+    parts = []
+    if any(t is not None for t in tangents[0]):
+        parts.append(_PRODUCT(_filled(tangents[0], weights), mask, *ranking, layout, dtype, ""))
+    if tangents[1] is not None and mask.is_floating_point():
+        parts.append(_PRODUCT(weights, tangents[1], *_FACTORS, layout, dtype, ""))
+    return _added(parts) or [torch.zeros((mask.shape[0], w.numel()), dtype=dtype, device=w.device) for w in weights]
 
 
-def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weights, weight_grads = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-    sizes = [t.numel() for t in weights]
-    pieces = _layout.pieces(ctx.layout, sizes)
-    assert pieces is not None
-    by_weights, by_grads = [], []
-    for t, (weight, weight_grad) in enumerate(zip(weights, weight_grads, strict=True)):
-        parts = [reference.spread(grad[:, p.coordinates], p) for p in pieces if p.tensor == t]
-        spread = torch.cat(parts, dim=1).view(weight_grad.shape)
-        by_weights.append((spread * weight_grad).sum(dim=0).to(weight.dtype))
-        by_grads.append((spread * weight).to(weight_grad.dtype))
-    return by_weights, by_grads, *ctx.no_gradients
+def _product_batch(arguments: list[Any], dims: list[Any], count: int) -> list[Tensor] | None:
+    """Rows of all entries at once, where they share weights and saliency."""
+    weights, mask, threshold, tie_end, score, saliency, *rest = arguments
+    if any(dim is not None for dim in (*dims[0], dims[5])):
+        return None
+    rows = _front(mask, dims[1], count).flatten(0, 1)
+    threshold, tie_end = (
+        t if t is None else _front(t, dim, count).flatten(0, 1)
+        for t, dim in zip((threshold, tie_end), dims[2:4], strict=True)
+    )
+    done = _PRODUCT(weights, rows, threshold, tie_end, score, saliency, *rest)
+    return [t.view(count, rows.shape[0] // count, w.numel()) for t, w in zip(done, weights, strict=True)]
 
 
-torch.library.register_autograd("sfpk::masked_weights", _backward, setup_context=_setup_context)
-torch.library.register_autograd("sfpk::mask_gradient", _gradient_backward, setup_context=_gradient_setup)
+def _by_mask_backward(arguments: list[Any], grads: list[Tensor], wanted: list[Any]) -> list[Any]:
+    weights, weight_grads, layout, _ = arguments
+    factors = grads[0]
+    by_weights: Any = [None] * len(weights)
+    by_grads: Any = [None] * len(weights)
+    if any(wanted[0]):
+        flat = [g.reshape(g.shape[0], w.numel()) for g, w in zip(weight_grads, weights, strict=True)]
+        sums = _BY_WEIGHTS(flat, factors, *_FACTORS, layout, _widest(*weights), "")
+        by_weights = [total.view(w.shape).to(w.dtype) for total, w in zip(sums, weights, strict=True)]
+    if any(wanted[1]):
+        products = _PRODUCT(weights, factors, *_FACTORS, layout, _widest(*weight_grads), "")
+        by_grads = [p.view(g.shape).to(g.dtype) for p, g in zip(products, weight_grads, strict=True)]
+    return [by_weights, by_grads, None, None]
+
+
+def _by_mask_tangents(arguments: list[Any], tangents: list[Any]) -> list[Tensor]:
+    weights, weight_grads, layout, _ = arguments
+    parts = []
+    if any(t is not None for t in tangents[0]):
+        parts.append(_BY_MASK(_filled(tangents[0], weights), weight_grads, layout, ""))
+    if any(t is not None for t in tangents[1]):
+        parts.append(_BY_MASK(weights, _filled(tangents[1], weight_grads), layout, ""))
+    return _added(parts)
+
+
+def _by_mask_batch(arguments: list[Any], dims: list[Any], count: int) -> list[Tensor] | None:
+    weights, weight_grads, layout, backend = arguments
+    if any(dim is not None for dim in dims[0]):
+        return None
+    rows = [_front(g, dim, count).flatten(0, 1) for g, dim in zip(weight_grads, dims[1], strict=True)]
+    (done,) = _BY_MASK(weights, rows, layout, backend)
+    return [done.view(count, done.shape[0] // count, done.shape[1])]
+
+
+def _by_weights_backward(arguments: list[Any], grads: list[Tensor], wanted: list[Any]) -> list[Any]:
+    weight_grads, mask, *ranking, layout, _, _ = arguments
+    by_grads: Any = [None] * len(weight_grads)
+    by_mask = None
+    if any(wanted[0]):
+        products = _PRODUCT(grads, mask, *ranking, layout, _widest(*weight_grads), "")
+        by_grads = [p.to(g.dtype) for p, g in zip(products, weight_grads, strict=True)]
+    if wanted[1]:
+        (by_mask,) = _BY_MASK(grads, weight_grads, layout, "")
+        by_mask = by_mask.to(mask.dtype)
+    return [by_grads, by_mask, *[None] * 8]
+
+
+def _by_weights_tangents(arguments: list[Any], tangents: list[Any]) -> list[Tensor]:
+    weight_grads, mask, *ranking, layout, dtype, _ = arguments
+    parts = []
+    if any(t is not None for t in tangents[0]):
+        parts.append(_BY_WEIGHTS(_filled(tangents[0], weight_grads), mask, *ranking, layout, dtype, ""))
+    if tangents[1] is not None and mask.is_floating_point():
+        parts.append(_BY_WEIGHTS(weight_grads, tangents[1], *_FACTORS, layout, dtype, ""))
+    return _added(parts) or [torch.zeros(g.shape[1], dtype=dtype, device=g.device) for g in weight_grads]
+
+
+def _widest(*tensors: Tensor) -> torch.dtype:
+    """fp64 where one of them is, else fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _shaped(rows: list[Tensor], weights: list[Tensor]) -> list[Tensor]:  # (n, *shape) each
+    return [r.reshape(r.shape[0], *w.shape) for r, w in zip(rows, weights, strict=True)]
+
+
+def _filled(tangents: list[Any], tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(x) if t is None else t for t, x in zip(tangents, tensors, strict=True)]
+
+
+def _added(parts: list[list[Tensor]]) -> list[Tensor]:
+    return [sum(terms[1:], start=terms[0]) for terms in zip(*parts, strict=True)]
+
+
+def _front(tensor: Tensor, dim: int | None, count: int) -> Tensor:
+    """The batch along dimension 0."""
+    return tensor.expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+_PRODUCT = transforms.Formula(torch.ops.sfpk.masked_weights, _product_backward, _product_tangents, _product_batch)
+_BY_MASK = transforms.Formula(torch.ops.sfpk.mask_gradient, _by_mask_backward, _by_mask_tangents, _by_mask_batch)
+_BY_WEIGHTS = transforms.Formula(
+    torch.ops.sfpk.weight_gradient, _by_weights_backward, _by_weights_tangents, lambda *_: None
+)
+_PRODUCT.register("sfpk::masked_weights")
+_BY_MASK.register("sfpk::mask_gradient")
+_BY_WEIGHTS.register("sfpk::weight_gradient")

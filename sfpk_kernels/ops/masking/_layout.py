@@ -61,7 +61,8 @@ def normalize(op: str, layout: Any, sizes: Sequence[int]) -> list[int]:
     entries = [layout] if isinstance(layout, Blocks) else layout
     if not isinstance(entries, Sequence) or not all(isinstance(b, Sequence) and len(b) == 3 for b in entries):
         raise TypeError(f"{op}: layout: wanted a list of Blocks(outer, groups, inner), got {layout!r:.80}")
-    flat = [int(v) for blocks in entries for v in blocks]
+    # Symbolic sizes stay so.
+    flat: list[Any] = [v if isinstance(v, int | torch.SymInt) else int(v) for blocks in entries for v in blocks]
     if any(v < 1 for v in flat):
         raise ValueError(f"{op}: layout: wanted numbers ≥ 1, got {layout!r:.80}")
     covered = pieces(flat, sizes)
@@ -138,4 +139,7 @@ def check_mask(op: str, mask: Any, d: int, device: torch.device) -> Tensor:
 
 def gapless(rows: Tensor) -> Tensor:
     """Rows may lie apart, entries of a row may not."""
-    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
+    if rows.shape[1] <= 1 or rows.stride(1) == 1:
+        return rows
+    # Without entries, every tensor is contiguous already.
+    return rows.contiguous() if rows.numel() else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)

@@ -30,7 +30,7 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
     targets = [gapless(out) for out in outs]
     torch.ops.sfpk_cpp.masked_weights_(
         list(weights), values, mask.kind, SCORES.index(mask.score), saliency, threshold, tie_end,
-        torch.tensor(mask.segments), _table(pieces), targets,
+        torch.tensor(mask.segments, dtype=torch.int64, device=values.device), _table(pieces, values.device), targets,
     )  # fmt: skip
     for out, target in zip(outs, targets, strict=True):
         if target is not out:
@@ -39,8 +39,8 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
 
 def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: Sequence[Piece], out: Tensor) -> None:
     """As :func:`.reference.mask_gradient_`."""
-    torch.ops.sfpk_cpp.mask_gradient_(list(weights), [gapless(g) for g in grads], _table(pieces), out)
+    torch.ops.sfpk_cpp.mask_gradient_(list(weights), [gapless(g) for g in grads], _table(pieces, out.device), out)
 
 
-def _table(pieces: Sequence[Piece]) -> Tensor:
-    return torch.tensor([number for piece in pieces for number in piece.blocks], dtype=torch.int64)
+def _table(pieces: Sequence[Piece], device: torch.device) -> Tensor:
+    return torch.tensor([number for piece in pieces for number in piece.blocks], dtype=torch.int64, device=device)

@@ -36,10 +36,10 @@ def kept(mask: Mask) -> Tensor:  # (n, d) bool, or the factors
     if mask.threshold is None or mask.tie_end is None:
         return mask.values
     scores = score_of(mask.values, mask.score, mask.saliency)
-    lengths = torch.tensor(mask.segments, device=scores.device).diff()
+    lengths = torch.tensor(mask.segments, dtype=torch.int64, device=scores.device).diff()
     threshold = mask.threshold.to(scores.dtype).repeat_interleave(lengths, dim=1, output_size=mask.d)
     tie_end = mask.tie_end.repeat_interleave(lengths, dim=1, output_size=mask.d)
-    index = torch.arange(mask.d, device=scores.device)
+    index = torch.arange(mask.d, dtype=torch.int64, device=scores.device)
     return (scores > threshold) | ((scores == threshold) & (index < tie_end))
 
 
@@ -64,5 +64,5 @@ def mask_gradient_(
         outer, groups, inner = piece.blocks
         products = weight.to(out.dtype) * grad.to(out.dtype)
         if outer * inner > 1:
-            products = products.view(-1, outer, groups, inner).sum(dim=(1, 3), dtype=torch.float64)
+            products = products.view(products.shape[0], outer, groups, inner).sum(dim=(1, 3), dtype=torch.float64)
         out[:, piece.coordinates] = products

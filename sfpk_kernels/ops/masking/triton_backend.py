@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..bits._shape import BITS
 from ._layout import Mask, Piece, gapless
 
 _BLOCK = 1024
+_MOST_ROWS = 65_535  # along y of a grid
 _SCORES = ("value", "abs", "abs_saliency")
 
 
@@ -33,39 +35,46 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
     threshold = values if mask.threshold is None else mask.threshold.float().contiguous()
     tie_end = values if mask.tie_end is None else mask.tie_end.contiguous()
     data = values.view(torch.uint8) if kind == 0 else values
-    n, parts = values.shape[0], len(mask.segments) - 1
+    n, cuts = values.shape[0], len(mask.segments) - 1
     for weight, piece, out in zip(weights, pieces, outs, strict=True):
         target = gapless(out)
         outer, groups, inner = piece.blocks
         single = outer * inner == 1
-        for s, begin, end in _ranges(piece, mask.segments if kind == 3 else [0, mask.d], single):
-            if not n or begin == end:
+        parts = _parts(piece, mask.segments if kind == 3 else [0, mask.d], single)
+        for part in parts:
+            if not n or part.begin == part.end:
                 continue
-            column = s if kind == 3 else 0
+            column = part.segment if kind == 3 else 0
             _triton.launch(
-                kernels.apply, (-(-(end - begin) // _BLOCK),), weight.device,
+                kernels.apply, (-(-(part.end - part.begin) // _BLOCK),), weight.device,
                 weight, data, saliency, threshold.flatten()[column:], tie_end.flatten()[column:], target, n,
-                data.stride(0), parts, target.stride(0), begin, end, piece.first, groups, inner,
+                data.stride(0), cuts, target.stride(0), part.begin, part.end, piece.first, groups, inner, part.low,
+                part.high,
                 KIND=kind, SCORE=_SCORES.index(mask.score) if kind == 3 else 0, SINGLE=single,
-                BITS=BITS.get(values.dtype, 1), BLOCK=_BLOCK,
+                PART=not single and len(parts) > 1, BITS=BITS.get(values.dtype, 1), BLOCK=_BLOCK,
             )  # fmt: skip
         if target is not out:
             out.copy_(target)
 
 
-def _ranges(piece: Piece, segments: list[int], single: bool) -> list[tuple[int, int, int]]:
-    """Segment, first and last weight (exclusive) of the parts of a piece that one cut decides."""
-    last = piece.first + piece.blocks.groups
-    if not single:
-        spans = [s for s, (a, b) in enumerate(itertools.pairwise(segments)) if a <= piece.first and last <= b]
-        if not spans:
-            raise ValueError("masked_weights: segments: wanted each of a layout's Blocks within one segment")
-        return [(spans[0], 0, piece.blocks.numel)]
-    parts = []
+class _Part(NamedTuple):
+    """What one cut decides of a piece."""
+
+    segment: int
+    begin: int  # weights
+    end: int
+    low: int  # coordinates
+    high: int
+
+
+def _parts(piece: Piece, segments: list[int], single: bool) -> list[_Part]:
+    """A piece by segments; where a coordinate has several weights, each part looks through all of the piece."""
+    last, parts = piece.first + piece.blocks.groups, []
     for s, (a, b) in enumerate(itertools.pairwise(segments)):
-        begin, end = max(a, piece.first), min(b, last)
-        if begin < end:
-            parts.append((s, begin - piece.first, end - piece.first))
+        low, high = max(a, piece.first), min(b, last)
+        if low < high:
+            begin, end = (low - piece.first, high - piece.first) if single else (0, piece.blocks.numel)
+            parts.append(_Part(s, begin, end, low, high))
     return parts
 
 
@@ -79,6 +88,10 @@ def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: S
         outer, groups, inner = piece.blocks
         if not n:
             continue
+        if n > _MOST_ROWS and outer * inner > 1:
+            raise ValueError(
+                f"mask_gradient: weight_grads: wanted up to {_MOST_ROWS:,} rows for backend 'triton', got {n:,}"
+            )
         if outer * inner == 1:
             grid = (-(-groups // _BLOCK),)
             _triton.launch(

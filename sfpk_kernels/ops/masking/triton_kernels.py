@@ -9,10 +9,11 @@ from .._triton_bfloat16 import round_to_bfloat16
 @triton.jit
 def apply(
     weights, mask, saliency, threshold, tie_end, out, n, mask_stride, cut_stride, out_stride, begin, end, first, groups,
-    inner,
-    KIND: tl.constexpr, SCORE: tl.constexpr, SINGLE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    inner, low, high,
+    KIND: tl.constexpr, SCORE: tl.constexpr, SINGLE: tl.constexpr, PART: tl.constexpr, BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Weights [begin, end) of a piece under every row of the mask.
+    """Weights [begin, end) of a piece under every row of the mask; with PART those of coordinates [low, high) alone.
 
     KIND 0: bools (as bytes), 1: packed in units of BITS, 2: factors, 3: values and their cut. Coordinate of
     weight w: first + w where SINGLE, else first + (w // inner) % groups.
@@ -21,6 +22,8 @@ def apply(
     inside = at < end
     weight = tl.load(weights + at, mask=inside, other=0.0)
     index = first + (at if SINGLE else (at // inner) % groups)
+    if PART:
+        inside = inside & (index >= low) & (index < high)
     if SCORE == 2:
         sizes = tl.load(saliency + index, mask=inside, other=0.0)
     for i in range(n):
@@ -70,7 +73,7 @@ def group_sums(
     row = tl.program_id(1).to(tl.int64)
     total = tl.zeros((G,), tl.float64)
     for o in range(outer):
-        for begin in range(0, inner, WIDE):
+        for begin in range(tl.full([], 0, tl.int64), inner, WIDE):
             i = begin + tl.arange(0, WIDE)
             at = ((tl.full([], 0, tl.int64) + o) * groups + group[:, None]) * inner + i[None, :]
             inside = (group[:, None] < groups) & (i[None, :] < inner)

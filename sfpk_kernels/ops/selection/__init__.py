@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from ..._dispatch import Backend, choose
 from .. import _checks as check
+from .. import _transforms as transforms
 from ..bits._shape import PACKED, mask_shape
 from . import _arguments, _device, cpp, cuda, reference, triton_backend
 from ._arguments import Cut
@@ -105,7 +106,7 @@ def topk_mask(
         saliency: a, for the scores that name it.
         sizes: how many weights each coordinate governs. k is then a budget: kept is the longest prefix of the
             ranking whose sizes sum to at most k, protected entries counted first.
-        segments: offsets 0 … d of S segments; ``"tensors"``: each tensor of a list is one.
+        segments: offsets 0 … d of S segments; for a list only ``"tensors"``: each of them is one.
         min_keep, max_keep: how many each segment keeps at least, at most: one number for all, or S. Among the
             selections of k within these limits, the one whose kept coordinates rank highest.
         pattern: at most N are kept of each M consecutive entries along the last dimension, which M divides; the
@@ -162,6 +163,9 @@ def topk_threshold(
     and removed entries are not described by the cut: kept are the protected ones, and of the others but
     the removed those the cut keeps.
 
+    The cut is a constant to autograd, like a mask; asking for a derivative of the threshold raises NotImplementedError
+    (under ``torch.compile`` the threshold is detached).
+
     Returns:
         Cut: (rows, S) each; threshold +inf with tie_end 0 where none is kept, -inf with tie_end d where all are.
     """
@@ -173,21 +177,31 @@ def topk_threshold(
         min_keep=min_keep, max_keep=max_keep, pattern=None, protected=protected, removed=removed, guess=guess,
     )
     op = torch.ops.sfpk.topk_cut if isinstance(values, Tensor) else torch.ops.sfpk.topk_cut_list
-    return Cut(*op(
-        call.values, call.k, call.score, call.saliency, call.sizes, call.segments, call.min_keep, call.max_keep,
-        call.protected, call.removed, call.guess, backend or "",
+    tracked = []
+    if not torch.compiler.is_compiling():
+        tracked = [t for t in (values if isinstance(values, Sequence) else [values]) if transforms.is_tracked(t)]
+    cut = Cut(*op(
+        transforms.detached(call.values), call.k, call.score, transforms.detached(call.saliency), call.sizes,
+        call.segments, call.min_keep, call.max_keep, call.protected, call.removed, call.guess, backend or "",
     ))
     # fmt: on
+    return cut._replace(threshold=transforms.underived(cut.threshold, _NO_DERIVATIVE, tracked)) if tracked else cut
 
 
-_LIMITS = "int[] segments, int[] min_keep, int[] max_keep"
+_NO_DERIVATIVE = (
+    "topk_threshold: threshold: wanted no derivative by the values, as none is known, but one was asked for: "
+    "select from values.detach()"
+)
+
+
+_LIMITS = "SymInt[] segments, SymInt[] min_keep, SymInt[] max_keep"
 _ROWS = f"Tensor values, Tensor k, str score, Tensor? saliency, Tensor? sizes, {_LIMITS}"
 _LIST = f"Tensor[] values, Tensor k, str score, Tensor[]? saliency, Tensor[]? sizes, {_LIMITS}"
 _ASIDE, _ASIDE_LIST = "Tensor? protected, Tensor? removed", "Tensor[]? protected, Tensor[]? removed"
 _MASK = "Tensor? guess, str packed, str backend"
 _CUT = "Tensor? guess, str backend) -> (Tensor, Tensor)"
-torch.library.define("sfpk::topk_mask", f"({_ROWS}, int[] pattern, {_ASIDE}, {_MASK}) -> Tensor")
-torch.library.define("sfpk::topk_mask_list", f"({_LIST}, int[] pattern, {_ASIDE_LIST}, {_MASK}) -> Tensor[]")
+torch.library.define("sfpk::topk_mask", f"({_ROWS}, SymInt[] pattern, {_ASIDE}, {_MASK}) -> Tensor")
+torch.library.define("sfpk::topk_mask_list", f"({_LIST}, SymInt[] pattern, {_ASIDE_LIST}, {_MASK}) -> Tensor[]")
 torch.library.define("sfpk::topk_cut", f"({_ROWS}, {_ASIDE}, {_CUT}")
 torch.library.define("sfpk::topk_cut_list", f"({_LIST}, {_ASIDE_LIST}, {_CUT}")
 
@@ -237,7 +251,8 @@ def _solve(
         output=output,
     )
     check_values(problem)
-    return choose(op, backend, _for(problem), parts[0])(problem)
+    run = choose(op, backend, _for(problem), parts[0])
+    return run(problem) if problem.rows else reference.select(problem)  # without rows there is nothing to launch
 
 
 def _integers(op: str, sizes: Tensor) -> Tensor:
@@ -248,47 +263,99 @@ def _integers(op: str, sizes: Tensor) -> Tensor:
     return sizes.to(torch.int64)
 
 
-def _mask_rows(values: Tensor, k: Tensor, *arguments: Any) -> Tensor:
-    return _solve("topk_mask", values, k, *arguments)[1][0]
+def _topk_mask(
+    values: Tensor | list[Tensor],
+    k: Tensor,
+    score: str,
+    saliency: Tensor | list[Tensor] | None,
+    sizes: Tensor | list[Tensor] | None,
+    segments: list[int],
+    min_keep: list[int],
+    max_keep: list[int],
+    pattern: list[int],
+    protected: Tensor | list[Tensor] | None,
+    removed: Tensor | list[Tensor] | None,
+    guess: Tensor | None,
+    packed: str,
+    backend: str,
+) -> Tensor | list[Tensor]:
+    _, masks = _solve(
+        "topk_mask", values, k, score, saliency, sizes, segments, min_keep, max_keep, pattern, protected, removed,
+        guess, packed, backend,
+    )  # fmt: skip
+    return masks[0] if isinstance(values, Tensor) else masks
 
 
-def _mask_list(values: list[Tensor], k: Tensor, *arguments: Any) -> list[Tensor]:
-    return _solve("topk_mask", values, k, *arguments)[1]
-
-
-def _cut(values: Tensor | list[Tensor], k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    ranking, (protected, removed, guess, backend) = arguments[:6], arguments[6:]
-    cut, _ = _solve("topk_threshold", values, k, *[*ranking, [], protected, removed, guess, "cut", backend])
+def _topk_cut(
+    values: Tensor | list[Tensor],
+    k: Tensor,
+    score: str,
+    saliency: Tensor | list[Tensor] | None,
+    sizes: Tensor | list[Tensor] | None,
+    segments: list[int],
+    min_keep: list[int],
+    max_keep: list[int],
+    protected: Tensor | list[Tensor] | None,
+    removed: Tensor | list[Tensor] | None,
+    guess: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    cut, _ = _solve(
+        "topk_threshold", values, k, score, saliency, sizes, segments, min_keep, max_keep, [], protected, removed,
+        guess, "cut", backend,
+    )  # fmt: skip
     return cut.threshold, cut.tie_end
 
 
-for _name, _implementation in (
-    ("topk_mask", _mask_rows),
-    ("topk_mask_list", _mask_list),
-    ("topk_cut", _cut),
-    ("topk_cut_list", _cut),
-):
-    torch.library.impl(f"sfpk::{_name}", ("cpu", "cuda"))(_implementation)
-
-
-@torch.library.register_fake("sfpk::topk_mask")
-def _topk_mask_fake(values: Tensor, k: Tensor, *arguments: Any) -> Tensor:
-    shape, dtype = mask_shape((k.shape[0], values.shape[1]), arguments[-2])
-    return values.new_empty(shape, dtype=dtype)
-
-
-@torch.library.register_fake("sfpk::topk_mask_list")
-def _topk_mask_list_fake(values: list[Tensor], k: Tensor, *arguments: Any) -> list[Tensor]:
-    kinds = [mask_shape(tuple(tensor.shape), arguments[-2]) for tensor in values]
+def _topk_mask_fake(
+    values: Tensor | list[Tensor],
+    k: Tensor,
+    score: str,
+    saliency: Tensor | list[Tensor] | None,
+    sizes: Tensor | list[Tensor] | None,
+    segments: list[int],
+    min_keep: list[int],
+    max_keep: list[int],
+    pattern: list[int],
+    protected: Tensor | list[Tensor] | None,
+    removed: Tensor | list[Tensor] | None,
+    guess: Tensor | None,
+    packed: str,
+    backend: str,
+) -> Tensor | list[Tensor]:
+    if isinstance(values, Tensor):
+        shape, dtype = mask_shape((k.shape[0], values.shape[1]), packed)
+        return values.new_empty(shape, dtype=dtype)
+    kinds = [mask_shape(tuple(tensor.shape), packed) for tensor in values]
     return [tensor.new_empty(shape, dtype=dtype) for tensor, (shape, dtype) in zip(values, kinds, strict=True)]
 
 
-def _cut_fake(values: Tensor | list[Tensor], k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _topk_cut_fake(
+    values: Tensor | list[Tensor],
+    k: Tensor,
+    score: str,
+    saliency: Tensor | list[Tensor] | None,
+    sizes: Tensor | list[Tensor] | None,
+    segments: list[int],
+    min_keep: list[int],
+    max_keep: list[int],
+    protected: Tensor | list[Tensor] | None,
+    removed: Tensor | list[Tensor] | None,
+    guess: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     like = values if isinstance(values, Tensor) else values[0]
-    shape = (k.shape[0], max(len(arguments[3]) - 1, 1))
+    shape = (k.shape[0], max(len(segments) - 1, 1))
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=torch.int64)
 
 
-torch.library.register_fake("sfpk::topk_cut")(_cut_fake)
-torch.library.register_fake("sfpk::topk_cut_list")(_cut_fake)
+for _name, _implementation, _fake in (
+    ("topk_mask", _topk_mask, _topk_mask_fake),
+    ("topk_mask_list", _topk_mask, _topk_mask_fake),
+    ("topk_cut", _topk_cut, _topk_cut_fake),
+    ("topk_cut_list", _topk_cut, _topk_cut_fake),
+):
+    torch.library.impl(f"sfpk::{_name}", ("cpu", "cuda"))(_implementation)
+    torch.library.register_fake(f"sfpk::{_name}")(_fake)
+    transforms.register_vmap(f"sfpk::{_name}", getattr(torch.ops.sfpk, _name))

@@ -151,27 +151,40 @@ def _counts(op: str, k: Any, rows: int) -> Tensor:
             raise TypeError(f"{op}: k: wanted an int64 tensor, got {k.dtype}")
         check.has_shape(op, "k", k, (rows,))
         return k
-    counts = [k] * rows if _is_integer(k) else list(k) if isinstance(k, Sequence) else None
-    if counts is None or not all(_is_integer(v) for v in counts):
+    if _is_integer(k):
+        return torch.full((rows,), k, dtype=torch.int64, device="cpu")
+    if not isinstance(k, Sequence) or not all(_is_integer(v) for v in k):
         raise TypeError(f"{op}: k: wanted an integer or one per row, got {k!r}")
-    if len(counts) != rows:
-        raise ValueError(f"{op}: k: wanted {rows} values, one per row, got {len(counts)}")
-    return torch.tensor([int(v) for v in counts], dtype=torch.int64)
+    if len(k) != rows:
+        raise ValueError(f"{op}: k: wanted {rows} values, one per row, got {len(k)}")
+    return torch.tensor([_plain(v) for v in k], dtype=torch.int64, device="cpu")
 
 
-def segment_borders(op: str, segments: Any, tensors: list[Tensor] | None, d: int) -> list[int]:
+def _plain(value: Any) -> Any:
+    """NumPy's integers as Python's; a symbolic one stays symbolic."""
+    return value if isinstance(value, int | torch.SymInt) else int(value)
+
+
+def segment_borders(
+    op: str, segments: Any, tensors: list[Tensor] | None, d: int, *, offsets: bool = False
+) -> list[int]:
+    """Offsets 0 … d, empty for one segment.
+
+    ``tensors`` are those whose borders "tensors" stands for, if for any; others are taken then only with ``offsets``.
+    """
     if segments is None:
         return []
-    if tensors is not None:
+    if tensors is not None and not (offsets and not isinstance(segments, str)):
         if not isinstance(segments, str) or segments != "tensors":
-            raise ValueError(f"{op}: segments: wanted None or 'tensors' for a list of tensors, got {segments!r:.80}")
+            wanted = "None, offsets or 'tensors'" if offsets else "None or 'tensors'"
+            raise ValueError(f"{op}: segments: wanted {wanted} for a list of tensors, got {segments!r:.80}")
         borders = [0]
         for tensor in tensors:
             borders.append(borders[-1] + tensor.numel())
         return borders
     if isinstance(segments, str) or not isinstance(segments, Sequence) or not all(_is_integer(b) for b in segments):
         raise TypeError(f"{op}: segments: wanted a sequence of integers, got {segments!r:.80}")
-    borders = [int(b) for b in segments]
+    borders = [_plain(b) for b in segments]
     rising = all(a <= b for a, b in itertools.pairwise(borders))
     if len(borders) < 2 or borders[0] != 0 or borders[-1] != d or not rising:
         raise ValueError(f"{op}: segments: wanted rising offsets from 0 to {d}, got {segments!r:.80}")
@@ -192,7 +205,7 @@ def _limits(op: str, name: str, value: Any, borders: list[int]) -> list[int]:
     for s, limit in enumerate(limits):
         if limit < 0:
             raise ValueError(f"{op}: {name}: wanted ≥ 0, got {limit} in segment {s}")
-    return [int(v) for v in limits]
+    return [_plain(v) for v in limits]
 
 
 def _pattern(op: str, pattern: Any, tensors: list[Tensor]) -> list[int]:
@@ -200,7 +213,7 @@ def _pattern(op: str, pattern: Any, tensors: list[Tensor]) -> list[int]:
         return []
     if not isinstance(pattern, Sequence) or len(pattern) != 2 or not all(_is_integer(v) for v in pattern):
         raise TypeError(f"{op}: pattern: wanted two integers (N, M), got {pattern!r:.80}")
-    keep, group = (int(v) for v in pattern)
+    keep, group = (_plain(v) for v in pattern)
     if not 0 <= keep <= group or group < 1:
         raise ValueError(f"{op}: pattern: wanted 0 ≤ N ≤ M and M ≥ 1, got {pattern!r}")
     for tensor in tensors:

@@ -7,12 +7,16 @@ from torch import Tensor
 
 from ._problem import Problem, nan_error, plan
 
+MOST_ROWS = 65_535  # along y of a grid
+
 
 def uncovered(problem: Problem) -> str | None:
     """Which part of the problem the GPU kernels do not solve."""
     for name, part in (("sizes", problem.sizes), ("pattern", problem.pattern)):
         if part:
             return f"it does not solve {name}"
+    if problem.rows > MOST_ROWS:
+        return f"it ranks up to {MOST_ROWS:,} rows, these are {problem.rows:,}"
     return "it solves one segment" if len(problem.segments) > 2 else None
 
 
@@ -27,7 +31,7 @@ def counts(problem: Problem, excluded: list[Tensor]) -> tuple[Tensor, Tensor]:  
         return problem.k, torch.full_like(problem.k, problem.segments[-1])
     device = problem.values[0].device
     wanted, limits = plan(problem, excluded)
-    return torch.tensor(wanted).to(device), limits[2, :, 0].to(device)
+    return torch.tensor(wanted, dtype=torch.int64, device=device), limits[2, :, 0].to(device)
 
 
 def check_nan(
@@ -35,7 +39,7 @@ def check_nan(
     nan: Tensor,  # (rows, …) bool
 ) -> None:
     """Raises where a score was NaN; waits for the device."""
-    rows: list[bool] = nan.reshape(problem.rows, -1).any(dim=1).tolist()
+    rows: list[bool] = nan.reshape(problem.rows, nan[:1].numel()).any(dim=1).tolist()
     if not any(rows):
         return
     if problem.by_rows:
@@ -45,4 +49,9 @@ def check_nan(
 
 def as_rows(tensor: Tensor) -> Tensor:  # (n, d)
     """Rows may lie apart, entries of a row may not."""
-    return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
+    if tensor.shape[1] <= 1 or tensor.stride(1) == 1:
+        return tensor
+    # Without entries, every tensor is contiguous already.
+    return (
+        tensor.contiguous() if tensor.numel() else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    )

@@ -139,7 +139,7 @@ def plan(
         else:
             counts.append(_check_count(problem, row, k, sum(fixed[row]), sum(free)))
             limits.append(_row_limits(problem, row, k, fixed[row], free))
-    table = torch.tensor(limits, dtype=torch.int64).reshape(len(limits), 3, len(lengths))
+    table = torch.tensor(limits, dtype=torch.int64, device="cpu").reshape(len(limits), 3, len(lengths))
     return Plan(counts, table.transpose(0, 1).contiguous())
 
 

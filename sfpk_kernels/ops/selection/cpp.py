@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import _extension
 from ..bits._shape import mask_shape
+from . import _device
 from ._arguments import SCORES, Cut
 from ._problem import Problem, nan_error, plan
 
@@ -26,12 +27,13 @@ def why_not(values: Tensor) -> str | None:
 def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
     """As :func:`.reference.select`."""
     values = [_dense(t, problem.by_rows) for t in problem.values]
+    device = values[0].device
     saliency = [t.float().contiguous() for t in problem.saliency]
     excluded, protected = ([t.contiguous() for t in masks] for masks in (problem.set_aside(), problem.protected))
     score, rows = SCORES.index(problem.score), problem.rows
     shapes = [(rows, values[0].shape[1])] if problem.by_rows else [tuple(t.shape) for t in values]
     if problem.pattern is not None:
-        left_out = [torch.empty(shape, dtype=torch.bool) for shape in shapes]
+        left_out = [torch.empty(shape, dtype=torch.bool, device=device) for shape in shapes]
         wrong = torch.ops.sfpk_cpp.pattern_excluded_(
             values, problem.by_rows, score, saliency, excluded, protected, *problem.pattern, left_out
         )
@@ -40,18 +42,22 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
         excluded = left_out
     counts, limits = plan(problem, excluded)
     parts = limits.shape[2]
-    cut = Cut(torch.empty((rows, parts)), torch.empty((rows, parts), dtype=torch.int64))
+    cut = Cut(
+        torch.empty((rows, parts), dtype=torch.float32, device=device),
+        torch.empty((rows, parts), dtype=torch.int64, device=device),
+    )
     masks = []
     if problem.output != "cut":
         kinds = [mask_shape(shape, problem.output) for shape in shapes]
-        masks = [torch.empty(shape, dtype=dtype) for shape, dtype in kinds]
+        masks = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in kinds]
     guess = None if problem.guess is None else problem.guess.float().contiguous()
     packing = _PACKINGS.index(problem.output) if masks else -1
     # fmt: off
     wrong = torch.ops.sfpk_cpp.topk_(
         values, problem.by_rows, score, saliency, excluded, protected, [t.contiguous() for t in problem.sizes],
-        torch.tensor(counts, dtype=torch.int64), torch.tensor(problem.segments, dtype=torch.int64), limits, guess,
-        packing, masks, cut.threshold, cut.tie_end,
+        torch.tensor(counts, dtype=torch.int64, device=device),
+        torch.tensor(problem.segments, dtype=torch.int64, device=device), limits, guess, packing, masks, cut.threshold,
+        cut.tie_end,
     )
     # fmt: on
     if wrong >= 0:
@@ -62,5 +68,5 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
 def _dense(values: Tensor, by_rows: bool) -> Tensor:
     """Rows may lie apart, entries of a row may not; a tensor of a list is contiguous."""
     if by_rows:
-        return values if values.shape[1] <= 1 or values.stride(1) == 1 else values.contiguous()
+        return _device.as_rows(values)
     return values.contiguous()

@@ -125,13 +125,13 @@ def _within_limits(
 ) -> Tensor:  # bool, which of them are kept
     """Every segment's floor first, then the best of the others below their segment's ceiling."""
     if limits.shape[1] == 1:
-        return torch.arange(order.numel(), device=order.device) < k
-    borders = torch.tensor(problem.segments[1:-1], device=order.device)
+        return torch.arange(order.numel(), dtype=torch.int64, device=order.device) < k
+    borders = torch.tensor(problem.segments[1:-1], dtype=torch.int64, device=order.device)
     segment = torch.bucketize(order, borders, right=True)
     rank = torch.empty_like(order)
     for s in range(limits.shape[1]):
         members = segment == s
-        rank[members] = torch.arange(int(members.sum()), device=order.device)
+        rank[members] = torch.arange(int(members.sum()), dtype=torch.int64, device=order.device)
     demanded = rank < limits[0][segment]
     allowed = ~demanded & (rank < limits[1][segment])
     return demanded | (allowed & (allowed.cumsum(0) <= k - demanded.sum()))

@@ -24,7 +24,8 @@ def keys_of(values, saliency, excluded, at, inside, n, stride, scale, SCORE: tl.
     if SCORE >= 1:
         score = tl.abs(score)
     if SCORE == 3:
-        for row in range(1, n):
+        for i in range(1, n):
+            row = tl.full([], 0, tl.int64) + i
             score += tl.abs(tl.load(values + row * stride + at, mask=inside, other=0.0).to(tl.float32))
     if SCORE >= 2:
         score *= tl.load(saliency + at, mask=inside, other=0.0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..._dispatch import Backend, choose
 from .. import _checks as check
+from .. import _transforms as transforms
 from . import cpp, reference, triton_backend
 from .reference import TransitionStats, check_finite
 from .rounding import rounding_key
@@ -59,7 +60,13 @@ def transition_(
 
     so that ``s·Δm = Δt`` and ``‖Δm‖ = r Δt/‖s‖``; where ``‖u‖`` is below 1e-6 ``‖g‖`` the second term is 0.
     Then, each only if asked for: scale row i so that ``ρ(m_i) = target_density``; pull all rows to their mean,
-    ``m_i ← m_i + η (m̄ - m_i)``; scale again. A row of zeros has no direction and stays as it is.
+    ``m_i ← m_i + η (m̄ - m_i)``; scale again. A row of zeros has no direction and stays as it is, also where the others
+    are pulled (it counts in their mean, like any row that does not move in this step).
+
+    ``torch.compile(dynamic=True)`` keeps one graph while n, d, row, seed and step_index change; the floats (step,
+    radius, repulsion, target_density, consensus, eps) are compiled in, so each new value of one compiles again: where
+    they follow a schedule, leave this call out of what is compiled. A step has no derivative, and vmap runs it once per
+    entry.
 
     With ``row`` only that particle moves and the others are held, so that calls for one row after the other, each with
     the gradient of that particle alone, are the same step in Gauss-Seidel order, without an (n, d) array of gradients.
@@ -82,7 +89,8 @@ def transition_(
         weights: θ.
         state: the stats the previous call on these particles returned (same kernel, saliency, sizes, density,
             particles untouched since); spares the pass over ``masks`` that measures them.
-        eps: added to ``(‖s‖‖u‖)²`` under the root, as the authors' code does; replaces the 1e-6 rule.
+        eps: added to ``(‖s‖‖u‖)²`` under the root, as the authors' code does. The 1e-6 rule holds beside it: below that
+            share u is rounding noise, which a small eps would blow up beyond what the scaling can foresee.
         residual: what rounding took from bf16 particles, zeros at first: the particle is ``masks + residual``.
             Wanted for bf16 particles and for no others.
         seed, step_index: of the random bits that round fp16 particles; they depend on these, row and column alone.
@@ -100,7 +108,8 @@ def transition_(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or range; masks and grads sharing memory; a non-finite gradient (the
-            message names the particles). ``masks`` is untouched then.
+            message names the particles); a tensor that records a gradient, as a step has no derivative. ``masks`` is
+            untouched then.
     """
     op = _OP
     check.is_tensor(op, "masks", masks)
@@ -146,21 +155,30 @@ def transition_(
     if state is not None:
         check.has_shape(op, "state", state.sq_distances, (masks.shape[0], masks.shape[0]))
         check.same_device(op, "state", state.sq_distances, masks.device)
+    named = [("masks", masks), ("grads", grads), ("weights", weights), ("saliency", saliency), ("sizes", sizes)]
+    transforms.refuse_derivatives(op, "a step has no derivative", named)
     # fmt: off
     results = torch.ops.sfpk.transition_(
         masks, grads, weights, saliency, sizes, residual, list(state) if state is not None else [],
         step, radius, repulsion, kernel, density, target_density, consensus, eps,
-        rounding_key(int(seed), int(step_index)), nonfinite, -1 if row is None else int(row), backend or "",
+        _word(seed), _word(step_index), nonfinite, -1 if row is None else row, backend or "",
     )
     # fmt: on
     return TransitionStats(*results)
+
+
+def _word(value: Any) -> Any:
+    """Any integer as a signed one of 64 bits, which is all that the random bits depend on."""
+    number: Any = value if isinstance(value, int | torch.SymInt) else int(value)
+    return number if -(1 << 63) <= number < 1 << 63 else (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 torch.library.define(
     "sfpk::transition_",
     "(Tensor(a!) masks, Tensor grads, Tensor? weights, Tensor? saliency, Tensor? sizes, "
     "Tensor(b!)? residual, Tensor[] state, float step, float radius, float repulsion, str kernel, str density, "
-    "float? target_density, float consensus, float eps, int key, str nonfinite, int only, str backend) "
+    "float? target_density, float consensus, float eps, SymInt seed, SymInt step_index, str nonfinite, SymInt only, "
+    "str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -181,11 +199,15 @@ def _transition_(
     target_density: float | None,
     consensus: float,
     eps: float,
-    key: int,
+    seed: int,
+    step_index: int,
     nonfinite: str,
     only: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
+    check.owns_memory(_OP, "masks", masks)
+    if residual is not None:
+        check.owns_memory(_OP, "residual", residual)
     if check.share_memory(masks, grads):
         raise ValueError("transition_: grads: wanted memory of its own, got memory shared with masks")
     if residual is not None and (check.share_memory(masks, residual) or check.share_memory(grads, residual)):
@@ -194,26 +216,30 @@ def _transition_(
         check.at_least(_OP, "sizes", sizes, 0.0, strictly=True)
     if kernel == "weighted_rbf" and saliency is not None:
         check.at_least(_OP, "saliency", saliency, 0.0)
-    stats: TransitionStats = choose(_OP, backend, _BACKENDS, masks)(
-        masks,
-        grads,
-        weights,
-        saliency,
-        sizes,
-        residual,
-        TransitionStats(*state) if state else None,
-        step=step,
-        radius=radius,
-        repulsion=repulsion,
-        kernel=kernel,
-        density=density,
-        target_density=target_density,
-        consensus=consensus,
-        eps=eps,
-        key=key,
-        skip=nonfinite == "skip",
-        only=only,
-    )
+    with check.writing(masks, residual):
+        stats: TransitionStats = choose(_OP, backend, _BACKENDS, masks)(
+            masks,
+            grads,
+            weights,
+            saliency,
+            sizes,
+            residual,
+            TransitionStats(*state) if state else None,
+            step=step,
+            radius=radius,
+            repulsion=repulsion,
+            kernel=kernel,
+            density=density,
+            target_density=target_density,
+            consensus=consensus,
+            eps=eps,
+            key=rounding_key(seed, step_index),
+            skip=nonfinite == "skip",
+            only=only,
+        )
+    check.was_written(masks, *([] if residual is None else [residual]))
+    if stats.norms.is_inference() and not torch.is_inference_mode_enabled():
+        stats = TransitionStats(*(t.clone() for t in stats))
     if nonfinite == "raise":
         check_finite(stats.cosines)
     return tuple(stats)
@@ -223,8 +249,32 @@ torch.library.impl("sfpk::transition_", ("cpu", "cuda"))(_transition_)
 
 
 @torch.library.register_fake("sfpk::transition_")
-def _transition_fake(masks: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _transition_fake(
+    masks: Tensor,
+    grads: Tensor,
+    weights: Tensor | None,
+    saliency: Tensor | None,
+    sizes: Tensor | None,
+    residual: Tensor | None,
+    state: list[Tensor],
+    step: float,
+    radius: float,
+    repulsion: float,
+    kernel: str,
+    density: str,
+    target_density: float | None,
+    consensus: float,
+    eps: float,
+    seed: int,
+    step_index: int,
+    nonfinite: str,
+    only: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
     n = masks.shape[0]
     vectors = [masks.new_empty(n, dtype=torch.float64) for _ in range(5)]
     distances = masks.new_empty((n, n), dtype=torch.float64)
     return (*vectors[:4], distances, vectors[4])
+
+
+transforms.register_vmap("sfpk::transition_", torch.ops.sfpk.transition_, mutated={0: "masks", 5: "residual"})

@@ -92,7 +92,8 @@ def _repulsion(
     # Σ_j C_ij (m_i - m_j) is unchanged by a shift of all particles: centred, the close ones keep their digits.
     laplacian = (torch.diag(strength.sum(dim=1)) - strength) / n
     centred = masks - masks.mean(dim=0)
-    force = laplacian.to(masks.dtype) @ centred
+    with torch.autocast(masks.device.type, enabled=False):  # which would multiply in two bytes
+        force = laplacian.to(masks.dtype) @ centred
     return force * saliency.square() if kernel == "weighted_rbf" and saliency is not None else force
 
 
@@ -128,7 +129,7 @@ def transition_(
     particles = rounding.read(masks, residual)
     n, dtype = masks.shape[0], particles.dtype
     weights, saliency, sizes = (t if t is None else t.to(dtype) for t in (weights, saliency, sizes))
-    held = torch.full((n,), only >= 0, device=masks.device)
+    held = torch.full((n,), only >= 0, dtype=torch.bool, device=masks.device)
     held[max(only, 0)] = False
     descent = -grads.to(dtype)
     if weights is not None:
@@ -153,18 +154,14 @@ def transition_(
     scale = 1.0 / (total * state.densities) if density == "l2" else 2.0 / total
     slope_norm = state.slope_norms * scale  # ‖s‖
     alive = slope_norm > 0
+    stays = skipped | ~alive  # a row of zeros has no direction: it is held like one that is skipped
     to_unit = torch.where(alive, -1.0 / state.slope_norms, 0.0).to(dtype)[:, None]
     unit = (particles if sizes is None else particles * sizes) * to_unit  # ŝ
 
     u = g - _sum(unit * g).to(dtype)[:, None] * unit
-    u_norm = _sum(u.square()).sqrt()
-    if eps > 0:
-        tangential = math.sqrt(radius**2 - 1) / ((slope_norm * u_norm).square() + eps).sqrt()
-    else:
-        g_norm = _sum(g.square()).sqrt()
-        tangential = torch.where(
-            u_norm > TANGENT_TOLERANCE * g_norm, math.sqrt(radius**2 - 1) / (slope_norm * u_norm), 0.0
-        )
+    u_norm, g_norm = _sum(u.square()).sqrt(), _sum(g.square()).sqrt()
+    pace = slope_norm * u_norm if eps == 0 else ((slope_norm * u_norm).square() + eps).sqrt()
+    tangential = torch.where(u_norm > TANGENT_TOLERANCE * g_norm, math.sqrt(radius**2 - 1) / pace, 0.0)
     radial = torch.where(alive, step / slope_norm, 0.0)
     tangential = torch.where(alive, step * tangential, 0.0)
     move = radial.to(dtype)[:, None] * unit + tangential.to(dtype)[:, None] * u
@@ -174,19 +171,19 @@ def transition_(
     moved = particles + move
     if target_density is not None:
         _retract_(moved, sizes, density, target_density)
-    moved[skipped] = particles[skipped]
+    moved[stays] = particles[stays]
     if consensus > 0 and n > 1:
         moved.lerp_(moved.mean(dim=0, keepdim=True).expand_as(moved), consensus)
         if target_density is not None:
             _retract_(moved, sizes, density, target_density)
 
     if masks.dtype in rounding.TWO_BYTES:
-        kept = [(t, t[skipped]) for t in (masks, residual) if t is not None]
+        kept = [(t, t[stays]) for t in (masks, residual) if t is not None]
         rounding.write_(moved, masks, residual, key)
         for stored, rows in kept:
-            stored[skipped] = rows
+            stored[stays] = rows
     else:
-        moved[skipped] = particles[skipped]
+        moved[stays] = particles[stays]
         masks.copy_(moved)
     stats = measure(rounding.read(masks, residual), saliency, sizes, kernel, density)
     return stats._replace(cosines=cosines.masked_fill(skipped, 0.0).masked_fill(bad, float("nan")))

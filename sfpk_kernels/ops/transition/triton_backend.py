@@ -15,7 +15,7 @@ from .reference import TransitionStats
 MOST_PARTICLES = 256
 WHOLE_COLUMNS = 4096  # up to here one program does the step: launches would cost more than the arithmetic
 MOST_BY_COLUMNS = 12
-MOST_GRAMS_BY_COLUMNS = 8
+MOST_GRAMS_BY_COLUMNS = 6
 _SLOT_COLUMNS = 4096  # at least
 _SLOTS = 1024
 _SLOT_SUMS = 1 << 24  # fp64 sums in all slots together
@@ -28,21 +28,18 @@ class Tiling(NamedTuple):
     columns: int
     part: int  # particles at a time in products with the (n, n) mix
     warps: int
-    flush: int = 4096  # columns summed in fp32 before fp64 takes over
+    flush: int = 4096  # columns summed in fp32 before fp64 takes over, at most
     by_columns: bool = False  # whether threads own whole columns (triton_columns.py)
     distances: bool = True  # whether the update pass has registers for the squared distances, too
 
 
 def tiling(n: int, sized: bool, residual: bool) -> Tiling:
-    """Tiles whose temporaries and sums fit the registers; see tests/test_triton_compiles.py.
-
-    (All but 16 bytes a thread of more than 128 bf16 particles with sizes.)
-    """
+    """Tiles whose temporaries and sums fit the registers with Triton 3.4 to 3.9; see tests/test_triton_compiles.py."""
     if n <= MOST_BY_COLUMNS and not sized:
         # A thread adds one column in 128: 512 of them before its fp32 sums are handed on.
         return Tiling(16, 128, 16, 4, flush=65536, by_columns=True)
     if n <= 16:
-        return Tiling(16, 32 if residual else 64, 16, 4)
+        return Tiling(16, 32, 16, 4)
     if n <= 32:
         return Tiling(32, 32, 16, 4 if residual else 8)
     if n <= 64:
@@ -123,6 +120,8 @@ def transition_(
 
     tiles = math.ceil(d / tile.columns)
     slots = min(math.ceil(d / _SLOT_COLUMNS), max(128, min(_SLOTS, _SLOT_SUMS // size)))
+    if tile.by_columns:  # which add up a whole slot in fp32
+        slots = max(slots, math.ceil(d / tile.flush))
     tiles_per_slot = math.ceil(tiles / slots)
     slots = math.ceil(tiles / tiles_per_slot)
     whole = slots == 1 and d <= WHOLE_COLUMNS and not rescales and tile.distances

@@ -10,8 +10,8 @@ A step is five launches of :func:`transition`, by STAGE, without a host synchron
 
 with ``combine`` behind each pass that has more than one slot. Few coordinates run as one launch (``whole``).
 
-Sums run in fp32 over at most 4,096 columns, in fp64 beyond. Columns are cut into slots by n and d alone, slots are
-added in order: the same bits on every device of a kind, and no atomics.
+Sums run in fp32 over at most 4,096 columns (512 of a thread where it owns them), in fp64 beyond. Columns are cut into
+slots by n and d alone, slots are added in order: the same bits on every device of a kind, and no atomics.
 
 For few particles the two passes run by columns (triton_columns.py), else by tiles with matrix products (here).
 The algebra is that of csrc/cpu/transition_algebra.cpp: m' = f (m + alpha s + b u), u = g - slope s, s = c m.
@@ -26,6 +26,7 @@ from .._triton_bfloat16 import round_to_bfloat16
 from .triton_columns import clear, reduce_columns, update_columns
 from .triton_rounding import random_bits, round_to_half
 
+# (In products the tensor stands first: constant * tensor is a constant to the interpreters of Triton 3.7 and 3.8.)
 SAMPLED_TILES = tl.constexpr(16)
 TANGENT_TOLERANCE = tl.constexpr(1e-6)  # as in reference.py
 DISTANCE_ROWS = tl.constexpr(64)  # particles of a block of the stage "distances"
@@ -147,13 +148,14 @@ def _reduce(
     cuu, csu, css = ee, ee, ee
     if GRAMS:
         clear(sums + 8 * N, (6 if sizes is not None else 3) * square)
-    for block in range(begin, stop, FLUSH * hop):
+    stretch = FLUSH * tl.full([], hop, tl.int64)
+    for block in range(begin, stop, stretch):
         if GRAMS:
             g_mm = tl.zeros([N, N], tl.float32)
             g_mu, g_uu = g_mm, g_mm
             if sizes is not None:
                 g_sm, g_su, g_ss = g_mm, g_mm, g_mm
-        for at in range(block, tl.minimum(block + FLUSH * hop, stop), hop):
+        for at in range(block, tl.minimum(block + stretch, stop), hop):
             columns = at + tl.arange(0, B).to(tl.int64)
             m = _particles(masks, mask_stride, residual, residual_stride, rows, columns, n, end)
             e, g = _descent(
@@ -397,7 +399,7 @@ def _plan(
         pace = step * root / tl.sqrt(slope_norm * slope_norm * u_square + eps)
     else:
         g_norm = tl.sqrt(u_square + slope * slope * ss)
-        points = goes & (u_norm > TANGENT_TOLERANCE * g_norm)
+        points = goes & (u_norm > g_norm * TANGENT_TOLERANCE)
         pace = tl.where(points, step * root / (slope_norm * tl.where(points, u_norm, 1.0)), 0.0)
     pace = tl.where(goes, pace, 0.0)
     alpha = tl.where(goes, -step / slope_norm / norm, 0.0)
@@ -634,11 +636,11 @@ def transition(
             tl.debug_barrier()
         # A sample tells how far g leans on the slope; summing u = g - guess * s instead of g keeps the digits of
         # the norm of u when g is nearly parallel to s.
-        sampled = tl.minimum(SAMPLED_TILES * hop, d).to(tl.int64)
+        sampled = tl.minimum(tl.full([], hop, tl.int64) * SAMPLED_TILES, d)
         if ROWS > 0:
             reduce_columns(
                 masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, None,
-                sums, tl.zeros([], tl.int64), sampled, hop, d, ROWS, N, B, FLUSH, WEIGHTED, REPEL, False,
+                sums, tl.zeros([], tl.int64), sampled, hop, d, ROWS, N, B, WEIGHTED, REPEL, False,
             )  # fmt: skip
         else:
             _reduce(
@@ -656,7 +658,7 @@ def transition(
         if ROWS > 0:
             reduce_columns(
                 masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, guess,
-                slot, begin, stop, B, d, ROWS, N, B, FLUSH, WEIGHTED, REPEL, GRAMS,
+                slot, begin, stop, B, d, ROWS, N, B, WEIGHTED, REPEL, GRAMS,
             )  # fmt: skip
         else:
             _reduce(
@@ -678,7 +680,7 @@ def transition(
             update_columns(
                 masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, moves,
                 slot, begin, stop, d, pull_high, key_low, key_high,
-                ROWS, N, B, FLUSH, WEIGHTED, REPEL, PULL, whole or STAGE == "update", STAGE == "rescale",
+                ROWS, N, B, WEIGHTED, REPEL, PULL, whole or STAGE == "update", STAGE == "rescale",
                 HIGH, LOW, KEEP, TANGENTIAL, AFTER, SKIPPED,
             )  # fmt: skip
         else:

@@ -1,0 +1,128 @@
+"""Arguments that were swapped, or are nearly what was wanted: said before anything runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+_ORDER = "the order is prune(model, loss_fn, loader, config)"
+_OUTPUTS = {
+    "input", "inputs", "output", "outputs", "out", "o", "pred", "preds", "prediction", "predictions", "p", "logits",
+    "logit", "scores", "score", "y_pred", "y_hat", "yhat", "y_predicted", "x", "x1", "estimate", "log_probs",
+}  # fmt: skip
+_TARGETS = {
+    "target", "targets", "label", "labels", "y", "t", "y_true", "ytrue", "true", "truth", "gt", "gold", "expected",
+    "reference", "x2", "tgt", "answer", "answers",
+}  # fmt: skip
+
+
+def check_loss_fn(loss_fn: Any) -> None:
+    """That it can be called as ``loss_fn(model, batch)``, or is None.
+
+    Raises:
+        TypeError: it cannot, or looks like a function of (output, target); the message says what to pass instead.
+    """
+    if loss_fn is None:
+        return
+    wanted = "loss_fn: wanted a function (model, batch) -> scalar"
+    if not callable(loss_fn):
+        raise TypeError(f"{wanted} or None, got {_named(loss_fn)}: {_ORDER}")
+    name = _name_of(loss_fn)
+    if isinstance(loss_fn, type):
+        made = f"criterion = {name}(), then " if issubclass(loss_fn, nn.Module) else ""
+        raise TypeError(
+            f"{wanted}, got the class {name}: {made}loss_fn=lambda model, batch: criterion(model(batch[0]), batch[1])"
+        )
+    if isinstance(loss_fn, nn.modules.loss._Loss | nn.CosineSimilarity | nn.PairwiseDistance):
+        raise TypeError(_of_outputs(wanted, name, "input, target", loss_fn))
+    try:
+        # A module takes what its forward takes.
+        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+    except (TypeError, ValueError):  # of some builtins, and scripted ones
+        return
+    names = [
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ][:2]
+    if len(names) == 2 and names[0].lower() in _OUTPUTS and names[1].lower() in _TARGETS:
+        raise TypeError(_of_outputs(wanted, name, ", ".join(names), loss_fn))
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        hint = f": {_ORDER}" if isinstance(loss_fn, nn.Module) else ""
+        raise TypeError(f"{wanted}, got {name}{signature}, which cannot be called so ({error}){hint}") from error
+
+
+def check_config(config: Any, wanted: type) -> None:
+    """That it is of the class ``wanted``.
+
+    Raises:
+        TypeError: it is something else, such as another argument.
+    """
+    if not isinstance(config, wanted):
+        made = f': make one with {wanted.__name__}.preset("default", …)' if isinstance(config, Mapping | type) else ""
+        hint = made or ("" if config is None else f": {_ORDER}")
+        raise TypeError(f"config: wanted an {wanted.__name__}, got {_named(config)}{hint}")
+
+
+def check_loader(loader: Any) -> None:
+    """That it yields batches, as far as its type tells.
+
+    Raises:
+        TypeError: no iterable, or a single batch; the message says what to pass instead.
+    """
+    wanted = "loader: wanted an iterable of batches"
+    if isinstance(loader, Tensor | Mapping | str):
+        raise TypeError(f"{wanted}, got a {_named(loader)}: put a single batch in a list, [batch]")
+    if isinstance(loader, Dataset) and not isinstance(loader, Iterable):
+        raise TypeError(
+            f"{wanted}, got the dataset {_named(loader)}: pass DataLoader({_named(loader).lower()}, batch_size=64)"
+        )
+    if isinstance(loader, nn.Module) or not isinstance(loader, Iterable):
+        hint = "" if loader is None or isinstance(loader, int | float) else f": {_ORDER}"
+        raise TypeError(f"{wanted}, got {_named(loader)}{hint}")
+
+
+def check_model(model: Any) -> None:
+    """That it is a module.
+
+    Raises:
+        TypeError: it is not; the message says where one is to be had.
+    """
+    if isinstance(model, nn.Module):
+        return
+    name = _named(model)
+    hint = ""
+    if type(model).__name__ == "ExportedProgram":
+        hint = ": an exported program has no layers, prune the model before torch.export"
+    elif isinstance(model, type) and issubclass(model, nn.Module):
+        name, hint = f"the class {model.__name__}", ": pass a trained instance"
+    elif isinstance(model, Mapping):
+        hint = ": a state_dict has no layers, load it into the model first, model.load_state_dict(…)"
+    elif isinstance(getattr(model, "model", None), nn.Module):
+        hint = ": pass its .model"
+    elif isinstance(model, DataLoader | list | tuple) or callable(model):
+        hint = f": {_ORDER}"
+    raise TypeError(f"model: wanted an nn.Module, got {name}{hint}")
+
+
+def _of_outputs(wanted: str, name: str, names: str, loss_fn: Callable[..., Any]) -> str:
+    called = "criterion" if isinstance(loss_fn, nn.Module) or name == "<lambda>" else name
+    return (
+        f"{wanted}, which calls the model itself, got {name}, a function of ({names}): pass "
+        f"loss_fn=lambda model, batch: {called}(model(batch[0]), batch[1])"
+    )
+
+
+def _name_of(function: Any) -> str:
+    inner = getattr(function, "func", function)  # of a functools.partial
+    return str(getattr(inner, "__name__", type(inner).__name__))
+
+
+def _named(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
