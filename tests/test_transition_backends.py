@@ -296,7 +296,7 @@ def test_cpp_kernel_checks_its_arguments():
 def test_automatic_choice_takes_cpp_and_falls_back_for_fp64():
     masks, grads, vectors = problem(3, 100)
     options = {"step": 0.05, "radius": 2.0, "repulsion": 0.2}
-    with pytest.raises(ValueError, match="rows that do not overlap"):
+    with pytest.raises(ValueError, match="masks: wanted memory of its own"):
         transition_(masks[0].expand(3, -1), grads, **vectors, **options, backend="cpp")
     automatic, explicit = masks.clone(), masks.clone()
     transition_(automatic, grads, **vectors, **options)

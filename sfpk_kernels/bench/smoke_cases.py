@@ -77,7 +77,7 @@ def _particles(dtype: torch.dtype, n: int, **options: Any) -> Callable[[Seeded, 
         residual = torch.zeros_like(masks) if dtype == torch.bfloat16 else None
         grads, theta, saliency = random.randn(n, D), random.randn(D), random.rand(D)
         weighted, row = "weighted" in options, options.get("row")
-        sizes = torch.ones(D, device=masks.device) if "sized" in options else None
+        sizes = torch.ones(D, dtype=torch.float32, device=masks.device) if "sized" in options else None
         transition_(
             masks, grads if row is None else grads[row : row + 1], step=1e-3, radius=2.0, repulsion=0.2, weights=theta,
             residual=residual, target_density=0.9, consensus=0.1, row=row, backend=backend, sizes=sizes,
@@ -95,7 +95,9 @@ def _case(op: str, run: Callable[[Seeded, str], Any], tolerance: float = 0.0) ->
         if backend == "reference" or backend not in backends:
             return None
         interpreted = backend == "triton" and _triton.interpreted()
-        reason = None if interpreted else backends[backend].why_not(torch.ones(1, 1, device=device))
+        reason = (
+            None if interpreted else backends[backend].why_not(torch.ones(1, 1, dtype=torch.float32, device=device))
+        )
         if reason:
             return Verdict("missing", reason.splitlines()[0])
         try:
