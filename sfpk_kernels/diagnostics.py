@@ -50,10 +50,12 @@ class Diagnostics:
         # Odd: rows of weights are often powers of two long, and only some columns would be seen.
         self._stride = math.ceil(coordinates.d / _SAMPLE)
         self._stride += self._stride > 1 and self._stride % 2 == 0
-        places = torch.arange(0, coordinates.d, self._stride)
-        ends = torch.tensor([tensor.offset + tensor.numel for tensor in coordinates.tensors])
+        places = torch.arange(0, coordinates.d, self._stride, dtype=torch.int64, device="cpu")
+        ends = torch.tensor(
+            [tensor.offset + tensor.numel for tensor in coordinates.tensors], dtype=torch.int64, device="cpu"
+        )
         ends = torch.searchsorted(places, ends)
-        counts = ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+        counts = ends.diff(prepend=torch.zeros(1, dtype=torch.int64, device="cpu"))
         self._ends, self._counts = ends.to(device), counts.clamp_min(1).double().to(device)
         self._whole = [
             (i, tensor.offset, tensor.offset + tensor.numel)
@@ -70,7 +72,7 @@ class Diagnostics:
         sums = torch.cat([zero, kept.sum(dim=0).double().cumsum(0)])
         shares = sums[self._ends].diff(prepend=zero) / (len(keep) * self._counts)
         for i, begin, end in self._whole:
-            places = torch.arange(begin, end, device=kept.device)
+            places = torch.arange(begin, end, dtype=torch.int64, device=kept.device)
             shares[i] = _kept(keep, slice(begin, end), places).double().mean()
         return Seen(mask_iou(pack_mask(kept)), shares)
 

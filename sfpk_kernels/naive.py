@@ -107,7 +107,7 @@ def naive_sfpk(
         energies.append(losses)
 
     consensus = torch.stack([score(m) for m in particles]).mean(dim=0)
-    mask = torch.zeros(d, dtype=torch.bool)
+    mask = torch.zeros(d, dtype=torch.bool, device=consensus.device)
     mask[torch.topk(consensus, round((1 - sparsity) * d)).indices] = True
     return NaiveRun(trajectory, energies, mask)
 

@@ -303,7 +303,7 @@ def _duration(seconds: float) -> str:
 
 def _bytes_per_second(device: torch.device) -> float:
     """Of a copy: read and written bytes."""
-    source = torch.zeros(_COPIED, device=device)
+    source = torch.zeros(_COPIED, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
     times = []
     for _ in range(3):

@@ -143,7 +143,7 @@ class Polarizer:
     ) -> Tensor:  # (d,)
         """In how many of some binary particles each coordinate is kept; waits for nothing."""
         d = masks.shape[1]
-        kept = torch.zeros(masks.shape[1], device=masks.device)
+        kept = torch.zeros(masks.shape[1], dtype=torch.float32, device=masks.device)
         for row in rows:
             if self._selection == "exact":
                 count = min(max(round(densities[row] * d), 1), d)

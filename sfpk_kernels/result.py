@@ -191,8 +191,8 @@ class PruneResult:
         points = [point for point in self.curve() if math.isfinite(point["energy"])]
         if len(points) < 8 or self.config.settle:
             return None
-        x = torch.tensor([point["sparsity"] for point in points], dtype=torch.float64)
-        energies = torch.tensor([point["energy"] for point in points], dtype=torch.float64)
+        x = torch.tensor([point["sparsity"] for point in points], dtype=torch.float64, device="cpu")
+        energies = torch.tensor([point["energy"] for point in points], dtype=torch.float64, device="cpu")
         y = torch.cat([energies[:1].expand(2), energies, energies[-1:].expand(2)]).unfold(0, 5, 1).median(dim=1).values
         rise = y[-1] - y[0]
         noise = sum(point["std"] for point in points) / len(points)

@@ -40,7 +40,8 @@ def inputs_of(shape: Shape, device: torch.device) -> Inputs:
     saliency, k = theta.abs(), round(KEPT * d)
     cut = topk_threshold(particles, k, score=SCORE, saliency=saliency, backend="reference")
     mask = mask_of(cut, particles.abs() * saliency)
-    return Inputs(theta, saliency, particles, k, cut, mask, pack_mask(mask), torch.empty(n, d, device=device))
+    buffer = torch.empty(n, d, dtype=torch.float32, device=device)
+    return Inputs(theta, saliency, particles, k, cut, mask, pack_mask(mask), buffer)
 
 
 def _build(

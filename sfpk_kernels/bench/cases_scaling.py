@@ -54,8 +54,8 @@ def build_run(shape: Shape, device: torch.device) -> Case:
         model = mlp((64, 256, 64, 10)).to(device)
     steps = shape["steps"]
     batches = [
-        (torch.randn(BATCH, 64, generator=generator).to(device),
-         torch.randint(10, (BATCH,), generator=generator).to(device))
+        (torch.randn(BATCH, 64, generator=generator, dtype=torch.float32, device="cpu").to(device),
+         torch.randint(10, (BATCH,), generator=generator, dtype=torch.int64, device="cpu").to(device))
         for _ in range(PARTICLES * steps)
     ]  # fmt: skip
     config = SFPKConfig.preset("paper", sparsity=SPARSITY, n_particles=PARTICLES, n_steps=steps,

@@ -17,9 +17,11 @@ WARM_ERROR = 1.02  # the guess of warm calls is 2 % off: what a threshold moves 
 
 KINDS = {
     "random": lambda random, d: random.randn(d),
-    "nearly sorted": lambda random, d: torch.arange(d, device=random.device) / d + 1e-4 * random.randn(d),
+    "nearly sorted": lambda random, d: (
+        torch.arange(d, dtype=torch.float32, device=random.device) / d + 1e-4 * random.randn(d)
+    ),
     "few distinct": lambda random, d: (5 * random.rand(d)).floor(),
-    "all equal": lambda random, d: torch.full((d,), 0.5, device=random.device),
+    "all equal": lambda random, d: torch.full((d,), 0.5, dtype=torch.float32, device=random.device),
 }
 
 
@@ -61,7 +63,7 @@ def mask_of(
     scores: Tensor,  # (n, d)
 ) -> Tensor:  # (n, d) bool
     """The mask a cut describes."""
-    places = torch.arange(scores.shape[1], device=scores.device)
+    places = torch.arange(scores.shape[1], dtype=torch.int64, device=scores.device)
     return (scores > cut.threshold) | ((scores == cut.threshold) & (places < cut.tie_end))
 
 

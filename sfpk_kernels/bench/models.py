@@ -155,7 +155,7 @@ class Gpt(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Logits, and with labels the loss."""
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        places = torch.arange(input_ids.shape[1], dtype=torch.int64, device=input_ids.device)
         logits = self.head(self.norm(self.blocks(self.embedding(input_ids) + self.position(places))))
         if labels is None:
             return {"logits": logits}
@@ -176,14 +176,19 @@ class Recurrent(nn.Module):
 
 def images(size: int, channels: int = 3, classes: int = 10) -> Callable[[int], Any]:
     """Makes random batches (x, y) of so many images."""
-    return lambda batch: (torch.randn(batch, channels, size, size), torch.randint(classes, (batch,)))
+
+    def make(batch: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(batch, channels, size, size, dtype=torch.float32, device="cpu")
+        return x, torch.randint(classes, (batch,), dtype=torch.int64, device="cpu")
+
+    return make
 
 
 def texts(tokens: int, vocabulary: int) -> Callable[[int], Any]:
     """Makes random dict batches of so many texts, every token a label."""
 
     def make(batch: int) -> dict[str, Tensor]:
-        words = torch.randint(vocabulary, (batch, tokens))
+        words = torch.randint(vocabulary, (batch, tokens), dtype=torch.int64, device="cpu")
         return {"input_ids": words, "labels": words}
 
     return make

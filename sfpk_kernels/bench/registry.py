@@ -137,7 +137,7 @@ def ours(
             folder, _, function = op.partition(".")
             available = importlib.import_module(f"sfpk_kernels.ops.{folder}")._BACKENDS
             available = available[function] if function else available
-            reason: str | None = available[backend].why_not(torch.ones(1, 1, device=device))
+            reason: str | None = available[backend].why_not(torch.ones(1, 1, dtype=torch.float32, device=device))
             return reason.splitlines()[0] if reason else None
 
         name = f"ours[{backend}]" + (f" {variant}" if variant else "")
@@ -184,11 +184,11 @@ class Seeded:
 
     def rand(self, *shape: int) -> torch.Tensor:
         """Uniform in [0, 1), fp32."""
-        return torch.rand(*shape, generator=self.generator, device=self.device)
+        return torch.rand(*shape, generator=self.generator, dtype=torch.float32, device=self.device)
 
     def randn(self, *shape: int) -> torch.Tensor:
         """Normal, fp32."""
-        return torch.randn(*shape, generator=self.generator, device=self.device)
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float32, device=self.device)
 
 
 def all_ops() -> dict[str, Op]:

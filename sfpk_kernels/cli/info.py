@@ -80,7 +80,7 @@ def _backends(op: str, device: str) -> dict[str, Any]:
     import torch
 
     backends = importlib.import_module(f"sfpk_kernels.ops.{op}")._BACKENDS
-    sample = torch.ones(1, 1, device=device)
+    sample = torch.ones(1, 1, dtype=torch.float32, device=device)
     reasons = {name: backend.why_not(sample) for name, backend in backends.items()}
     chosen = next(name for name in preference(device) if name in backends and not reasons[name])
     return {"chosen": chosen, "not": {name: why.splitlines()[0] for name, why in reasons.items() if why}}

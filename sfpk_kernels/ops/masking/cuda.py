@@ -47,7 +47,7 @@ def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: S
 @functools.lru_cache(maxsize=256)
 def _borders(segments: tuple[int, ...], device: torch.device) -> Tensor:  # (S + 1,) int64
     """The segments' borders on the device, copied there once: each copy would wait for it, and none can be captured."""
-    return torch.tensor(segments, device=device)
+    return torch.tensor(segments, dtype=torch.int64, device=device)
 
 
 def _numbers(pieces: Sequence[Piece]) -> list[int]:

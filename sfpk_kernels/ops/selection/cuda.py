@@ -38,7 +38,10 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
         shapes = [mask_shape((rows, v.shape[1]), kind) for v in values]
         masks = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
     chunks = sum(-(-v.shape[1] // _CHUNK) for v in values)
-    cut = Cut(torch.empty((rows, 1), device=device), torch.empty((rows, 1), dtype=torch.int64, device=device))
+    cut = Cut(
+        torch.empty((rows, 1), dtype=torch.float32, device=device),
+        torch.empty((rows, 1), dtype=torch.int64, device=device),
+    )
     state, bins, ties = (
         torch.empty(rows * size, dtype=torch.int64, device=device) for size in (_STATE, _COUNTERS, chunks)
     )

@@ -45,7 +45,10 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
     state[:, 1] = k
     bins = torch.zeros((rows, 256), dtype=torch.int64, device=device)
     ties = torch.empty((rows, max(chunks, 1)), dtype=torch.int64, device=device)
-    cut = Cut(torch.empty((rows, 1), device=device), torch.empty((rows, 1), dtype=torch.int64, device=device))
+    cut = Cut(
+        torch.empty((rows, 1), dtype=torch.float32, device=device),
+        torch.empty((rows, 1), dtype=torch.int64, device=device),
+    )
     constants = {"SCORE": SCORES.index(problem.score), "EXCLUDES": bool(excluded), "BLOCK": _BLOCK, "TILES": _TILES}
 
     for shift in (24, 16, 8, 0):

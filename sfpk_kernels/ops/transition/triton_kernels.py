@@ -384,7 +384,8 @@ def _plan(
     lean = tl.load(guess + rows).to(tl.float64)
     norm = tl.load(slope_norms + rows, mask=real, other=0.0)
     density = tl.load(densities + rows, mask=real, other=0.0)
-    goes = real & ~stays & (norm > 0)
+    stays = stays | (real & ~(norm > 0))  # a row of zeros has no direction: it is held like one that is skipped
+    goes = real & ~stays
     norm = tl.where(goes, norm, 1.0)
     ss = norm * norm
     scale = tl.where(goes, 1.0 / (total * tl.where(goes, density, 1.0)), 1.0)
@@ -395,13 +396,12 @@ def _plan(
     u_square = tl.maximum(tl.where(goes, uu - us * rest, 0.0), 0.0)
     slope = lean + rest
     u_norm = tl.sqrt(u_square)
+    g_norm = tl.sqrt(u_square + slope * slope * ss)
+    points = goes & (u_norm > g_norm * TANGENT_TOLERANCE)  # else it is noise, with eps, too
+    divisor = slope_norm * u_norm
     if HAS_EPS:
-        pace = step * root / tl.sqrt(slope_norm * slope_norm * u_square + eps)
-    else:
-        g_norm = tl.sqrt(u_square + slope * slope * ss)
-        points = goes & (u_norm > g_norm * TANGENT_TOLERANCE)
-        pace = tl.where(points, step * root / (slope_norm * tl.where(points, u_norm, 1.0)), 0.0)
-    pace = tl.where(goes, pace, 0.0)
+        divisor = tl.sqrt(slope_norm * slope_norm * u_square + eps)
+    pace = tl.where(points, step * root / tl.where(points, divisor, 1.0), 0.0)
     alpha = tl.where(goes, -step / slope_norm / norm, 0.0)
     along = tl.where(goes, alpha * es + pace * (eu - rest * es), 0.0)
     length = tl.sqrt(alpha * alpha * ss + pace * pace * u_square)
