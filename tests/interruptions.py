@@ -1,7 +1,11 @@
 """Interruptions at every moment of a piece of work."""
 
+import inspect
 import os
 import sys
+
+# Tracing of Python 3.10 ends a generator that is interrupted as it goes on, without its handlers; signals never do.
+UNTOUCHED = inspect.CO_GENERATOR if sys.version_info < (3, 11) else 0
 
 
 def every_moment(work, files, kind=KeyboardInterrupt, step=1):
@@ -28,7 +32,7 @@ def every_moment(work, files, kind=KeyboardInterrupt, step=1):
                 known[name] = os.path.realpath(name) in names
             if not known[name]:
                 return None
-            if event in ("call", "line"):
+            if event == "line" or (event == "call" and not frame.f_code.co_flags & UNTOUCHED):
                 count += 1
                 if count == moment:  # noqa: B023
                     raise kind(f"{os.path.basename(name)}:{frame.f_lineno} {event}")
