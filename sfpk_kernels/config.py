@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "selection": "threshold",
         "early_stop": True,
         "eps": 1e-12,
-        "dropout": True,
+        "model_mode": "train",
     },
 }
 
@@ -51,6 +51,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "vote": ("soft", "hard", "masked"),
     "selection": ("exact", "threshold"),
     "bn": ("batch", "running"),
+    "model_mode": ("eval", "train"),
     "energy_mode": ("auto", "vmap", "sequential", "cudagraph"),
     "dtype": ("bf16", "fp16", None),
     "memory": ("auto", "fast", "lean"),
@@ -95,7 +96,8 @@ class SFPKConfig:
         eps: added to (‖s‖‖u‖)², u the tangential part of the gradient (authors: 1e-12, for parity).
         bn: batch-norm in the energies uses the ``"batch"`` statistics of the particle's batch, or the model's
             ``"running"`` ones. The model's own statistics never change.
-        dropout: run the model in train mode (dropout, stochastic depth on), seeded; off by default.
+        model_mode: how ``loss_fn`` finds the model: in ``"eval"`` mode, or in ``"train"`` mode (dropout, stochastic
+            depth and heads for training on, seeded). Batch-norm goes by ``bn`` in both.
         energy_mode: particles through the model at once (``"vmap"``), one by one (``"sequential"``), one by one with
             the pass captured and replayed (``"cudagraph"``, GPU), or ``"auto"``: the fastest in a short trial before
             the first step. The ways differ in rounding: where runs must repeat bit for bit, name one (under
@@ -147,7 +149,7 @@ class SFPKConfig:
     early_stop: bool = False
     eps: float = 0.0
     bn: str = "batch"
-    dropout: bool = False
+    model_mode: str = "eval"
     energy_mode: str = "auto"
     chunk_size: int | None = None
     dtype: str | None = None
@@ -176,7 +178,7 @@ class SFPKConfig:
         for name in ("chunk_size", "microbatch", "memory_limit"):
             if getattr(self, name) is not None:
                 self._check_int(name, 1)
-        for name in ("retract", "settle", "early_stop", "dropout", "compile"):
+        for name in ("retract", "settle", "early_stop", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: wanted a bool, got {getattr(self, name)!r}")
         if self.energy_mode == "vmap" and (self.memory == "lean" or self.offload is not None):
@@ -231,6 +233,9 @@ class SFPKConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SFPKConfig:
         """The inverse of :meth:`to_dict`; unknown names are an error, missing ones take their default."""
+        values = dict(values)
+        if isinstance(values.get("dropout"), bool):  # as configs of earlier versions say it
+            values.setdefault("model_mode", "train" if values.pop("dropout") else "eval")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

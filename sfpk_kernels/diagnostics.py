@@ -16,6 +16,7 @@ from .coordinates import Coordinates
 from .ops import TransitionStats, mask_iou, pack_mask
 from .polarizer import Polarized
 from .records import StepRecord
+from .unreached import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -128,9 +129,10 @@ class Alarms:
         self._names = names
         self.said: set[str] = set()  # keys of alarms given
 
-    def check(self, history: Sequence[StepRecord], record: StepRecord) -> list[str]:
-        """What is new in this step; also logged as warnings."""
+    def check(self, history: Sequence[StepRecord], record: StepRecord, unreached: Sequence[str] = ()) -> list[str]:
+        """What is new in this step, and the tensors without a gradient; also logged as warnings."""
         found = {
+            **({"no gradient": in_words(unreached)} if unreached else {}),
             **self._collapse(record),
             **self._dying(record),
             **self._falling([*history, record]),

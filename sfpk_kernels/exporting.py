@@ -278,7 +278,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _run(model: nn.Module, batch: Any, forward_fn: Forward) -> Any:
     device = next(model.parameters()).device
-    with guarded(model, bn="running", dropout=False), seeded(0, device), torch.no_grad():
+    with guarded(model, bn="running", training=False), seeded(0, device), torch.no_grad():
         return forward_fn(model, batch)
 
 
@@ -332,7 +332,7 @@ def _multiplies_activations(op: str) -> bool:
 def _latency(model: nn.Module, batch: Any, forward_fn: Forward, runs: int, device: torch.device) -> float:
     times = []
     for _ in range(_WARM_UP + runs):
-        with guarded(model, bn="running", dropout=False), torch.no_grad():
+        with guarded(model, bn="running", training=False), torch.no_grad():
             _synchronize(device)
             started = time.perf_counter()
             forward_fn(model, batch)

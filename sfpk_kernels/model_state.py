@@ -8,6 +8,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from .config import SFPKConfig
+
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 _STATISTICS_NORMS = nn.modules.batchnorm._NormBase  # batch and instance norm
 
@@ -17,7 +19,7 @@ def guarded(
     model: nn.Module,
     *,
     bn: str,  # "batch" | "running": which statistics batch-norm normalizes with
-    dropout: bool,  # train mode for everything but batch-norm
+    training: bool,  # train mode for everything but batch-norm
 ) -> Iterator[None]:
     """Put ``model`` into the mode energies are measured in; put everything back at the end, also on errors.
 
@@ -36,15 +38,15 @@ def guarded(
     try:
         # Not by train(): a model's own may do more than to switch (merge adapters, freeze stages).
         for module, _ in modes:
-            module.training = dropout
+            module.training = training
         for norm in norms:
             norm.training = bn == "batch"
             if bn == "batch":
                 norm.track_running_stats = False
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, before in modes:
+            module.training = before
         for norm, tracked in tracking:
             norm.track_running_stats = tracked
         for module, buffers, non_persistent in registered:
@@ -56,6 +58,15 @@ def guarded(
             for buffer, version, saved in values:
                 if buffer._version != version:  # expanded buffers cannot be written, by the model neither
                     buffer.copy_(saved)
+
+
+def mode_note(config: SFPKConfig) -> str:
+    """For errors that come out of a model or a loss_fn, which may want the other mode."""
+    other = "eval" if config.model_mode == "train" else "train"
+    return (
+        f"sfpk_kernels: the model was in {config.model_mode} mode; "
+        f"SFPKConfig(model_mode={other!r}) puts it into {other} mode"
+    )
 
 
 @contextmanager

@@ -134,7 +134,7 @@ def plan(
     theta = coordinates.flatten(model).to(state_device(coordinates, config))
     energy = make_energy(model, loss_fn, coordinates, theta, config)
     taken = theta.numel() * theta.element_size()
-    with guarded(model, bn=config.bn, dropout=config.dropout):
+    with guarded(model, bn=config.bn, training=config.model_mode == "train"):
         return plan_run(energy, config, move_to(example_batch, coordinates.device), taken)
 
 

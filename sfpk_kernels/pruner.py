@@ -26,7 +26,7 @@ from .diagnostics import Alarms, Diagnostics, layer_names
 from .energy import LossFn
 from .files import load_state, save_state
 from .masks import MaskSet
-from .model_state import autograd_allowed, check_no_inference_tensors, guarded, seeded
+from .model_state import autograd_allowed, check_no_inference_tensors, guarded, mode_note, seeded
 from .nonfinite import NonFiniteError, standing_still
 from .ops import pack_mask
 from .particles import ParticleSystem, SystemState
@@ -37,6 +37,7 @@ from .records import StepRecord
 from .result import PruneResult
 from .step import gauss_seidel, jacobi
 from .turns import Turns, alone, end_contexts, lock
+from .unreached import NoGradientError, Reached, unreached
 from .vote import Vote
 from .whole_model import Registered
 
@@ -191,6 +192,7 @@ class SFPKPruner:
             ValueError: an empty loader or a one-shot iterator that runs out; a file that is damaged, or of another
                 model or other settings.
             FloatingPointError: a loss that is not finite; the message names step and particle.
+            NoGradientError: a ValueError; in step 1 all gradients are zero. (Single tensors without are alarms.)
             MemoryError: the run will not fit; the message holds the plan, and what would fit.
             RuntimeError: an error or an interruption has left a step half done; what was saved before can be resumed.
                 Or this pruner runs in another thread.
@@ -320,6 +322,7 @@ class SFPKPruner:
         system, number = self._system, self._system.step + 1
         before, measured, energy = system.moves, system.measured(), self._energy_state()
         skips = self.config.nonfinite == "skip_particle"
+        reached = Reached(self.coordinates) if system.step == 0 else None  # every weight is kept
         self._broken = f"step {number} stopped half-way"
         try:
             densities = system.densities
@@ -329,9 +332,9 @@ class SFPKPruner:
             # 2. energies, each particle on its own batch; 3.-7. repulsion, transition, retraction, consensus
             with seeded(self._step_seed(number), self.coordinates.device):
                 if plan.memory == "fast":
-                    energies, stats = jacobi(self._energy, system, keep, batches)
+                    energies, stats = jacobi(self._energy, system, keep, batches, reached)
                 else:
-                    energies, stats = gauss_seidel(self._energy, system, keep, batches, skips)
+                    energies, stats = gauss_seidel(self._energy, system, keep, batches, skips, reached)
             # All that the host wants to know of the step, in the one wait for the device.
             read = read_together(
                 start_density=densities.mean(),
@@ -340,7 +343,9 @@ class SFPKPruner:
                 cosines=stats.cosines,
                 deviation=self._diagnostics.deviation(system.masks, stats),
                 **seen._asdict(),
+                **({} if reached is None or reached.flags is None else {"reached": reached.flags}),
             )
+            missing = unreached(read.pop("reached", None), self.coordinates.tensors, self.config.n_particles)
             skipped = standing_still(read["energies"], read["cosines"], number, skips)
             if self._vote.remembers:
                 self._vote.update(system.masks, read["densities"], read["energies"])
@@ -352,7 +357,7 @@ class SFPKPruner:
                 skipped=skipped,
                 **read,
             )
-            record.alarms.extend(self._alarms.check(self.history, record))
+            record.alarms.extend(self._alarms.check(self.history, record, missing))
             # All of it is known: from here on it is done.
             system.end_step(read["densities"])
             self._last_energies = energies
@@ -362,12 +367,13 @@ class SFPKPruner:
             self._broken = None
         except BaseException as error:
             end_contexts(error)
-            if isinstance(error, NonFiniteError):  # found at the end of the step
-                system.moves = before + (error.moved if plan.memory == "lean" else 0)
+            if isinstance(error, NonFiniteError | NoGradientError):  # found at the end of the step
+                system.moves = before + (error.moved if plan.memory == "lean" else 0)  # together they stay together
             moved = system.moves - before
             who = f"particles 0 … {moved - 1} have moved" if moved else "the particles have not moved"
             if hasattr(error, "add_note"):  # Python ≥ 3.11
                 error.add_note(f"sfpk_kernels: in step {number} of {self.config.n_steps}; {who}")
+                error.add_note(mode_note(self.config))
             if moved:  # no later step would be what it should
                 self._broken = f"step {number} stopped half-way, {who}"
             else:
@@ -581,6 +587,7 @@ class SFPKPruner:
         except BaseException as error:
             if hasattr(error, "add_note"):  # Python ≥ 3.11
                 error.add_note("sfpk_kernels: in the trial pass before step 1; the particles have not moved")
+                error.add_note(mode_note(self.config))
             raise
         logger.info("%s", plan)
         plan.check()
@@ -605,7 +612,7 @@ class SFPKPruner:
         """
         before = Registered(self._model)
         try:
-            with guarded(self._model, bn=self.config.bn, dropout=self.config.dropout):
+            with guarded(self._model, bn=self.config.bn, training=self.config.model_mode == "train"):
                 yield
         except BaseException as error:
             end_contexts(error)

@@ -16,6 +16,7 @@ from .nonfinite import not_finite, spoil_
 from .ops import TransitionStats
 from .particles import ParticleSystem
 from .polarizer import Polarized
+from .unreached import Reached
 
 
 def jacobi(
@@ -23,10 +24,15 @@ def jacobi(
     system: ParticleSystem,
     keep: Polarized,
     batches: Sequence[Any],  # one per particle
+    reached: Reached | None = None,
 ) -> tuple[Tensor, TransitionStats]:  # energies (n,) fp64
-    """All particles move at once, from where all of them were."""
+    """All particles move at once, from where all of them were; none where ``reached`` sees no gradient at all."""
     energies, grads = energy(keep, batches)
-    spoil_(grads, not_finite(energies))
+    bad = not_finite(energies)
+    if reached is not None:
+        reached.see(grads)
+        bad = bad | reached.none()
+    spoil_(grads, bad)
     return energies, system.move_(grads)
 
 
@@ -36,6 +42,7 @@ def gauss_seidel(
     keep: Polarized,
     batches: Sequence[Any],
     skips: bool,  # config.nonfinite == "skip_particle"
+    reached: Reached | None = None,
 ) -> tuple[Tensor, TransitionStats]:
     """One particle after the other, each from where the ones before it have gone: one gradient in memory.
 
@@ -49,6 +56,8 @@ def gauss_seidel(
         for i in range(n):
             row = slice(i, i + 1)
             energies[i] = energy.single(i, keep.rows(row), batches[i], grad[0])
+            if reached is not None:
+                reached.see(grad)
             spoil_(grad, not_finite(energies[row]) if skips else bad | not_finite(energies[row]))
             stats = system.move_(grad, row=i)
             cosines[i] = stats.cosines[i]

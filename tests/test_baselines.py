@@ -18,7 +18,7 @@ def test_magnitude_keeps_the_largest_weights(convnet, sparsity):
 
 def test_snip_with_one_batch_is_the_published_score(convnet, images):
     masks = baselines.snip(convnet, None, images[:1], 0.8)
-    with guarded(convnet, bn="batch", dropout=False):
+    with guarded(convnet, bn="batch", training=False):
         default_loss(convnet, images[0]).backward()
     score = torch.cat([(p * p.grad).abs().flatten() for p in Coordinates(convnet).parameters(convnet)])
     kept = masks.flat()

@@ -68,7 +68,7 @@ def test_replace_checks_again():
         ("chunk_size", 0, ValueError),
         ("retract", 1, TypeError),
         ("settle", None, TypeError),
-        ("dropout", "no", TypeError),
+        ("model_mode", "training", ValueError),
         ("backend", "fortran", ValueError),
         ("kernel", "gauss", ValueError),
         ("density", "l1", ValueError),

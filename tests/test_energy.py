@@ -22,7 +22,7 @@ def energies(model, batches, keep=None, *, bn="batch", dropout=False, loss_fn=de
     energy = ParticleEnergy(model, loss_fn, coordinates, theta, **options)
     if seed is not None:
         torch.manual_seed(seed)
-    with guarded(model, bn=bn, dropout=dropout):
+    with guarded(model, bn=bn, training=dropout):
         losses, grads = energy(keep, batches)
     return losses, grads, energy
 
@@ -117,7 +117,7 @@ def test_a_model_vmap_cannot_run_goes_one_by_one_and_says_why(vectors, caplog):
     assert "data-dependent control flow" in energy.choice.reason or "RuntimeError" in energy.choice.reason
     # Batches that look alike in the trial may differ later: one log line then.
     energy.choice = Choice("vmap", "as the trial might have found")
-    with caplog.at_level(logging.WARNING, logger="sfpk_kernels"), guarded(model, bn="batch", dropout=False):
+    with caplog.at_level(logging.WARNING, logger="sfpk_kernels"), guarded(model, bn="batch", training=False):
         for _ in range(2):
             energy(torch.ones(10, energy.problem.theta.numel(), dtype=torch.bool), vectors)
     assert energy.mode == "sequential"
@@ -164,7 +164,7 @@ def test_auto_does_not_time_where_runs_must_repeat(mlp, vectors):
 def test_auto_tries_vmap_only_where_there_is_room(mlp, vectors):
     coordinates = Coordinates(mlp)
     energy = ParticleEnergy(mlp, default_loss, coordinates, coordinates.flatten(mlp))
-    with guarded(mlp, bn="batch", dropout=False):
+    with guarded(mlp, bn="batch", training=False):
         choice = energy.choose(vectors[0], 10, room=1000)
     assert set(choice.seconds) == {"sequential"}
     assert "1 kB are free" in choice.reason
@@ -177,7 +177,7 @@ def test_batches_of_different_size(mlp, vectors):
     energy.choice = Choice("vmap", "as the trial might have found")
     generator = torch.Generator().manual_seed(1)
     keep = torch.rand(4, coordinates.d, generator=generator) > 0.3
-    with guarded(mlp, bn="batch", dropout=False):
+    with guarded(mlp, bn="batch", training=False):
         losses, grads = energy(keep, ragged)
     assert energy.mode == "vmap", "one ragged chunk does not switch vmap off"
     expected = energies(mlp, ragged, mode="sequential")

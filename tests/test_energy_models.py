@@ -33,7 +33,7 @@ def energies(model, batches, mode, *, bn="batch", loss_fn=default_loss, **option
     coordinates = Coordinates(model)
     energy = ParticleEnergy(model, loss_fn, coordinates, coordinates.flatten(model), mode=mode, **options)
     keep = torch.rand(len(batches), coordinates.d, generator=torch.Generator().manual_seed(1)) > 0.3
-    with guarded(model, bn=bn, dropout=False):
+    with guarded(model, bn=bn, training=False):
         losses, grads = energy(keep, batches)
     return losses, grads, energy
 
@@ -62,7 +62,7 @@ def by_hand(model, batches, **options):
         with torch.no_grad():
             for p, part in zip(coordinates.parameters(twin), coordinates.split(mask), strict=True):
                 p.mul_(part)
-        with guarded(twin, bn="batch", dropout=False):
+        with guarded(twin, bn="batch", training=False):
             loss = default_loss(twin, batch)
             loss.backward()
         losses.append(loss.detach().double())
@@ -210,7 +210,7 @@ def test_cuda_graph_agrees(kind):
     results = []
     for mode in ("sequential", "cudagraph"):
         energy = ParticleEnergy(model, default_loss, coordinates, coordinates.flatten(model), mode=mode)
-        with guarded(model, bn="batch", dropout=False):
+        with guarded(model, bn="batch", training=False):
             results.append([t.clone() for t in energy(keep, batches)])
     close(results[1], results[0], 1e-3)
 

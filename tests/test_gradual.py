@@ -198,7 +198,9 @@ def test_resume_equals_the_uninterrupted_run(convnet, images, tmp_path):
     dense = copy.deepcopy(convnet)
 
     def pruner(model):
-        return GradualPruner(model, None, batches, quick(dropout=True), shots=3, retrain=RetrainConfig(2, lr=0.02))
+        return GradualPruner(
+            model, None, batches, quick(model_mode="train"), shots=3, retrain=RetrainConfig(2, lr=0.02)
+        )
 
     expected = pruner(convnet).run(save=tmp_path / "whole")
     first = pruner(copy.deepcopy(dense))

@@ -37,7 +37,7 @@ def keep_of(energy, n=N):
 def run(model, batches, mode, decided=None, dropout=False, **options):
     energy = energy_of(model, mode, decided, **options)
     torch.manual_seed(5)
-    with guarded(model, bn="batch", dropout=dropout):
+    with guarded(model, bn="batch", training=dropout):
         losses, grads = energy(keep_of(energy, len(batches)), batches)
     return losses, grads.clone(), energy
 
@@ -84,7 +84,7 @@ def test_random_numbers_and_buffers_are_as_if_nothing_was_tried(images, on_cuda_
     model[0].register_forward_pre_hook(lambda *arguments: model.calls.add_(1) and None)
     with Machine().installed():
         energy = energy_of(model, "cudagraph")
-        with guarded(model, bn="running", dropout=True):
+        with guarded(model, bn="running", training=True):
             torch.manual_seed(5)
             before = torch.get_rng_state()
             with energy.one_by_one():
@@ -125,7 +125,7 @@ def test_a_capture_that_fails_on_the_way_falls_back(convnet, images, fails, good
         snapshot.check()
         assert energy.mode == "sequential"
         assert FAILURES[fails] in energy.choice.reason
-        with guarded(convnet, bn="batch", dropout=False):
+        with guarded(convnet, bn="batch", training=False):
             again = energy(keep_of(energy), ragged)
     assert same(again, expected), "and the steps after it"
     snapshot.check()
@@ -191,7 +191,7 @@ def test_a_pass_that_draws_on_the_host_is_not_captured(mlp, vectors, draw, on_cu
         return default_loss(model, batch) * (1 + draws[draw]())
 
     before = torch.get_rng_state(), random.getstate()
-    with Machine(dropout_on_device=False).installed(), guarded(mlp, bn="batch", dropout=False):
+    with Machine(dropout_on_device=False).installed(), guarded(mlp, bn="batch", training=False):
         energy = energy_of(mlp, "cudagraph", loss_fn=loss_fn)
         with pytest.raises(RuntimeError, match="it draws random numbers on the host"):
             energy(keep_of(energy, 2), vectors[:2])

@@ -294,7 +294,7 @@ def test_interrupted_while_saving_the_old_file_is_whole(mlp, vectors, tmp_path, 
 @pytest.mark.parametrize("count", [25, pytest.param(600, marks=pytest.mark.slow)])
 def test_signals_at_random_moments(convnet, images, tmp_path, count):
     """As the system sends them, between any two instructions: a further run ends at the same mask, or is refused."""
-    config, path, draw = quick(dropout=True, momentum=0.1), tmp_path / "run", random.Random(count)
+    config, path, draw = quick(model_mode="train", momentum=0.1), tmp_path / "run", random.Random(count)
     expected, snapshot = outcome(prune(convnet, None, images, config, checkpoints=[0.5])), Snapshot(convnet)
     started = time.perf_counter()
     prune(convnet, None, images, config, save_every=1, save_path=path)

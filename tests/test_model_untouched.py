@@ -120,7 +120,7 @@ def everything(model, batches, tmp_path):
     for mode in ("auto", "vmap", "sequential"):
         prune(model, None, batches, quick(energy_mode=mode))
     prune(model, None, batches, quick(memory="lean"))
-    prune(model, None, batches, quick(dropout=True))
+    prune(model, None, batches, quick(model_mode="train"))
     plan(model, quick(), batches[0])
     baselines.snip(model, default_loss, batches, 0.5)
     baselines.magnitude(model, default_loss, batches, 0.5)

@@ -97,7 +97,7 @@ def test_without_retraction_the_density_drifts(mlp, vectors):
         {"polarizer": "mask"}, {"polarizer": "mask_weight"}, {"final_score": "mask_weight"}, {"final_score": "mask"},
         {"retract": False}, {"consensus": 0.0}, {"consensus_start": 0.0}, {"momentum": 0.5}, {"vote": "hard"},
         {"vote_ratio": 0.4}, {"selection": "threshold"}, {"repulsion": 500.0}, {"radius": 1.2}, {"seed": 5},
-        {"dropout": True}, {"bn": "running"},
+        {"model_mode": "train"}, {"bn": "running"},
     ],
 )  # fmt: skip
 def test_every_option_acts(convnet, images, options):
@@ -174,7 +174,7 @@ def test_few_particles_few_steps_any_dtype(mlp, vectors, n, k, dtype):
 @pytest.mark.parametrize("bn", ["batch", "running"])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_guard_sets_the_modes(convnet, bn, dropout):
-    with guarded(convnet, bn=bn, dropout=dropout):
+    with guarded(convnet, bn=bn, training=dropout):
         assert convnet[1].training == (bn == "batch")
         assert convnet[3].training == dropout
 
@@ -194,7 +194,7 @@ def test_early_stop(mlp, vectors):
 def test_same_seed_same_mask(convnet, images, energy_mode):
     x, y = torch.cat([x for x, _ in images]), torch.cat([y for _, y in images])
     loader = DataLoader(TensorDataset(x, y), 16, shuffle=True, drop_last=True)
-    config = quick(dropout=True, energy_mode=energy_mode)
+    config = quick(model_mode="train", energy_mode=energy_mode)
     state = torch.random.get_rng_state()
     torch.manual_seed(11)
     first = prune(convnet, None, loader, config)
@@ -395,7 +395,7 @@ def test_particle_state_dict(mlp):
 
 def test_guard_replaces_swapped_buffers(convnet):
     snapshot = Snapshot(convnet)
-    with guarded(convnet, bn="batch", dropout=True):
+    with guarded(convnet, bn="batch", training=True):
         convnet[1].running_mean = torch.full((6,), 7.0)
         convnet[1].running_var.zero_()
     snapshot.check()

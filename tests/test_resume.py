@@ -34,7 +34,7 @@ VARIANTS = [
     {"momentum": 0.1, "vote": "hard"},
     {"particle_dtype": "float16"},
     {"particle_dtype": "bfloat16", "kernel": "weighted_rbf"},
-    {"dropout": True, "dtype": "fp16"},
+    {"model_mode": "train", "dtype": "fp16"},
     {"energy_mode": "vmap"},
     {"selection": "threshold", "early_stop": True, "momentum": 0.1, "retract": False, "schedule": "exponential"},
 ]
@@ -101,7 +101,7 @@ def test_resume_true_begins_or_goes_on(mlp, vectors, tmp_path):
 
 
 def test_state_dict_is_a_copy_and_a_branch_has_another_seed(mlp, vectors):
-    config = quick(dropout=False, particle_dtype="float16")
+    config = quick(model_mode="eval", particle_dtype="float16")
     pruner = SFPKPruner(mlp, None, config)
     for k in range(3):
         pruner.step(vectors[3 * k :][:3])

@@ -14,6 +14,7 @@ from ..coordinates import Coordinates
 from ..energy import LossFn, ParticleEnergy
 from ..masks import MaskSet
 from ..model_state import autograd_allowed, check_no_inference_tensors, guarded
+from ..unreached import NoGradientError
 from ._select import check_sparsity, select
 
 
@@ -42,7 +43,7 @@ def snip(
         coordinate_options: those of :class:`~sfpk_kernels.Coordinates`.
 
     Raises:
-        ValueError: an empty loader, a sparsity outside (0, 1), or nothing prunable.
+        ValueError: an empty loader, a sparsity outside (0, 1), nothing prunable, or gradients that are all zero.
         FloatingPointError: a loss that is not finite.
     """
     check_sparsity(sparsity)
@@ -55,7 +56,7 @@ def snip(
     dense = torch.ones_like(theta, dtype=torch.bool).unsqueeze(0)
     score = torch.zeros_like(theta)
     batches = 0
-    with guarded(model, bn="batch", dropout=False):
+    with guarded(model, bn="batch", training=False):
         for batch in islice(loader, max_batches):
             losses, grads = energy(dense, [move_to(batch, coordinates.device)])
             if not bool(torch.isfinite(losses).all()):
@@ -66,4 +67,6 @@ def snip(
             batches += 1
     if batches == 0:
         raise ValueError("loader: wanted batches, got an empty iterable")
+    if not bool(score.any()):
+        raise NoGradientError("batch")
     return select(coordinates, score / batches, sparsity)

@@ -84,7 +84,7 @@ def run_naive(model: torch.nn.Module, batches: list[Any], config: SFPKConfig) ->
     from ..coordinates import Coordinates
 
     names = [tensor.name for tensor in Coordinates(model).tensors]
-    with guarded(model, bn=config.bn, dropout=config.dropout):
+    with guarded(model, bn=config.bn, training=config.model_mode == "train"):
         run = naive_sfpk(
             model,
             default_loss,

@@ -15,7 +15,7 @@ from ..model_state import seeded
 from ..polarizer import Polarized
 from ._problem import AUTOCAST, CannotRunError, LossFn, Problem
 from ._scale import LossScale
-from .batched import Batched, RaggedError
+from .batched import Batched, FlatError, RaggedError
 from .choice import Choice, choose
 from .graphed import Graphed
 from .sequential import OneByOne
@@ -205,6 +205,8 @@ class ParticleEnergy:
         try:
             self._runner(Batched).run(keep, batches, losses, grads)
         except RaggedError as error:
+            if forced and isinstance(error, FlatError):
+                return True  # a run looks at it in its first step
             if forced:
                 raise RuntimeError(f"energy_mode='vmap' cannot run this chunk of particles: {error}") from error
             if not self._said_ragged:

@@ -66,7 +66,7 @@ class Batched:
             # A loss that ignores the weights gives zeros here; one by one it is told from a flat one.
             self._depends = bool(grads.any())
             if not self._depends:
-                raise RaggedError("all gradients are zero")
+                raise FlatError("all gradients are zero")
 
     def differentiate(
         self,
@@ -127,6 +127,10 @@ class Batched:
 
 class RaggedError(CannotRunError):
     """These particles cannot go together; the next ones may."""
+
+
+class FlatError(RaggedError):
+    """They went together, and no gradient came of it: right for a flat loss, wrong for one without the weights."""
 
 
 def _micro_batches(stacked: Any, size: int | None) -> Any:
