@@ -9,6 +9,7 @@ from .batches import default_loss
 from .batchnorm import recalibrate_batchnorm
 from .config import SFPKConfig
 from .coordinates import Coordinates
+from .dense_files import load_exported
 from .exporting import ExportReport, export
 from .gradual import GradualPruner, GradualResult
 from .masks import MaskSet
@@ -34,6 +35,7 @@ __all__ = [
     "baselines",
     "default_loss",
     "export",
+    "load_exported",
     "ops",
     "plan",
     "prune",

@@ -221,7 +221,7 @@ def energies(name: str, value: Any, records: Sequence[StepRecord], device: torch
         if value is not None:
             raise ValueError(f"{name}: wanted None before the first step, got {check.got(value)}")
         return None
-    last = torch.tensor(records[-1].energies, dtype=torch.float64)
+    last = torch.tensor(records[-1].energies, dtype=torch.float64, device="cpu")
     found = check.tensor(name, value, tuple(last.shape), torch.float64, finite=False).to(device, copy=True)
     if not torch.equal(found.nan_to_num(0.0).cpu(), last.nan_to_num(0.0)) or not torch.equal(
         found.isnan().cpu(), last.isnan()

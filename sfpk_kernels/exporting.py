@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .batches import forward, move_to
 from .coordinates import named_parameters, unwrapped
+from .dense_files import is_sparse, load_exported, parts, save_dense
 from .files import atomic_write
 from .masks import MaskSet
 from .memory import in_words
@@ -107,7 +107,8 @@ def export(
         verify: read the file back into a copy of the model whose own values were wiped out, and compare every
             tensor, and the outputs on ``example``, exactly.
         kind: ``"dense"``: the state dict, removed weights as zeros; tensors shared under several names are written once
-            (``safetensors.torch.load_model`` loads it). ``"masks"``: the masks alone (:meth:`MaskSet.load`), 1 bit per
+            (``safetensors.torch.load_model`` loads it), sparse buffers in their parts (:func:`load_exported` loads
+            it). ``"masks"``: the masks alone (:meth:`MaskSet.load`), 1 bit per
             prunable weight, to be applied to the dense model.
         masks: what is removed; a weight of the model that they remove is written as 0. ``None``: the zeros in the
             model's prunable weights.
@@ -196,7 +197,11 @@ def _check_state(model: nn.Module) -> None:
             "which is none: kind='masks' writes the masks alone"
         )
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    spans = sorted((str(value.device), value.data_ptr(), _end(value), name) for name, value in state.items())
+    spans = sorted(
+        (str(value.device), value.data_ptr(), _end(value), name)
+        for name, value in state.items()
+        if not is_sparse(value)
+    )
     # In the order of their beginnings: where any two overlap, two neighbours do.
     for (device, _, end, name), (other_device, begin, _, other) in pairwise(spans):
         if device == other_device and begin < end and own.get(name) is not own.get(other):
@@ -215,8 +220,10 @@ def _end(tensor: Tensor) -> int:
 
 
 def _copy(model: nn.Module, cure: str) -> nn.Module:
+    # Of compressed sparse tensors torch makes no deep copy.
+    known: dict[int, Any] = {id(t): t.clone() for t in model.buffers() if is_sparse(t)}
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, known)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RuntimeError(f"export: the model cannot be copied ({reason}): {cure}") from error
@@ -230,7 +237,7 @@ def _save_dense(pruned: nn.Module, masks: MaskSet, path: Path) -> None:
             "sparsity": masks.sparsity, "metadata": masks.metadata,
         }),
     }  # fmt: skip
-    save_model(pruned, str(path), metadata=facts)
+    save_dense(pruned, path, facts)
 
 
 def _verify(
@@ -240,7 +247,7 @@ def _verify(
     again = _copy(model, "verify=False writes it without reading it back")
     if kind == "dense":
         _wipe(again)
-        load_model(again, str(path))
+        load_exported(again, path)
     else:
         loaded = MaskSet.load(path)
         if loaded != masks:
@@ -266,12 +273,15 @@ def _wipe(model: nn.Module) -> None:
     """No value of the state dict survives, so that one that is not read back shows."""
     for value in model.state_dict().values():
         if isinstance(value, Tensor):
+            value = parts(value)["values"] if is_sparse(value) else value
             value.fill_(float("nan") if value.is_floating_point() or value.is_complex() else 0)
 
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape
+        same = a.dtype == b.dtype and a.shape == b.shape and a.layout == b.layout
+        if same and is_sparse(a):
+            return all(map(_equal, parts(a).values(), parts(b).values()))
         return same and bool(((a == b) | ((a != a) & (b != b))).all())
     return bool(a == b)
 

@@ -7,10 +7,11 @@ import stat
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_model
 from torch import nn
 
-from sfpk_kernels import MaskSet, SFPKConfig, export, prune
+from sfpk_kernels import MaskSet, SFPKConfig, export, load_exported, prune
 from sfpk_kernels.bench.models import Gpt, texts
 
 from .snapshot import Snapshot
@@ -81,7 +82,7 @@ def test_tied_weights(tmp_path):
 def test_what_is_read_back_wrong_is_not_left(pruned, images, tmp_path, monkeypatch):
     path = tmp_path / "m"
     path.write_text("old")
-    real = export.__globals__["save_model"]
+    real = export.__globals__["save_dense"]
 
     def spoil(model, *args, **kwargs):
         model = copy.deepcopy(model)
@@ -89,7 +90,7 @@ def test_what_is_read_back_wrong_is_not_left(pruned, images, tmp_path, monkeypat
             model[0].weight.add_(1)
         real(model, *args, **kwargs)
 
-    monkeypatch.setitem(export.__globals__, "save_model", spoil)
+    monkeypatch.setitem(export.__globals__, "save_dense", spoil)
     with pytest.raises(RuntimeError, match="differ"):
         export(pruned, path, example=images[0])
     assert path.read_text() == "old"
@@ -209,3 +210,79 @@ def test_what_is_no_regular_file_is_never_replaced(convnet, images, tmp_path, ki
             export(convnet, path, kind=kind, example=images[0])
     assert stat.S_ISFIFO(os.lstat(tmp_path / "fifo").st_mode)
     assert os.listdir(tmp_path) == ["fifo"]
+
+
+LAYOUTS = {
+    "coo": lambda a: a.to_sparse(),
+    "uncoalesced": lambda a: torch.sparse_coo_tensor([[0, 0, 2], [1, 1, 3]], [1.0, 2.0, 3.0], (6, 6)),
+    "csr": lambda a: a.to_sparse_csr(),
+    "csc": lambda a: a.to_sparse_csc(),
+    "bsr": lambda a: a.to_sparse_bsr((2, 3)),
+    "bsc": lambda a: a.to_sparse_bsc((2, 3)),
+    "int": lambda a: (a * 10).long().to_sparse(),
+    "empty": lambda a: torch.zeros(6, 6).to_sparse(),
+}
+
+
+class Graph(nn.Module):
+    def __init__(self, adjacency, shared=False):
+        super().__init__()
+        self.inner = nn.Linear(8, 4)
+        self.register_buffer("adjacency", adjacency)
+        self.register_buffer("again", adjacency if shared else None)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sparse_buffers_are_written_in_their_parts(tmp_path, layout, shared):
+    torch.manual_seed(0)
+    make = LAYOUTS[layout]
+    model = Graph(make((torch.rand(6, 6) > 0.6).float()), shared)
+    before = model.adjacency.to_dense()
+    report = export(model, tmp_path / "m", example=(torch.randn(2, 8),))
+    assert report.verified == "every tensor, and the outputs on the example, exactly"
+    assert torch.equal(model.adjacency.to_dense(), before)
+    other = Graph(make(before), shared)
+    if other.adjacency.layout == torch.sparse_coo:  # compressed ones take no other number of elements
+        other = Graph(torch.zeros_like(other.adjacency), shared)
+    assert load_exported(other, tmp_path / "m") is other
+    assert torch.equal(other.adjacency.to_dense(), before)
+    assert torch.equal(other.inner.weight, model.inner.weight)
+    with safe_open(tmp_path / "m", framework="pt") as file:
+        assert "adjacency.values" in set(file.keys()) or "adjacency.values" in file.metadata()
+
+
+def test_a_file_of_another_model_changes_nothing(tmp_path):
+    adjacency = torch.eye(6).to_sparse()
+    export(Graph(adjacency), tmp_path / "m")
+    for other, words in [
+        (nn.Sequential(nn.Linear(8, 4)), r"no 0\.bias, 0\.weight; also adjacency, inner\.bias, inner\.weight"),
+        (Graph(torch.eye(7).to_sparse()), r"other shapes or layouts: adjacency \(6, 6\) for \(7, 7\)"),
+        (Graph(torch.eye(6)), r"other shapes or layouts: adjacency"),
+    ]:
+        before = {name: value.clone() for name, value in other.state_dict().items()}
+        with pytest.raises(ValueError, match=f"path: wanted the tensors of this {type(other).__name__}, .*{words}"):
+            load_exported(other, tmp_path / "m")
+        assert all(torch.equal(v.to_dense(), before[n].to_dense()) for n, v in other.state_dict().items())
+    with pytest.raises(FileNotFoundError, match="path: wanted an exported model"):
+        load_exported(Graph(adjacency), tmp_path / "none")
+    content = (tmp_path / "m").read_bytes()
+    for damaged in (b"", content[:100], content[:-10], content.replace(b"sparse_coo", b"sparse_cow")):
+        (tmp_path / "bad").write_bytes(damaged)
+        with pytest.raises(ValueError, match="which is damaged"):
+            load_exported(Graph(adjacency), tmp_path / "bad")
+
+
+def test_a_batch_norm_under_several_names(tmp_path):
+    norm = nn.BatchNorm1d(8)
+    model = nn.Sequential(nn.Linear(8, 8), norm, nn.Linear(8, 8), norm)
+    model(torch.randn(16, 8))
+    export(model, tmp_path / "m", example=torch.randn(4, 8))
+    fresh = nn.BatchNorm1d(8)
+    other = load_exported(nn.Sequential(nn.Linear(8, 8), fresh, nn.Linear(8, 8), fresh), tmp_path / "m")
+    x = torch.randn(4, 8)
+    assert torch.equal(other.eval()(x), model.eval()(x))
+    assert fresh.num_batches_tracked == norm.num_batches_tracked
