@@ -21,6 +21,7 @@ from .energy import MODES
 from .files import check_writable
 from .masks import MaskSet
 from .ops import unpack_mask
+from .others_memory import as_numpy, is_sparse, parts
 from .planning import Plan
 from .records import StepRecord
 
@@ -44,7 +45,7 @@ def model_fingerprint(model: nn.Module) -> str:
         value = value.detach().cpu()
         digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
         for part in _dense_parts(value):
-            digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(as_numpy(part.contiguous().reshape(-1).view(torch.uint8)).data)
     return digest.hexdigest()
 
 
@@ -54,12 +55,7 @@ def _dense_parts(value: torch.Tensor) -> list[torch.Tensor]:
         return [value]
     if value.layout == torch.sparse_coo:
         value = value.coalesce()
-        return [value.indices(), value.values()]
-    if value.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [value.crow_indices(), value.col_indices(), value.values()]
-    if value.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [value.ccol_indices(), value.row_indices(), value.values()]
-    return [value.to_dense()]
+    return list(parts(value).values()) if is_sparse(value) else [value.to_dense()]
 
 
 def check_same(state: Mapping[str, Any], config: SFPKConfig, fingerprint: str, names: list[str]) -> None:

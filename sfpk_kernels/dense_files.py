@@ -16,30 +16,14 @@ from torch import Tensor, nn
 
 from .coordinates import unwrapped
 from .model_state import autograd_allowed
+from .others_memory import PARTS, is_sparse, parts
 
-_PARTS = {
-    torch.sparse_coo: ("_indices", "_values"),
-    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
-    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
-}
-_LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in _PARTS}
-
-
-def is_sparse(tensor: Tensor) -> bool:
-    """Whether it has no memory of its own, but parts that have."""
-    return tensor.layout in _PARTS
-
-
-def parts(tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors that a sparse one is made of, by name."""
-    return {name.strip("_"): getattr(tensor, name)() for name in _PARTS[tensor.layout]}
+_LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in PARTS}
 
 
 def _assembled(facts: Mapping[str, Any], found: Mapping[str, Tensor]) -> Tensor:
     layout, size = _LAYOUTS[facts["layout"]], facts["shape"]
-    pieces = [found[name.strip("_")] for name in _PARTS[layout]]
+    pieces = [found[name.strip("_")] for name in PARTS[layout]]
     if layout == torch.sparse_coo:
         indices, values = pieces
         return torch.sparse_coo_tensor(indices, values, size, is_coalesced=facts["coalesced"], check_invariants=True)
@@ -122,7 +106,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         state.update({name: state[same] for name, same in metadata.items() if same in state and name not in state})
         for name, facts in json.loads(metadata.get("sfpk_sparse", "{}")).items():
             pieces = {
-                part.strip("_"): state.pop(f"{name}.{part.strip('_')}") for part in _PARTS[_LAYOUTS[facts["layout"]]]
+                part.strip("_"): state.pop(f"{name}.{part.strip('_')}") for part in PARTS[_LAYOUTS[facts["layout"]]]
             }
             state[name] = _assembled(facts, pieces)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:

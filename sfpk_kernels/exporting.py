@@ -21,11 +21,12 @@ from torch.utils import _pytree as pytree
 
 from .batches import forward, move_to
 from .coordinates import named_parameters, unwrapped
-from .dense_files import is_sparse, load_exported, parts, save_dense
+from .dense_files import load_exported, save_dense
 from .files import atomic_write
 from .masks import MaskSet
 from .memory import in_words
 from .model_state import guarded, seeded
+from .others_memory import is_sparse, parts
 from .turns import lock
 
 logger = logging.getLogger(__name__)

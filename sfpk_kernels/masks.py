@@ -18,6 +18,7 @@ from .enforce import MaskEnforcer
 from .files import atomic_write
 from .mask_files import decode, encode, json_dict
 from .ops import popcount
+from .others_memory import as_numpy
 from .torch_prune import to_torch_prune
 
 
@@ -49,7 +50,7 @@ class MaskSet:
                 raise ValueError(f"masks: {name}: wanted at least one weight, got shape {tuple(mask.shape)}")
             flat = mask.detach().reshape(-1).cpu()
             self._shapes[name] = tuple(mask.shape)
-            self._bits[name] = np.packbits(flat.numpy(), bitorder="little")
+            self._bits[name] = np.packbits(as_numpy(flat), bitorder="little")
             self._kept[name] = int(flat.count_nonzero())
 
     @classmethod

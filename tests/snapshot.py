@@ -5,6 +5,11 @@ import copy
 import torch
 
 
+def strided(model):
+    """Its tensors that have memory of their own."""
+    return [t for t in (*model.parameters(), *model.buffers()) if t.layout == torch.strided]
+
+
 class Snapshot:
     """Everything about a model that a run must leave alone."""
 
@@ -17,6 +22,7 @@ class Snapshot:
         self.modes = [m.training for m in model.modules()]
         self.tracking = [getattr(m, "track_running_stats", None) for m in model.modules()]
         self.grads = {name: p.grad for name, p in model.named_parameters()}
+        self.resizable = [t.untyped_storage().resizable() for t in strided(model)]  # no longer after t.numpy()
 
     def check(self):
         model = self.model
@@ -29,3 +35,4 @@ class Snapshot:
         assert [getattr(m, "track_running_stats", None) for m in model.modules()] == self.tracking
         assert {name: p.grad for name, p in model.named_parameters()} == self.grads
         assert all(p.is_leaf for p in model.parameters())
+        assert [t.untyped_storage().resizable() for t in strided(model)] == self.resizable

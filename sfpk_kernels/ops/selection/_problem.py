@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...others_memory import as_numpy
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -116,7 +118,7 @@ def _count(problem: Problem, masks: list[Tensor]) -> list[list[int]]:
 
 def _true(mask: Tensor) -> int:
     # On the CPU, NumPy counts bools more than ten times as fast.
-    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(torch.count_nonzero(mask))
+    return int(np.count_nonzero(as_numpy(mask))) if mask.device.type == "cpu" else int(torch.count_nonzero(mask))
 
 
 def plan(
