@@ -148,6 +148,8 @@ class Alarms:
         """Particles on top of each other explore nothing. The pull to their mean does not make them so."""
         if self._config.n_particles < 2 or record.deviation >= _COLLAPSED:
             return {}
+        if not any(record.cosines):  # no gradient yet that would part them
+            return {}
         return {"collapse": f"the particles have collapsed: they lie within {record.deviation:.1e} of their mean"}
 
     def _dying(self, record: StepRecord) -> dict[str, str]:

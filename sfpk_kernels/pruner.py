@@ -37,7 +37,7 @@ from .records import StepRecord
 from .result import PruneResult
 from .step import gauss_seidel, jacobi
 from .turns import Turns, alone, end_contexts, lock
-from .unreached import NoGradientError, Reached, unreached
+from .unreached import NoGradientError, Reached
 from .vote import Vote
 from .whole_model import Registered
 
@@ -192,7 +192,7 @@ class SFPKPruner:
             ValueError: an empty loader or a one-shot iterator that runs out; a file that is damaged, or of another
                 model or other settings.
             FloatingPointError: a loss that is not finite; the message names step and particle.
-            NoGradientError: a ValueError; in step 1 all gradients are zero. (Single tensors without are alarms.)
+            NoGradientError: a ValueError; all gradients are zero in the first two steps. (Tensors without are alarms.)
             MemoryError: the run will not fit; the message holds the plan, and what would fit.
             RuntimeError: an error or an interruption has left a step half done; what was saved before can be resumed.
                 Or this pruner runs in another thread.
@@ -322,7 +322,7 @@ class SFPKPruner:
         system, number = self._system, self._system.step + 1
         before, measured, energy = system.moves, system.measured(), self._energy_state()
         skips = self.config.nonfinite == "skip_particle"
-        reached = Reached(self.coordinates) if system.step == 0 else None  # every weight is kept
+        reached = self._look_for_gradients()
         self._broken = f"step {number} stopped half-way"
         try:
             densities = system.densities
@@ -345,7 +345,7 @@ class SFPKPruner:
                 **seen._asdict(),
                 **({} if reached is None or reached.flags is None else {"reached": reached.flags}),
             )
-            missing = unreached(read.pop("reached", None), self.coordinates.tensors, self.config.n_particles)
+            missing = [] if reached is None else reached.missing(read.pop("reached"), number)
             skipped = standing_still(read["energies"], read["cosines"], number, skips)
             if self._vote.remembers:
                 self._vote.update(system.masks, read["densities"], read["energies"])
@@ -367,8 +367,11 @@ class SFPKPruner:
             self._broken = None
         except BaseException as error:
             end_contexts(error)
-            if isinstance(error, NonFiniteError | NoGradientError):  # found at the end of the step
-                system.moves = before + (error.moved if plan.memory == "lean" else 0)  # together they stay together
+            # Found at the end of the step, and by the transition, which has moved nothing then.
+            if isinstance(error, NonFiniteError):
+                system.moves = before + (error.moved if plan.memory == "lean" else 0)
+            elif isinstance(error, NoGradientError) and plan.memory != "lean":
+                system.moves = before
             moved = system.moves - before
             who = f"particles 0 … {moved - 1} have moved" if moved else "the particles have not moved"
             if hasattr(error, "add_note"):  # Python ≥ 3.11
@@ -382,6 +385,13 @@ class SFPKPruner:
                 self._broken = None
             raise
         return record
+
+    def _look_for_gradients(self) -> Reached | None:
+        """In step 1, and in step 2 where step 1 had none: then no move had anything of one."""
+        done = self._system.step
+        if done == 0 or (done == 1 and not any(self.history[0].cosines)):
+            return Reached(self.coordinates, needed=done == 1 or self.config.n_steps == 1)
+        return None
 
     def _check_whole(self, what: str) -> None:
         """That no step was left half done."""

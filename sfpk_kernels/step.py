@@ -26,12 +26,12 @@ def jacobi(
     batches: Sequence[Any],  # one per particle
     reached: Reached | None = None,
 ) -> tuple[Tensor, TransitionStats]:  # energies (n,) fp64
-    """All particles move at once, from where all of them were; none where ``reached`` sees no gradient at all."""
+    """All particles move at once, from where all of them were; none where ``reached`` refuses the gradients."""
     energies, grads = energy(keep, batches)
     bad = not_finite(energies)
     if reached is not None:
         reached.see(grads)
-        bad = bad | reached.none()
+        bad = bad | reached.refused()
     spoil_(grads, bad)
     return energies, system.move_(grads)
 

@@ -1,6 +1,7 @@
 """Weights that no gradient reaches: behind ``torch.no_grad()``, in unused heads, used through copies made before.
 
-Looked at in the first step, where every weight is kept. Without a gradient nothing tells how important they are.
+Looked at in the first step, where every weight is kept: without a gradient nothing tells how important they are. A loss
+that measures how far the outputs are from those of the dense model is flat there; then the second step is looked at.
 """
 
 from __future__ import annotations
@@ -10,16 +11,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .coordinates import Coordinates, PrunableTensor
+from .coordinates import Coordinates
 
 _NAMED = 8  # tensors, in one message
 
 
 class Reached:
-    """Which prunable tensors had a gradient other than zero for any particle; waits for nothing."""
+    """Which prunable tensors had a gradient other than zero for any particle; waits for nothing.
 
-    def __init__(self, coordinates: Coordinates):
+    Args:
+        coordinates: the tensors.
+        needed: whether at least one must have.
+    """
+
+    def __init__(self, coordinates: Coordinates, needed: bool):
         self._tensors = coordinates.tensors
+        self.needed = needed
         self.flags: Tensor | None = None  # (tensors,) bool, where the gradients are
 
     def see(self, grads: Tensor) -> None:  # (rows, d)
@@ -27,42 +34,38 @@ class Reached:
         seen = torch.stack([grads[:, t.offset : t.offset + t.numel].any() for t in self._tensors])
         self.flags = seen if self.flags is None else self.flags | seen
 
-    def none(self) -> Tensor:  # 0-d bool
-        """Whether none of those seen had one."""
+    def refused(self) -> Tensor:  # 0-d bool
+        """Whether none of those seen had one, and one must."""
         assert self.flags is not None
-        return self.flags.any().logical_not()
+        return self.flags.any().logical_not() & self.needed
+
+    def missing(self, flags: Sequence[float], step: int) -> list[str]:
+        """Names of the tensors without a gradient, in order; none where all are without, and need not be.
+
+        Args:
+            flags: :attr:`flags`, as read.
+            step: for the message.
+
+        Raises:
+            NoGradientError: all are without.
+        """
+        missing = [tensor.name for tensor, seen in zip(self._tensors, flags, strict=True) if not seen]
+        if len(missing) < len(flags):
+            return missing
+        if self.needed:
+            raise NoGradientError(f"particle in step {step}")
+        return []
 
 
 class NoGradientError(ValueError):
-    """No weight has a gradient.
+    """No weight has a gradient."""
 
-    Attributes:
-        moved: how many particles have moved, where they go one after the other.
-    """
-
-    def __init__(self, where: str, moved: int = 0):
+    def __init__(self, where: str):
         super().__init__(
             "loss_fn: wanted a loss that changes with the prunable weights, got gradients of zero for every weight and "
-            f"{where}: is it constant, as for a model of one class or targets that are all ignored, or does "
-            "the model run under torch.no_grad() or detach what it computes?"
+            f"{where}: is it constant, as for a model of one class or targets that are all ignored, or does the model "
+            "run under torch.no_grad() or detach what it computes?"
         )
-        self.moved = moved
-
-
-def unreached(
-    flags: Sequence[float] | None,  # as read; None in steps where nobody looked
-    tensors: Sequence[PrunableTensor],
-    n: int,  # particles
-) -> list[str]:
-    """Names of the tensors without a gradient, in order.
-
-    Raises:
-        NoGradientError: not one has a gradient.
-    """
-    missing = [tensor.name for tensor, seen in zip(tensors, flags or [], strict=flags is not None) if not seen]
-    if len(missing) == len(tensors):
-        raise NoGradientError("particle in step 1", moved=n)
-    return missing
 
 
 def in_words(names: Sequence[str]) -> str:

@@ -72,7 +72,7 @@ def test_identical_particles_count_as_one(mlp, vectors):
 
 
 def step(number, energies, **options):
-    return StepRecord(number, 0.5, [0.5] * len(energies), energies, [0.0] * len(energies), 0.1, **options)
+    return StepRecord(number, 0.5, [0.5] * len(energies), energies, [0.1] * len(energies), 0.1, **options)
 
 
 def test_alarms_are_given_once():

@@ -118,19 +118,40 @@ def constant(model, batch):
     return 0.0 * model(batch[0]).sum()
 
 
+@pytest.mark.parametrize("n_steps", [1, 6])
 @pytest.mark.parametrize("options", WAYS, ids=str)
-def test_gradients_that_are_all_zero_raise(options, mlp, vectors):
+def test_gradients_that_are_all_zero_raise(options, n_steps, mlp, vectors):
     before = {name: tensor.clone() for name, tensor in mlp.state_dict().items()}
-    pruner = SFPKPruner(mlp, constant, quick(**options))
-    with pytest.raises(ValueError, match="loss_fn: wanted a loss that changes .* zero for every weight and particle"):
+    pruner, alike = (SFPKPruner(mlp, constant, quick(n_steps=n_steps, **options)) for _ in range(2))
+    last = min(n_steps, 2)
+    words = f"loss_fn: wanted a loss that changes .* zero for every weight and particle in step {last}"
+    with pytest.raises(ValueError, match=words):
         pruner.run(vectors)
     assert all(torch.equal(tensor, before[name]) for name, tensor in mlp.state_dict().items())
-    assert pruner.history == []
-    if options.get("memory") == "lean":
-        with pytest.raises(RuntimeError, match="cannot go on: step 1 stopped half-way"):
+    assert len(pruner.history) == last - 1
+    if options.get("memory") == "lean":  # particles have moved one by one
+        with pytest.raises(RuntimeError, match=f"cannot go on: step {last} stopped half-way"):
             pruner.run(vectors)
-    elif "offload" not in options:
-        assert torch.equal(pruner.particles, torch.ones_like(pruner.particles)), "none has moved"
+    else:
+        if n_steps > 1:
+            alike.step(vectors[:4])
+        assert torch.equal(pruner.particles, alike.particles), "none has moved in the step that failed"
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_a_loss_that_is_flat_at_the_dense_model(options, mlp, vectors):
+    """How far the outputs are from those of the dense model: no gradient in step 1, which nobody need hear of."""
+    with torch.no_grad():
+        batches = [(x, mlp(x)) for x, _ in vectors]
+
+    def drift(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    result = prune(mlp, drift, batches, quick(**options))
+    assert result.alarms == []
+    assert result.history[0].energies == pytest.approx([0.0] * 4, abs=1e-9)
+    assert result.history[-1].energy > 0
+    assert said(prune(Frozen(), lambda m, b: m(b[0]).square().mean(), batches, quick(**options)))
 
 
 def test_snip_wants_a_gradient_too(mlp, vectors):
