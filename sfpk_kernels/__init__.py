@@ -5,19 +5,19 @@ from . import _supported  # noqa: F401 - first: it refuses what the others canno
 # isort: split
 from . import baselines, ops
 from ._version import __version__
-from .batches import default_loss
-from .batchnorm import recalibrate_batchnorm
 from .config import SFPKConfig
-from .coordinates import Coordinates
-from .dense_files import load_exported
-from .exporting import ExportReport, export
-from .gradual import GradualPruner, GradualResult
-from .masks import MaskSet
-from .planning import Plan, plan
-from .pruner import SFPKPruner, prune
-from .records import StepRecord
-from .result import PruneResult
-from .retraining import RetrainConfig, retrain
+from .coordinates.flat import Coordinates
+from .export.dense_files import load_exported
+from .export.export import ExportReport, export
+from .masks.maskset import MaskSet
+from .modeling.batches import default_loss
+from .modeling.batchnorm import recalibrate_batchnorm
+from .retraining.gradual import GradualPruner, GradualResult
+from .retraining.loop import RetrainConfig, retrain
+from .search.planning import Plan, plan
+from .search.pruner import SFPKPruner, prune
+from .search.records import StepRecord
+from .search.result import PruneResult
 
 __all__ = [
     "Coordinates",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .schedule import density_schedule
+from .search.schedule import density_schedule
 
 
 @dataclass(frozen=True)

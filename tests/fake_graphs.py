@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from sfpk_kernels.energy import capture, graphed
+from sfpk_kernels.search.energy import capture, graphed
 
 DEVICE = torch.device("cuda:1")
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from sfpk_kernels import MaskSet, SFPKConfig, SFPKPruner, particles, prune
+from sfpk_kernels import MaskSet, SFPKConfig, SFPKPruner, prune
 from sfpk_kernels.ops import transition_
-from sfpk_kernels.records import StepRecord
-from sfpk_kernels.result import PruneResult
-from sfpk_kernels.schedule import density_schedule
+from sfpk_kernels.search import particles
+from sfpk_kernels.search.records import StepRecord
+from sfpk_kernels.search.result import PruneResult
+from sfpk_kernels.search.schedule import density_schedule
 
 
 def quick(**overrides):

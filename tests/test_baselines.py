@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sfpk_kernels import Coordinates, baselines, default_loss
-from sfpk_kernels.model_state import guarded
+from sfpk_kernels.modeling.state import guarded
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.95])

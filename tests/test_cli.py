@@ -128,7 +128,7 @@ def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
 
 
 def test_plan_runs_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sfpk_kernels.pruner.SFPKPruner.run", lambda *a, **k: pytest.fail("ran"))
+    monkeypatch.setattr("sfpk_kernels.search.pruner.SFPKPruner.run", lambda *a, **k: pytest.fail("ran"))
     out = tmp_path / "out"
     assert main(["prune", TASK, *QUICK, "--plan", "--out", str(out)]) == 0
     assert "3 particles of 144 weights" in capsys.readouterr().out

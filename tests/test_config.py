@@ -9,7 +9,7 @@ import pytest
 
 from sfpk_kernels import SFPKConfig
 from sfpk_kernels.config import PRESETS
-from sfpk_kernels.schedule import density_schedule
+from sfpk_kernels.search.schedule import density_schedule
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from sfpk_kernels import Coordinates, SFPKConfig, baselines, default_loss, prune
-from sfpk_kernels.arguments import check_config, check_loader, check_loss_fn
-from sfpk_kernels.batches import BatchStream
 from sfpk_kernels.cli._task import WrongTask, call_task
-from sfpk_kernels.labels import check_targets, label_loss
+from sfpk_kernels.modeling.batches import BatchStream
+from sfpk_kernels.modeling.labels import check_targets, label_loss
+from sfpk_kernels.utils.arguments import check_config, check_loader, check_loss_fn
 
 N = 6
 

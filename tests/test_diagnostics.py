@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from sfpk_kernels import SFPKConfig, SFPKPruner, prune
-from sfpk_kernels import diagnostics as module
-from sfpk_kernels.diagnostics import Alarms
-from sfpk_kernels.nonfinite import standing_still
-from sfpk_kernels.records import StepRecord
+from sfpk_kernels.search import diagnostics as module
+from sfpk_kernels.search.diagnostics import Alarms
+from sfpk_kernels.search.nonfinite import standing_still
+from sfpk_kernels.search.records import StepRecord
 
 
 def quick(**overrides):

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sfpk_kernels import Coordinates, default_loss
-from sfpk_kernels.energy import Choice, ParticleEnergy
-from sfpk_kernels.model_state import guarded
+from sfpk_kernels.modeling.state import guarded
+from sfpk_kernels.search.energy import Choice, ParticleEnergy
 
 
 def energies(model, batches, keep=None, *, bn="batch", dropout=False, loss_fn=default_loss, seed=None, **options):

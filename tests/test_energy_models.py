@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sfpk_kernels import Coordinates, SFPKConfig, default_loss, prune
 from sfpk_kernels.bench import models
-from sfpk_kernels.energy import ParticleEnergy
-from sfpk_kernels.energy._scale import LossScale
-from sfpk_kernels.model_state import guarded
+from sfpk_kernels.modeling.state import guarded
+from sfpk_kernels.search.energy import ParticleEnergy
+from sfpk_kernels.search.energy._scale import LossScale
 
 from .wrappers import WRAPPERS
 
@@ -234,7 +234,7 @@ def test_particles_elsewhere_than_the_model(vectors, monkeypatch):
     """The path of offload="cpu", with both devices the CPU."""
     model = Stateless()
     expected = energies(model, vectors, "sequential")
-    from sfpk_kernels.energy import sequential
+    from sfpk_kernels.search.energy import sequential
 
     class Elsewhere(sequential.OneByOne):
         def __init__(self, problem, scale):
@@ -243,7 +243,7 @@ def test_particles_elsewhere_than_the_model(vectors, monkeypatch):
             self._staged = torch.empty_like(self._weights)
             self._row = torch.empty_like(problem.theta)
 
-    monkeypatch.setattr("sfpk_kernels.energy.OneByOne", Elsewhere)
+    monkeypatch.setattr("sfpk_kernels.search.energy.OneByOne", Elsewhere)
     actual = energies(model, vectors, "sequential")
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])

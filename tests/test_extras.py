@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sfpk_kernels import extras
 from sfpk_kernels.cli import main
+from sfpk_kernels.utils import extras
 
 try:
     import tomllib

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from sfpk_kernels import MaskSet, files
-from sfpk_kernels.files import atomic_write, check_writable, load_state, save_state
+from sfpk_kernels import MaskSet
+from sfpk_kernels.utils import files
+from sfpk_kernels.utils.files import atomic_write, check_writable, load_state, save_state
 
 from .interruptions import every_moment
 
@@ -78,7 +79,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
     path.write_text("one")
     code = (
         "import os, signal, sys\n"
-        "from sfpk_kernels.files import atomic_write\n"
+        "from sfpk_kernels.utils.files import atomic_write\n"
         "with atomic_write(sys.argv[1]) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sfpk_kernels
 from sfpk_kernels import GradualPruner, MaskSet, RetrainConfig, SFPKConfig, SFPKPruner, prune, retrain
-from sfpk_kernels.gradual import plan_shots
-from sfpk_kernels.particles import ParticleSystem
+from sfpk_kernels.retraining.gradual import plan_shots
+from sfpk_kernels.search.particles import ParticleSystem
 
 from .interruptions import every_moment
 
@@ -483,7 +483,7 @@ def test_the_last_shot_is_saved_by_a_further_run(mlp, vectors, tmp_path, monkeyp
     path = tmp_path / "run"
     pruner = GradualPruner(mlp, None, vectors, quick(), shots=2, retrain=1)
     with monkeypatch.context() as patch:
-        patch.setattr("sfpk_kernels.gradual.save_state", interrupted)
+        patch.setattr("sfpk_kernels.retraining.gradual.save_state", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pruner.run(save=path)
         assert pruner.finished == 1

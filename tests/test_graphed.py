@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from sfpk_kernels import Coordinates, SFPKConfig, default_loss, prune
-from sfpk_kernels.energy import Choice, ParticleEnergy, capture, choice, graphed
-from sfpk_kernels.model_state import guarded
+from sfpk_kernels.modeling.state import guarded
+from sfpk_kernels.search.energy import Choice, ParticleEnergy, capture, choice, graphed
 
 from .fake_graphs import DEVICE, Machine
 from .snapshot import Snapshot

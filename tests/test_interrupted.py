@@ -15,9 +15,9 @@ import torch
 
 import sfpk_kernels
 from sfpk_kernels import GradualPruner, MaskSet, SFPKPruner, prune
-from sfpk_kernels.files import load_state
-from sfpk_kernels.gradual import FORMAT
-from sfpk_kernels.whole_model import _nesting
+from sfpk_kernels.modeling.whole_model import _nesting
+from sfpk_kernels.retraining.gradual import FORMAT
+from sfpk_kernels.utils.files import load_state
 
 from .interruptions import every_moment
 from .snapshot import Snapshot
@@ -67,7 +67,10 @@ def test_an_interruption_between_two_steps_counts_its_batches(mlp, vectors, monk
     assert torch.equal(pruner.run(vectors).particles, whole.particles)
 
 
-@pytest.mark.parametrize("where", ["sfpk_kernels.diagnostics.Diagnostics.deviation", "sfpk_kernels.vote.Vote.update"])
+@pytest.mark.parametrize(
+    "where",
+    ["sfpk_kernels.search.diagnostics.Diagnostics.deviation", "sfpk_kernels.search.vote.Vote.update"],
+)
 def test_an_interruption_after_the_move_is_not_saved(mlp, vectors, tmp_path, monkeypatch, where):
     def interrupted(*args):
         raise KeyboardInterrupt

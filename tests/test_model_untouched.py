@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sfpk_kernels import (
+from sfpk_kernels import (  # fmt: skip
     Coordinates,
     GradualPruner,
     RetrainConfig,
@@ -18,7 +18,7 @@ from sfpk_kernels import (
     plan,
     prune,
     recalibrate_batchnorm,
-)  # fmt: skip
+)
 
 from .snapshot import Snapshot
 

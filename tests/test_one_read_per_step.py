@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from sfpk_kernels import SFPKConfig, SFPKPruner
-from sfpk_kernels import pruner as module
-from sfpk_kernels.particles import ParticleSystem
-from sfpk_kernels.polarizer import Polarizer
-from sfpk_kernels.reading import read_together
-from sfpk_kernels.vote import Vote
+from sfpk_kernels.search import pruner as module
+from sfpk_kernels.search.particles import ParticleSystem
+from sfpk_kernels.search.polarizer import Polarizer
+from sfpk_kernels.search.reading import read_together
+from sfpk_kernels.search.vote import Vote
 
 pytest.importorskip("triton")
 

@@ -128,7 +128,7 @@ def test_particles_that_cannot_fit_are_refused_before_anything_is_allocated(monk
     def fail(*args, **kwargs):
         raise AssertionError("allocated")
 
-    monkeypatch.setattr("sfpk_kernels.pruner.ParticleSystem", fail)
+    monkeypatch.setattr("sfpk_kernels.search.pruner.ParticleSystem", fail)
     with pytest.raises(MemoryError, match="this run will not fit") as caught:
         SFPKPruner(model, None, SFPKConfig(0.9, n_particles=16, memory_limit=1_000_000))
     assert "n_particles=8" in str(caught.value)
@@ -147,7 +147,7 @@ def test_the_plan_is_logged_and_printed_beside_a_progress_bar(capsys, caplog):
 
 
 def test_available_memory_of_a_container(tmp_path):
-    from sfpk_kernels.memory import _cgroup_bytes, available_bytes
+    from sfpk_kernels.utils.memory import _cgroup_bytes, available_bytes
 
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("400000\n")
@@ -160,7 +160,7 @@ def test_available_memory_of_a_container(tmp_path):
 
 
 def test_peak_bytes_follows_tensors():
-    from sfpk_kernels.memory import peak_bytes
+    from sfpk_kernels.utils.memory import peak_bytes
 
     def work():
         a = torch.ones(1000)  # 4,000 bytes

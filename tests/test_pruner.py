@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sfpk_kernels import SFPKConfig, SFPKPruner, plan, prune
 from sfpk_kernels.baselines import snip
-from sfpk_kernels.model_state import guarded
+from sfpk_kernels.modeling.state import guarded
 from sfpk_kernels.ops import topk_mask
-from sfpk_kernels.particles import ParticleSystem
-from sfpk_kernels.vote import Vote
+from sfpk_kernels.search.particles import ParticleSystem
+from sfpk_kernels.search.vote import Vote
 
 from .snapshot import Snapshot
 

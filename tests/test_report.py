@@ -16,8 +16,8 @@ pytest.importorskip("matplotlib")
 
 from sfpk_kernels import SFPKConfig, prune
 from sfpk_kernels import report as reports
-from sfpk_kernels.plain import plain
 from sfpk_kernels.report import charts
+from sfpk_kernels.utils.plain import plain
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROWS = [

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sfpk_kernels import GradualPruner, RetrainConfig, SFPKConfig, SFPKPruner
-from sfpk_kernels.files import load_state, save_state
-from sfpk_kernels.particles import ParticleSystem
+from sfpk_kernels.search.particles import ParticleSystem
+from sfpk_kernels.utils.files import load_state, save_state
 
 from .altered import alter, places
 from .snapshot import Snapshot

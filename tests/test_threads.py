@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from sfpk_kernels import GradualPruner, RetrainConfig, SFPKConfig, SFPKPruner, export, prune
-from sfpk_kernels.turns import Turns, lock
+from sfpk_kernels.modeling.turns import Turns, lock
 
 
 def quick(**overrides):

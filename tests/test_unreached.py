@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from sfpk_kernels import SFPKConfig, SFPKPruner, prune
 from sfpk_kernels.baselines import snip
-from sfpk_kernels.unreached import in_words
+from sfpk_kernels.search.unreached import in_words
 
 
 def quick(**overrides):

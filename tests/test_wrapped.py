@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from sfpk_kernels import Coordinates, MaskSet, SFPKConfig
 from sfpk_kernels import prune as search
-from sfpk_kernels.coordinates import named_parameters
-from sfpk_kernels.wrapped import check_plain, originals
+from sfpk_kernels.coordinates.flat import named_parameters
+from sfpk_kernels.coordinates.wrapped import check_plain, originals
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 

@@ -6,10 +6,10 @@ import numbers
 
 from torch import Tensor
 
-from ..coordinates import Coordinates
-from ..masks import MaskSet
+from ..coordinates.flat import Coordinates
+from ..masks.maskset import MaskSet
 from ..ops import topk_mask
-from ..polarizer import budget
+from ..search.polarizer import budget
 
 
 def check_sparsity(sparsity: float) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ..coordinates import Coordinates
-from ..energy import LossFn
-from ..masks import MaskSet
+from ..coordinates.flat import Coordinates
+from ..masks.maskset import MaskSet
+from ..search.energy import LossFn
 from ._select import select
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batches import default_loss, move_to
-from ..coordinates import Coordinates
-from ..energy import LossFn, ParticleEnergy
-from ..masks import MaskSet
-from ..model_state import autograd_allowed, check_no_inference_tensors, guarded
-from ..unreached import NoGradientError
+from ..coordinates.flat import Coordinates
+from ..masks.maskset import MaskSet
+from ..modeling.batches import default_loss, move_to
+from ..modeling.state import autograd_allowed, check_no_inference_tensors, guarded
+from ..search.energy import LossFn, ParticleEnergy
+from ..search.unreached import NoGradientError
 from ._select import check_sparsity, select
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..config import SFPKConfig
 from ..naive import naive_sfpk
-from ..pruner import SFPKPruner
+from ..search.pruner import SFPKPruner
 from . import cases_step
 from .models import mlp
 from .registry import NAIVE, Call, Case, Op, Provider, Shape

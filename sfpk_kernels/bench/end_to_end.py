@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import SFPKConfig
-from ..pruner import SFPKPruner
+from ..search.pruner import SFPKPruner
 from . import peak
 from .models import WORKLOADS
 
@@ -166,6 +166,6 @@ def _wait(device: str) -> None:
 
 
 def _to(batch: Any, device: str) -> Any:
-    from ..batches import move_to
+    from ..modeling.batches import move_to
 
     return move_to(batch, torch.device(device))

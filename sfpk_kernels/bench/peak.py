@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from ..batches import default_loss
 from ..config import SFPKConfig
-from ..model_state import guarded
+from ..modeling.batches import default_loss
+from ..modeling.state import guarded
 from ..naive import naive_sfpk
-from ..pruner import SFPKPruner
+from ..search.pruner import SFPKPruner
 from .models import WORKLOADS, images, mlp
 
 _STATUS = Path("/proc/self/status")
@@ -81,7 +81,7 @@ def main() -> None:
 
 def run_naive(model: torch.nn.Module, batches: list[Any], config: SFPKConfig) -> torch.Tensor:
     """Algorithm 3 as printed, with the settings of a paper preset; returns the last particles (n, d)."""
-    from ..coordinates import Coordinates
+    from ..coordinates.flat import Coordinates
 
     names = [tensor.name for tensor in Coordinates(model).tensors]
     with guarded(model, bn=config.bn, training=config.model_mode == "train"):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..arguments import check_loader, check_loss_fn
+from ..utils.arguments import check_loader, check_loss_fn
 
 WANTED = "a function without arguments that returns (model, loss_fn, loader) or (model, loss_fn, loader, eval_fn)"
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..files import check_writable
-from ..plain import plain
+from ..utils.files import check_writable
+from ..utils.plain import plain
 
 USAGE = 2
 FAILED = 1

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..extras import require
+from ..utils.extras import require
 from ._words import FAILED, make_folder, refuse
 
 

@@ -46,7 +46,7 @@ def _masks(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from ..masks import MaskSet
+    from ..masks.maskset import MaskSet
 
     masks = MaskSet.load(options.file)
     shapes, densities = masks.shapes, masks.layer_densities()
@@ -65,7 +65,7 @@ def _show(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _compare(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from ..masks import MaskSet
+    from ..masks.maskset import MaskSet
 
     a, b = MaskSet.load(options.file), MaskSet.load(options.other)
     overlap = a.iou(b)
@@ -85,8 +85,8 @@ def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 
-    from ..files import atomic_write, check_writable
-    from ..masks import MaskSet
+    from ..masks.maskset import MaskSet
+    from ..utils.files import atomic_write, check_writable
 
     check_writable(options.out, "--out")
     masks = MaskSet.load(options.file)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..anytime import check_checkpoints
-from ..batchnorm import recalibrate_batchnorm
 from ..config import CHOICES, PRESETS, SFPKConfig
+from ..modeling.batchnorm import recalibrate_batchnorm
+from ..search.waypoints import check_checkpoints
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
 from ._words import FAILED, Aside, make_folder, refuse, say, to_json
 
@@ -151,8 +151,8 @@ def _as_options(ignores: bool) -> Iterator[None]:
 
 def _run(task: Task, config: SFPKConfig, options: argparse.Namespace) -> tuple[int, str]:
     """Exit code, and what to print."""
-    from ..planning import plan
-    from ..pruner import SFPKPruner
+    from ..search.planning import plan
+    from ..search.pruner import SFPKPruner
 
     which = {f"include_{kind}": getattr(options, f"include_{kind}") for kind in _KINDS}
     which["ignored_layers"] = options.ignore

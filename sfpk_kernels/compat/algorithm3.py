@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..config import SFPKConfig
-from ..energy import LossFn
-from ..pruner import PruneResult, prune
+from ..search.energy import LossFn
+from ..search.pruner import PruneResult, prune
 
 
 def SFPK_prune(

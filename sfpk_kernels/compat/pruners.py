@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batchnorm import recalibrate_batchnorm
 from ..config import SFPKConfig
-from ..coordinates import Coordinates, named_parameters
-from ..energy import LossFn
-from ..pruner import PruneResult, SFPKPruner
+from ..coordinates.flat import Coordinates, named_parameters
+from ..modeling.batchnorm import recalibrate_batchnorm
+from ..search.energy import LossFn
+from ..search.pruner import PruneResult, SFPKPruner
 from .algorithm3 import renamed
 from .utils import masked_params, without_mask_hooks
 

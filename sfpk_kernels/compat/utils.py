@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..coordinates import unwrapped
+from ..coordinates.flat import unwrapped
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from ..baselines import magnitude, snip
-from ..batchnorm import recalibrate_batchnorm
 from ..config import SFPKConfig
-from ..files import atomic_write, check_place
-from ..masks import MaskSet
-from ..pruner import prune
-from ..result import PruneResult
+from ..masks.maskset import MaskSet
+from ..modeling.batchnorm import recalibrate_batchnorm
+from ..search.pruner import prune
+from ..search.result import PruneResult
+from ..utils.files import atomic_write, check_place
 from .task import TRAINING_BATCH, Digits, accuracy, load_digits, train
 
 SPARSITIES = (0.80, 0.90, 0.95, 0.98)

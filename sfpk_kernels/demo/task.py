@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..extras import require
+from ..utils.extras import require
 
 TRAINING_BATCH = 128
 PRUNING_BATCH = 64  # of SFPK and SNIP; at 128 the searches end at the same accuracy and take a third longer

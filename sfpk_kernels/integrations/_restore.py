@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..masks import MaskSet
+from ..masks.maskset import MaskSet
 
 
 def check_masks(masks: MaskSet | None) -> None:

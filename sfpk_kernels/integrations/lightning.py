@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..coordinates import named_parameters
-from ..enforce import MaskEnforcer
-from ..extras import missing
-from ..masks import MaskSet
+from ..coordinates.flat import named_parameters
+from ..masks.enforce import MaskEnforcer
+from ..masks.maskset import MaskSet
+from ..utils.extras import missing
 from ._restore import check_masks, restored
 
 try:

@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..coordinates import named_parameters
-from ..enforce import MaskedParameters, Watch
-from ..extras import missing
-from ..masks import MaskSet
+from ..coordinates.flat import named_parameters
+from ..masks.enforce import MaskedParameters, Watch
+from ..masks.maskset import MaskSet
+from ..utils.extras import missing
 from ._restore import check_masks
 
 try:

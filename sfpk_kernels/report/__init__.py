@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..files import atomic_write, check_place, remove_regular
-from ..plain import plain
+from ..utils.files import atomic_write, check_place, remove_regular
+from ..utils.plain import plain
 from .charts import plot_baselines, plot_layers, plot_loss, plot_loss_versus_sparsity, plot_particles
 from .page import page
 
 if TYPE_CHECKING:
-    from ..result import PruneResult
+    from ..search.result import PruneResult
 
 __all__ = ["plot_loss_versus_sparsity", "render", "write"]
 

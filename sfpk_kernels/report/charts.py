@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..extras import require
-from ..files import atomic_write
-from ..records import StepRecord
+from ..search.records import StepRecord
+from ..utils.extras import require
+from ..utils.files import atomic_write
 
 _COLOURS = ("#1b5e9e", "#c4541a", "#5b8c2a", "#7d3c98")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")

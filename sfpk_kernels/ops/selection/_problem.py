@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...others_memory import as_numpy
+from ...utils.tensors import as_numpy
 
 
 @dataclass(frozen=True)

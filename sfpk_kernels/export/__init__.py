@@ -1,0 +1,1 @@
+"""A pruned model in a file, and back."""

@@ -1,0 +1,1 @@
+"""Binary masks: kept, saved, applied, enforced."""

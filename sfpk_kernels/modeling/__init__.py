@@ -1,0 +1,1 @@
+"""What is done with a user's model and batches, and put back."""

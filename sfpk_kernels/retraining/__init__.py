@@ -1,0 +1,1 @@
+"""Training with removed weights at zero, at once or shot by shot."""

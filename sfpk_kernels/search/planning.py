@@ -1,0 +1,317 @@
+"""The plan: bytes and seconds of a run, known before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import SFPKConfig
+from ..coordinates.flat import Coordinates
+from ..modeling.batches import default_loss, move_to
+from ..modeling.state import autograd_allowed, check_no_inference_tensors, guarded
+from ..utils.memory import available_bytes, in_words
+from .energy import Choice, LossFn, ParticleEnergy
+from .polarizer import budget, score_kinds
+
+_SHARE = 0.9  # of what is available: allocators and operators take a little more than tensors do
+# Passes over the particles, in particles read or written, of everything but forward and backward.
+_PASSES = {"fast": 8.0, "lean": 4.0}  # lean: and two readings of all particles for each of them
+_COPIED = 1 << 21  # elements copied to learn the bandwidth
+# Bytes of tensors to bytes of the process, for passes on the CPU: operators' scratch memory and holes in the heap.
+_CPU_OVERHEAD = 1.25
+# What the C library's allocator holds without use: at most so many bytes, or that share of what is used.
+_HEAP_BYTES, _HEAP_SHARE = 25_000_000, 0.125
+_TRIAL_BYTES = 64_000_000  # that the trial of a batched pass may always take on the CPU
+_TRIAL_SHARE = 0.25  # of a GPU's free memory
+
+_SIZES = {"float32": 4, "float16": 2, "bfloat16": 4}  # bytes; bf16 with the error kept beside it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take. Bytes are beyond what the process held before."""
+
+    particles: int  # n
+    coordinates: int  # d
+    steps: int
+    memory: str  # "fast" or "lean"
+    choice: Choice  # how particles go through the model
+    parts: dict[str, int]  # bytes on the device of the particles (and of the model, where it is the same)
+    model_parts: dict[str, int]  # bytes on the model's device, where it is another
+    available: int | None  # bytes; on the device of the particles
+    model_available: int | None
+    seconds_per_step: float
+    ways_out: dict[str, int]  # what would take less, and its bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """On the device of the particles."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run stays within what is available."""
+        return _within(self.parts, self.available) and _within(self.model_parts, self.model_available)
+
+    def check(self) -> None:
+        """Refuse a run that does not fit.
+
+        Raises:
+            MemoryError: it does not; the message says what would.
+        """
+        if not self.fits:
+            raise MemoryError(f"this run will not fit:\n{self}{self._advice()}")
+
+    def _advice(self) -> str:
+        limit = self.available
+        lines = [
+            f"  {way}: {in_words(size)}{'' if limit is None or size <= _SHARE * limit else ' (still too much)'}"
+            for way, size in self.ways_out.items()
+            if size < self.peak_bytes  # of a run refused before its first pass only the largest parts are known
+        ]
+        if not lines:
+            return ""
+        return "\nwhat takes less:\n" + "\n".join(lines)
+
+    def __str__(self) -> str:
+        rows = [(name, in_words(size)) for name, size in self.parts.items() if size]
+        rows.append(("peak", in_words(self.peak_bytes) + _of(self.available)))
+        if self.model_parts:
+            rows += [(f"{name} (GPU)", in_words(size)) for name, size in self.model_parts.items() if size]
+            rows.append(("peak (GPU)", in_words(sum(self.model_parts.values())) + _of(self.model_available)))
+        rows.append((
+            "time",
+            f"{self.seconds_per_step:.3g} s a step, {_duration(self.seconds_per_step * self.steps)} for {self.steps}",
+        ))  # fmt: skip
+        width = max(len(name) for name, _ in rows)
+        head = f"{self.particles} particles of {self.coordinates:,} weights, memory={self.memory!r}"
+        how = f"energies: {self.choice.mode} ({self.choice.reason})"
+        return "\n".join([head, how, *(f"  {name:<{width}}  {text}" for name, text in rows)])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """From the fields' plain values."""
+        known = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        return cls(**{**known, "choice": Choice(**known["choice"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings."""
+        return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits}
+
+
+@autograd_allowed()
+def plan(
+    model: nn.Module,
+    config: SFPKConfig,
+    example_batch: Any,
+    loss_fn: LossFn | None = None,
+    **options: Any,
+) -> Plan:
+    """Predict memory by part and time per step of pruning ``model``, from a few passes over one batch.
+
+    Nothing of the run is allocated but one copy of the weights; the model is as it was afterwards.
+
+    Args:
+        model: the trained, dense model.
+        config: of the run.
+        example_batch: one batch as the loader will give.
+        loss_fn: as for :class:`~sfpk_kernels.SFPKPruner`.
+        options: those of :class:`~sfpk_kernels.Coordinates`.
+
+    Raises:
+        RuntimeError: ``config.energy_mode`` names a way that cannot run this model.
+        ValueError: a sparsity that keeps no weight, or a model made under ``torch.inference_mode()``.
+    """
+    coordinates = Coordinates(model, **options)
+    budget(config.sparsity, coordinates.d)
+    check_no_inference_tensors(model)
+    theta = coordinates.flatten(model).to(state_device(coordinates, config))
+    energy = make_energy(model, loss_fn, coordinates, theta, config)
+    taken = theta.numel() * theta.element_size()
+    with guarded(model, bn=config.bn, training=config.model_mode == "train"):
+        return plan_run(energy, config, move_to(example_batch, coordinates.device), taken)
+
+
+def state_device(coordinates: Coordinates, config: SFPKConfig) -> torch.device:
+    """Where the particles live."""
+    return torch.device("cpu") if config.offload == "cpu" else coordinates.device
+
+
+def make_energy(
+    model: nn.Module, loss_fn: LossFn | None, coordinates: Coordinates, theta: torch.Tensor, config: SFPKConfig
+) -> ParticleEnergy:
+    """The energies of a run."""
+    return ParticleEnergy(
+        model,
+        loss_fn or default_loss,
+        coordinates,
+        theta,
+        mode=config.energy_mode,
+        chunk_size=config.chunk_size,
+        backend=None if config.backend is None else f"{config.backend}?",
+        precision=config.dtype,
+        microbatch=config.microbatch,
+        compiled=config.compile,
+    )
+
+
+def check_state(coordinates: Coordinates, config: SFPKConfig) -> None:
+    """Refuse a run whose particles and weights alone will not fit, before anything is allocated.
+
+    Raises:
+        MemoryError: they will not.
+    """
+    device = state_device(coordinates, config)
+    limit = config.memory_limit or available_bytes(device)
+    memory = "fast" if config.memory == "fast" else "lean"
+    parts = _state(coordinates, config, memory)
+    if not _within(parts, limit):
+        choice = Choice(config.energy_mode, "not tried")
+        ways = _ways_out(coordinates, config, memory, choice)
+        n, d = config.n_particles, coordinates.d
+        Plan(n, d, config.n_steps, memory, choice, parts, {}, limit, None, 0.0, ways).check()
+
+
+def plan_run(
+    energy: ParticleEnergy,
+    config: SFPKConfig,
+    batch: Any,
+    taken: int = 0,
+) -> Plan:
+    """The plan of a run on ``batch``, and with it the way of computing energies; the model must be guarded.
+
+    Args:
+        energy: of the run.
+        config: of the run.
+        batch: on the model's device.
+        taken: bytes of the run's parts that are allocated already, on the device of the particles.
+    """
+    problem = energy.problem
+    coordinates, device = problem.coordinates, problem.theta.device
+    split = device != problem.device
+    limit = config.memory_limit
+    if limit is None:
+        free = available_bytes(device)
+        limit = None if free is None else free + taken
+    fast = _state(coordinates, config, "fast")
+    memory = config.memory
+    if memory == "auto":
+        memory = "fast" if _within(fast, limit) else "lean"
+    room = 0 if memory == "lean" or split else _TRIAL_BYTES
+    if room and limit is not None:
+        if problem.device.type == "cuda":
+            room = max(room, int(_TRIAL_SHARE * limit))
+        room = max(0, min(room, int(_SHARE * limit) - sum(_state(coordinates, config, "lean").values())))
+    choice = energy.choose(batch, config.n_particles, room)
+    parts, model_parts = _parts(coordinates, config, memory, choice, split)
+    if memory == "fast" and config.memory == "auto" and not _within(parts, limit):
+        memory = "lean"
+        if choice.mode == "vmap":
+            choice = dataclasses.replace(choice, mode="sequential", reason=f"{choice.reason}; vmap would not fit")
+            energy.choice = choice
+        parts, model_parts = _parts(coordinates, config, memory, choice, split)
+    n, d = config.n_particles, coordinates.d
+    touched = (_PASSES[memory] + (2.0 * n if memory == "lean" else 0.0)) * n * d * _SIZES[config.particle_dtype]
+    return Plan(
+        particles=n,
+        coordinates=d,
+        steps=config.n_steps,
+        memory=memory,
+        choice=choice,
+        parts=parts,
+        model_parts=model_parts,
+        available=limit,
+        model_available=available_bytes(problem.device) if split else None,
+        seconds_per_step=n * choice.seconds[choice.mode] + touched / _bytes_per_second(device),
+        ways_out=_ways_out(coordinates, config, memory, choice),
+    )
+
+
+def _state(coordinates: Coordinates, config: SFPKConfig, memory: str) -> dict[str, int]:
+    """What lives as long as the run, and the gradients."""
+    d, size = coordinates.d, coordinates.dtype.itemsize
+    particle = size if config.particle_dtype == "float32" else _SIZES[config.particle_dtype]
+    return {
+        "particles": config.n_particles * d * particle,
+        "dense weights, saliency": d * size * (1 + len(score_kinds(config) - {"mask"})),
+        "gradients": d * size * (1 if memory == "lean" else config.n_particles),
+    }
+
+
+def _parts(
+    coordinates: Coordinates, config: SFPKConfig, memory: str, choice: Choice, split: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    parts = _state(coordinates, config, memory)
+    d, size = coordinates.d, coordinates.dtype.itemsize
+    overhead = _CPU_OVERHEAD if coordinates.device.type == "cpu" else 1.0
+    transient = {mode: int(overhead * size) for mode, size in choice.transient.items()}
+    passing = {"forward and backward": transient.get(choice.mode, 0)}
+    if choice.mode != "vmap":  # of vmap they count as part of the pass
+        passing = {"masked weights": d * size, **passing}
+    if choice.mode == "cudagraph" or split:
+        passing["gradient row"] = d * size
+    # The trial before, and the vote at the end (score, a part of it, a mask), take the place of gradients and passes.
+    vote = (2 * size + 1) * d
+    trial = transient.get("vmap", 0) + d * size * min(config.chunk_size or config.n_particles, config.n_particles)
+    if split:
+        return {**parts, "crossing": d * size}, passing
+    spare = parts["gradients"] + sum(passing.values())
+    others = max(vote, trial if "vmap" in transient else 0)
+    parts = {**parts, **passing, "trial and vote": max(0, others - spare)}
+    heap = int(min(_HEAP_BYTES, _HEAP_SHARE * sum(parts.values()))) if coordinates.device.type == "cpu" else 0
+    return {**parts, "held by the allocator": heap}, {}
+
+
+def _ways_out(coordinates: Coordinates, config: SFPKConfig, memory: str, choice: Choice) -> dict[str, int]:
+    """Peak bytes of smaller runs."""
+    ways: dict[str, dict[str, Any]] = {}
+    one_by_one = dataclasses.replace(choice, mode="sequential") if choice.mode == "vmap" else choice
+    mode = "auto" if config.energy_mode == "vmap" else config.energy_mode
+    lean: dict[str, Any] = {"memory": "lean", "energy_mode": mode}
+    if memory == "fast":
+        ways["memory='lean'"] = lean
+    if config.particle_dtype != "float16":
+        ways["memory='lean', particle_dtype='float16'"] = {**lean, "particle_dtype": "float16"}
+    if config.n_particles > 1:
+        half = config.n_particles // 2
+        ways[f"memory='lean', n_particles={half}"] = {**lean, "n_particles": half}
+    return {
+        way: sum(_parts(coordinates, config.replace(**changes), "lean", one_by_one, False)[0].values())
+        for way, changes in ways.items()
+    }
+
+
+def _within(parts: dict[str, int], limit: int | None) -> bool:
+    return limit is None or sum(parts.values()) <= _SHARE * limit
+
+
+def _of(limit: int | None) -> str:
+    return "" if limit is None else f" of {in_words(limit)} available"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+def _bytes_per_second(device: torch.device) -> float:
+    """Of a copy: read and written bytes."""
+    source = torch.zeros(_COPIED, dtype=torch.float32, device=device)
+    target = torch.zeros_like(source)
+    times = []
+    for _ in range(3):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 8.0 * _COPIED / min(times)

@@ -1,0 +1,65 @@
+"""Steps 2 to 7 of the method for all particles: energies and moves, together or one particle after the other.
+
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import TransitionStats
+from .energy import ParticleEnergy
+from .nonfinite import not_finite, spoil_
+from .particles import ParticleSystem
+from .polarizer import Polarized
+from .unreached import Reached
+
+
+def jacobi(
+    energy: ParticleEnergy,
+    system: ParticleSystem,
+    keep: Polarized,
+    batches: Sequence[Any],  # one per particle
+    reached: Reached | None = None,
+) -> tuple[Tensor, TransitionStats]:  # energies (n,) fp64
+    """All particles move at once, from where all of them were; none where ``reached`` refuses the gradients."""
+    energies, grads = energy(keep, batches)
+    bad = not_finite(energies)
+    if reached is not None:
+        reached.see(grads)
+        bad = bad | reached.refused()
+    spoil_(grads, bad)
+    return energies, system.move_(grads)
+
+
+def gauss_seidel(
+    energy: ParticleEnergy,
+    system: ParticleSystem,
+    keep: Polarized,
+    batches: Sequence[Any],
+    skips: bool,  # config.nonfinite == "skip_particle"
+    reached: Reached | None = None,
+) -> tuple[Tensor, TransitionStats]:
+    """One particle after the other, each from where the ones before it have gone: one gradient in memory.
+
+    Where no particle may be skipped, none moves behind one whose loss or gradient is not finite.
+    """
+    n = len(keep)
+    energies = torch.empty(n, dtype=torch.float64, device=system.masks.device)
+    cosines, grad = torch.zeros_like(energies), energy.buffer(1)
+    bad = torch.zeros(1, dtype=torch.bool, device=energies.device)
+    with energy.one_by_one():
+        for i in range(n):
+            row = slice(i, i + 1)
+            energies[i] = energy.single(i, keep.rows(row), batches[i], grad[0])
+            if reached is not None:
+                reached.see(grad)
+            spoil_(grad, not_finite(energies[row]) if skips else bad | not_finite(energies[row]))
+            stats = system.move_(grad, row=i)
+            cosines[i] = stats.cosines[i]
+            bad = bad | cosines[row].isnan()
+    return energies, stats._replace(cosines=cosines)

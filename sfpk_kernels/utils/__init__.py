@@ -1,0 +1,1 @@
+"""Files, arguments, tensors, memory: of no room in particular."""
