@@ -41,12 +41,12 @@ test-all: setup
 
 # Measure on this machine, append to benchmarks/results, renew the report and the README's table.
 bench: setup
-	$(BIN)/sfpk bench
-	$(BIN)/sfpk bench --report
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --report
 
 bench-full: setup
-	$(BIN)/sfpk bench --full
-	$(BIN)/sfpk bench --report
+	$(BIN)/python -m benchmarks --full
+	$(BIN)/python -m benchmarks --report
 
 # Offline, with the machine's own Python, torch, Triton and nvcc: no .venv, nothing is downloaded.
 # STAGE="build large" runs a part, OUT=folder takes the logs, DRY=1 does without a GPU what can be done without.

@@ -136,20 +136,7 @@ check_versions()
 setup(
     # csrc travels inside the wheel, so that the extension can be compiled at first use.
     packages=[
-        "sfpk_kernels",
-        "sfpk_kernels.baselines",
-        "sfpk_kernels.bench",
-        "sfpk_kernels.report",
-        "sfpk_kernels.cli",
-        "sfpk_kernels.compat",
-        "sfpk_kernels.demo",
-        "sfpk_kernels.energy",
-        "sfpk_kernels.integrations",
-        "sfpk_kernels.ops",
-        "sfpk_kernels.ops.bits",
-        "sfpk_kernels.ops.masking",
-        "sfpk_kernels.ops.selection",
-        "sfpk_kernels.ops.transition",
+        *setuptools.find_packages(include=["sfpk_kernels", "sfpk_kernels.*"]),
         "sfpk_kernels.csrc",
         "sfpk_kernels.csrc.cpu",
         "sfpk_kernels.csrc.cuda",

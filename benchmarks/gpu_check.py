@@ -14,8 +14,8 @@ installed. Needs nothing but the standard library to start, so that it can say w
 
 Time that a stage does not use goes to those after it, and a stage given alone has all of it; on a machine where
 nothing is compiled yet: STAGE="build large", then "test", "sanitize", "bench". A backend that is missing fails.
-Measured rows lie in OUT/results (`sfpk bench --report --results OUT/results` shows them); their .jsonl goes to
-benchmarks/results to be committed. Exit code: 0 all passed, 1 something failed, 2 wrong usage.
+Measured rows lie in OUT/results (`python -m benchmarks --report --results OUT/results` shows them); their .jsonl goes
+to benchmarks/results to be committed. Exit code: 0 all passed, 1 something failed, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def smoke_command(machine: Machine, dry: bool, environment: dict, *more: str) ->
     """Every op on every backend of the device, none of which may be missing, compared with the reference."""
     backends = ("cpp", "triton") if dry else ("cuda", "triton")
     device = "cpu" if dry else "cuda"
-    words = (machine.python, "-m", "sfpk_kernels.bench.smoke", "--device", device, "--backend", *backends, *more)
+    words = (machine.python, "-m", "benchmarks.smoke", "--device", device, "--backend", *backends, *more)
     return Command("each op once", words, environment)
 
 
@@ -259,11 +259,11 @@ def sanitize_stage(machine: Machine, out: Path, dry: bool, seconds: float) -> tu
 def bench_stage(machine: Machine, out: Path, dry: bool, seconds: float) -> tuple[list[Command], list[Row]]:
     """The suite and its report; dry: tiny shapes on the CPU."""
     results = ("--results", str(out / "results"))
-    sfpk = (machine.python, "-m", "sfpk_kernels.cli", "bench")
+    suite = (machine.python, "-m", "benchmarks")
     # Cases that have begun are finished: leave them time.
     limit = ("--time-limit", f"{max(1.0, 0.6 * seconds):.0f}")
     how = ("--device", "cpu", "--quick", "--group", "ops", "scaling") if dry else ("--device", "cuda")
-    return [Command("measure", (*sfpk, *how, *limit, *results)), Command("report", (*sfpk, "--report", *results))], []
+    return [Command("measure", (*suite, *how, *limit, *results)), Command("report", (*suite, "--report", *results))], []
 
 
 PLANS = {
@@ -283,7 +283,7 @@ def malformed(command: Command) -> str | None:
         place = ROOT / word.replace(".", "/")
         if (
             before == "-m"
-            and "." in word
+            and ("." in word or word == "benchmarks")
             and not any(path.is_file() for path in (place.with_suffix(".py"), place / "__main__.py"))
         ):
             return f"-m {word}: no such module"

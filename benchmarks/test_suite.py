@@ -1,8 +1,8 @@
-"""The registry through pytest-benchmark: its tables and JSON, from the same interleaved rounds as `sfpk bench`.
+"""The registry through pytest-benchmark: its tables and JSON, from the interleaved rounds of `python -m benchmarks`.
 
     python -m pytest benchmarks [--bench-size quick] [--benchmark-json FILE] [-k "selection"]
 
-pytest-benchmark's own loop would time one provider after the other; see sfpk_kernels/bench/timing.py for why that is
+pytest-benchmark's own loop would time one provider after the other; see benchmarks/clock.py for why that is
 not good enough. So all providers of a case are timed together when the first of its tests runs, and every test hands
 its provider's rounds to pytest-benchmark.
 """
@@ -12,8 +12,8 @@ import math
 import pytest
 import torch
 
-from sfpk_kernels.bench import ceilings, suite
-from sfpk_kernels.bench.suite import COPY, Job, Plan
+from benchmarks import ceilings, suite
+from benchmarks.suite import COPY, Job, Plan
 
 
 def pytest_generate_tests(metafunc):

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import models
 from sfpk_kernels import GradualPruner, RetrainConfig, SFPKConfig, SFPKPruner, baselines, prune
-from sfpk_kernels.bench import models
 
 Batches = list[Any]
 

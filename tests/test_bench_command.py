@@ -1,4 +1,4 @@
-"""``sfpk bench``: options, exit codes, files."""
+"""``python -m benchmarks``: options, exit codes, files."""
 
 import json
 import os
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfpk_kernels.bench import command, record, registry, report, smoke
-from sfpk_kernels.bench.registry import NAIVE, Provider
-from sfpk_kernels.cli import main
+from benchmarks import command, record, registry, report, smoke
+from benchmarks.command import main
+from benchmarks.registry import NAIVE, Provider
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "tests" / "data" / "bench_sample.jsonl"
@@ -32,21 +32,21 @@ SAMPLE = ROOT / "tests" / "data" / "bench_sample.jsonl"
     ],
 )
 def test_wrong_usage(arguments, words, capsys):
-    assert main(["bench", *arguments]) == 2
+    assert main([*arguments]) == 2
     assert re.search(words, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("arguments", [["--quick", "--full"], ["--device", "tpu"], ["--time-limit", "soon"]])
 def test_wrong_options(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["bench", *arguments])
+        main([*arguments])
     assert caught.value.code == 2
-    assert "usage: sfpk bench" in capsys.readouterr().err
+    assert "usage: python -m benchmarks" in capsys.readouterr().err
 
 
 def test_no_such_device(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "--device", "cuda", "--results", str(tmp_path)]) == 1
+    assert main(["--device", "cuda", "--results", str(tmp_path)]) == 1
     assert "there is no CUDA device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -54,36 +54,36 @@ def test_no_such_device(capsys, monkeypatch, tmp_path):
 def test_measure_append_report(capsys, tmp_path):
     arguments = ["--results", str(tmp_path), "--device", "cpu"]
     for _ in range(2):
-        assert main(["bench", "--op", "pack", "--quick", *arguments]) == 0
+        assert main(["--op", "pack", "--quick", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "a bool mask as bits" in printed
     assert "np.packbits" in printed
     (path,) = tmp_path.glob("*.jsonl")
     first, second = record.read([path])
-    assert first.facts["command"] == second.facts["command"] == "sfpk bench --device cpu --op pack --quick"
+    assert first.facts["command"] == second.facts["command"] == "python -m benchmarks --device cpu --op pack --quick"
     assert not first.facts["complete"]
     assert {row["op"] for row in first.rows} == {"pack"}
     readme = tmp_path / "README.md"
     readme.write_text(f"text\n{report.BEGIN}\n{report.END}\n")
-    assert main(["bench", "--report", "--readme", str(readme), *arguments]) == 0
+    assert main(["--report", "--readme", str(readme), *arguments]) == 0
     assert "No complete run" in readme.read_text()
     assert "np.packbits" in (tmp_path / "report.md").read_text()
     capsys.readouterr()
-    assert main(["bench", "--op", "pack", "--quick", "--quiet", *arguments]) == 0
-    assert main(["bench", "--report", "--quiet", *arguments]) == 0
+    assert main(["--op", "pack", "--quick", "--quiet", *arguments]) == 0
+    assert main(["--report", "--quiet", *arguments]) == 0
     assert capsys.readouterr() == ("", "")
-    assert main(["bench", "--op", "pack", "--quick", "--json", *arguments]) == 0
+    assert main(["--op", "pack", "--quick", "--json", *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == record.read([path])[-1].rows
     assert found["file"] == str(path)
-    assert main(["bench", "--report", "--json", *arguments]) == 0
+    assert main(["--report", "--json", *arguments]) == 0
     assert str(tmp_path / "report.md") in json.loads(capsys.readouterr().out)["files"]
 
 
 def test_report_renders_the_committed_sample(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     shutil.copy(SAMPLE, tmp_path / "sample.jsonl")
-    assert main(["bench", "--report", "--results", str(tmp_path)]) == 0
+    assert main(["--report", "--results", str(tmp_path)]) == 0
     assert "scaling-cpu.png" in capsys.readouterr().out
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"sample.jsonl", "report.md", "speedup-cpu.png", "roofline-cpu.png", "scaling-cpu.png"}
@@ -95,19 +95,19 @@ def test_report_of_other_results_leaves_the_readme(tmp_path, monkeypatch):
     Path("README.md").write_text(text)
     Path("other").mkdir()
     shutil.copy(SAMPLE, "other/sample.jsonl")
-    assert main(["bench", "--report", "--results", "other"]) == 0
+    assert main(["--report", "--results", "other"]) == 0
     assert Path("README.md").read_text() == text
     (Path("benchmarks") / "results").mkdir(parents=True)
     shutil.copy(SAMPLE, "benchmarks/results/sample.jsonl")
-    assert main(["bench", "--report"]) == 0
+    assert main(["--report"]) == 0
     assert Path("README.md").read_text() != text
 
 
 def test_report_without_results_and_with_broken_ones(tmp_path, capsys):
-    assert main(["bench", "--report", "--results", str(tmp_path)]) == 1
+    assert main(["--report", "--results", str(tmp_path)]) == 1
     assert "no results in" in capsys.readouterr().err
     (tmp_path / "broken.jsonl").write_text('{"kind": "row"}\n')
-    assert main(["bench", "--report", "--results", str(tmp_path)]) == 1
+    assert main(["--report", "--results", str(tmp_path)]) == 1
     assert "broken.jsonl:1: run: wanted the id of a run, got nothing" in capsys.readouterr().err
 
 
@@ -115,8 +115,8 @@ def test_a_wrong_backend_of_ours_fails_the_command(tmp_path, monkeypatch, capsys
     op = registry.all_ops()["pack"]
     liar = Provider("ours[liar]", lambda case: lambda: case.inputs.packed ^ 1)
     broken = registry.Op("pack", op.what, op.shapes, op.build, (*op.providers, liar))
-    monkeypatch.setattr("sfpk_kernels.bench.suite.all_ops", lambda: {"pack": broken})
-    assert main(["bench", "--op", "pack", "--quick", "--device", "cpu", "--results", str(tmp_path)]) == 1
+    monkeypatch.setattr("benchmarks.suite.all_ops", lambda: {"pack": broken})
+    assert main(["--op", "pack", "--quick", "--device", "cpu", "--results", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert "pack, ours[liar]: wrong: " in captured.err
     (run,) = record.read(tmp_path.glob("*.jsonl"))
@@ -124,11 +124,11 @@ def test_a_wrong_backend_of_ours_fails_the_command(tmp_path, monkeypatch, capsys
 
 
 def test_list(capsys):
-    assert main(["bench", "--list", "--device", "cpu"]) == 0
+    assert main(["--list", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in registry.all_ops())
     assert NAIVE in printed
-    assert main(["bench", "--list", "--device", "cpu", "--json"]) == 0
+    assert main(["--list", "--device", "cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["op"] for row in found] == list(registry.all_ops())
     assert NAIVE in found[0]["providers"]
@@ -136,9 +136,9 @@ def test_list(capsys):
 
 def test_adding_the_command_imports_nothing_heavy():
     code = (
-        "import sys, argparse; from sfpk_kernels.bench import command\n"
+        "import sys, argparse; from benchmarks import command\n"
         "command.add_command(argparse.ArgumentParser().add_subparsers())\n"
-        "print([m for m in ('matplotlib', 'triton', 'sfpk_kernels.bench.registry') if m in sys.modules])"
+        "print([m for m in ('matplotlib', 'triton', 'benchmarks.registry') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
@@ -155,7 +155,7 @@ def test_smoke(capsys, monkeypatch):
 def test_smoke_interprets_triton():
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "sfpk_kernels.bench.smoke", "--device", "cpu", "--backend", "triton", "--op", "apply"],
+        [sys.executable, "-m", "benchmarks.smoke", "--device", "cpu", "--backend", "triton", "--op", "apply"],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

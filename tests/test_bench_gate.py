@@ -4,10 +4,11 @@ from itertools import pairwise
 
 import torch
 
-from sfpk_kernels.bench import gate, record, suite, timing
-from sfpk_kernels.bench.registry import NAIVE, Case, Op, Provider, all_ops
-from sfpk_kernels.bench.suite import Job, Plan
-from sfpk_kernels.bench.timing import Effort, interleave, quantiles, rotating
+from benchmarks import clock as timing
+from benchmarks import gate, record, suite
+from benchmarks.clock import Effort, interleave, quantiles, rotating
+from benchmarks.registry import NAIVE, Case, Op, Provider, all_ops
+from benchmarks.suite import Job, Plan
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import pytest
 import torch
 
-from sfpk_kernels.bench import record, report, suite
-from sfpk_kernels.bench.registry import TARGETS, all_ops
-from sfpk_kernels.bench.suite import Plan
+from benchmarks import record, report, suite
+from benchmarks.registry import TARGETS, all_ops
+from benchmarks.suite import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "tests" / "data" / "bench_sample.jsonl"
@@ -107,7 +107,7 @@ def test_facts_say_who_measured_where():
 def test_the_readme_is_in_sync_with_the_committed_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     runs = record.read(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
-    assert report.into_readme(text, runs) == text, "run `sfpk bench --report`"
+    assert report.into_readme(text, runs) == text, "run `python -m benchmarks --report`"
 
 
 def test_the_readme_shows_the_latest_complete_run_of_each_device(run):
@@ -259,7 +259,7 @@ def test_words():
 
 def test_charts(run, tmp_path):
     pytest.importorskip("matplotlib")
-    from sfpk_kernels.bench import charts
+    from benchmarks import charts
 
     paths = charts.draw([run], tmp_path)
     assert [path.name for path in paths] == ["speedup-cpu.png", "roofline-cpu.png", "scaling-cpu.png"]

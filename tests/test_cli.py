@@ -415,6 +415,6 @@ def test_every_command_can_be_interrupted(command, capsys, monkeypatch, tmp_path
 
     for name in ("demo._demo", "info._info", "report._report", "masks._masks"):
         monkeypatch.setattr(f"sfpk_kernels.cli.{name}", interrupted)
-    monkeypatch.setattr("sfpk_kernels.bench.command.bench_command", interrupted)
+    monkeypatch.setattr("benchmarks.command.bench_command", interrupted)
     assert main(command) == 130
     assert capsys.readouterr() == ("", f"sfpk {command[0]}: interrupted\n")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfpk_kernels.bench import end_to_end, peak
+from benchmarks import end_to_end, peak
 
 
 @pytest.mark.parametrize("memory", ["fast", "lean"])

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import models
 from sfpk_kernels import Coordinates, SFPKConfig, default_loss, prune
-from sfpk_kernels.bench import models
 from sfpk_kernels.modeling.state import guarded
 from sfpk_kernels.search.energy import ParticleEnergy
 from sfpk_kernels.search.energy._scale import LossScale

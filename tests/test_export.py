@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_model
 from torch import nn
 
+from benchmarks.models import Gpt, texts
 from sfpk_kernels import MaskSet, SFPKConfig, export, load_exported, prune
-from sfpk_kernels.bench.models import Gpt, texts
 
 from .snapshot import Snapshot
 from .wrappers import WRAPPERS

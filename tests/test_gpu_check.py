@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfpk_kernels.bench import smoke
-from sfpk_kernels.bench.command import add_command
+from benchmarks import smoke
+from benchmarks.command import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
@@ -52,13 +52,9 @@ def test_every_command_is_well_formed(check, dry, tmp_path):
 
 
 def test_options_of_our_own_programs_are_known(check, tmp_path):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers())
     for dry in (False, True):
         for command in check.bench_stage(machine(check), tmp_path, dry, 100.0)[0]:
-            options = parser.parse_args(list(command.words[command.words.index("bench") :]))
+            options = parser().parse_args(list(command.words[command.words.index("benchmarks") + 1 :]))
             assert options.results == tmp_path / "results"
             assert options.report == (command.name == "report")
         assert options.device is None or options.device == ("cpu" if dry else "cuda")
@@ -110,7 +106,7 @@ def test_malformed_commands_are_seen(check):
 
     assert wrong(sys.executable, "-c", "pass") is None
     assert "no such program" in wrong("no-such-program-here")
-    assert wrong(sys.executable, "-m", "sfpk_kernels.bench.fly") == "-m sfpk_kernels.bench.fly: no such module"
+    assert wrong(sys.executable, "-m", "benchmarks.fly") == "-m benchmarks.fly: no such module"
     assert wrong(sys.executable, "tests/test_fly.py") == "tests/test_fly.py: no such file"
     assert "not texts" in wrong(sys.executable, JOBS=3)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sfpk_kernels import (  # fmt: skip
+from sfpk_kernels import (
     Coordinates,
     GradualPruner,
     RetrainConfig,

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import sfpk_kernels
+from benchmarks import peak
+from benchmarks.models import images, mlp, resnet
 from sfpk_kernels import SFPKConfig, SFPKPruner, prune
-from sfpk_kernels.bench import peak
-from sfpk_kernels.bench.models import images, mlp, resnet
 
 from .snapshot import Snapshot
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from ..bench.command import add_command as _add_bench
 from . import demo, info, masks, prune, report
 from ._words import FAILED, INTERRUPTED, refuse
 
@@ -20,8 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sfpk", description="SFPK one-shot pruning for PyTorch models.")
     parser.add_argument("--version", action="version", version=f"sfpk_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_command in (demo.add_command, prune.add_command, masks.add_command, report.add_command, _add_bench,
-                        info.add_command):  # fmt: skip
+    for add_command in (
+        demo.add_command, prune.add_command, masks.add_command, report.add_command, info.add_command
+    ):  # fmt: skip
         add_command(commands)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)

@@ -1,6 +1,6 @@
 """Every op once per backend at small shapes, compared with the reference: what compute-sanitizer watches.
 
-    python -m sfpk_kernels.bench.smoke [--device cuda] [--backend cuda triton] [--choice]
+    python -m benchmarks.smoke [--device cuda] [--backend cuda triton] [--choice]
 
 Each op runs within one program or block of its kernels and beyond it, so that sums, ties and counts meet across them;
 :mod:`.smoke_cases` adds what the suite's shapes have not. Nothing is timed, so Triton's interpreter will do
@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from .. import _triton
-from .._dispatch import preference
+from sfpk_kernels import _triton
+from sfpk_kernels._dispatch import preference
+
 from .gate import judge
 from .registry import Op, Provider, all_ops
 from .smoke_cases import CASES
@@ -36,7 +37,7 @@ CHOSEN = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m sfpk_kernels.bench.smoke", description="Run every op once.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description="Run every op once.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="these, and none of them may be missing")
     parser.add_argument("--op", nargs="+", choices=[*(op.name for op in _ops()), *CASES], metavar="OP")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _triton
-from ..ops import Blocks, mask_gradient, masked_weights, pack_mask, topk_mask, topk_threshold, transition_
+from sfpk_kernels import _triton
+from sfpk_kernels.ops import Blocks, mask_gradient, masked_weights, pack_mask, topk_mask, topk_threshold, transition_
+
 from .gate import Verdict
 from .registry import Seeded
 

@@ -1,4 +1,4 @@
-"""``sfpk bench``: measure, append the results, render them."""
+"""``python -m benchmarks``: measure, append the results, render them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ RESULTS = Path("benchmarks/results")
 README = Path("README.md")
 
 
-def add_command(subparsers: Any) -> None:
-    """Add ``bench`` to the subparsers of the command ``sfpk``."""
-    bench = subparsers.add_parser(
-        "bench",
-        help="time the ops beside what else one could use, or render recorded results",
-        description="Without --report: measure and append to the results. With --report: render tables and charts.",
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    bench = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Time the ops beside what else one could use. Without --report: measure and append to the results. "
+        "With --report: render tables and charts.",
     )
     bench.add_argument("--op", nargs="+", metavar="OP", help="only these (--list shows them)")
     bench.add_argument("--group", nargs="+", metavar="GROUP", help="only these: ops, scaling, end_to_end")
@@ -44,11 +44,12 @@ def add_command(subparsers: Any) -> None:
     bench.add_argument("--json", action="store_true",
                        help="measurements, ops (--list) or files written (--report) as JSON on stdout")  # fmt: skip
     bench.add_argument("--quiet", action="store_true", help="no progress, no text")
-    bench.set_defaults(run=bench_command)
+    return bench
 
 
-def bench_command(options: argparse.Namespace) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 cannot run or a provider of ours is wrong, 2 wrong usage."""
+    options = parser().parse_args(arguments)
     from .record import GROUPS
     from .registry import all_ops
 
@@ -69,7 +70,7 @@ def bench_command(options: argparse.Namespace) -> int:
 
 
 def _refuse(text: str) -> int:
-    print(f"sfpk bench: {text}", file=sys.stderr)
+    print(f"python -m benchmarks: {text}", file=sys.stderr)
     return 2
 
 
@@ -113,7 +114,7 @@ def _measure(options: argparse.Namespace) -> int:
 
     device = _device(options)
     if device.type == "cuda" and not torch.cuda.is_available():
-        print("sfpk bench: --device: there is no CUDA device", file=sys.stderr)
+        print("python -m benchmarks: --device: there is no CUDA device", file=sys.stderr)
         return 1
     groups = tuple(options.group or record.GROUPS)
     ops = tuple(options.op) if options.op else None
@@ -135,13 +136,13 @@ def _measure(options: argparse.Namespace) -> int:
     _tell(options, found, f"{report.tables(run)}\nappended to {file}")
     wrong = [row for row in run.rows if row["status"] == "wrong"]
     for row in wrong:
-        print(f"sfpk bench: {row['op']}, {row['provider']}: wrong: {row['reason']}", file=sys.stderr)
+        print(f"python -m benchmarks: {row['op']}, {row['provider']}: wrong: {row['reason']}", file=sys.stderr)
     return 1 if wrong else 0
 
 
 def command_line(options: argparse.Namespace) -> list[str]:
     """What reproduces the run; folders are left out."""
-    parts: list[str] = ["sfpk", "bench", "--device", _device(options).type]
+    parts: list[str] = ["python", "-m", "benchmarks", "--device", _device(options).type]
     for name in ("op", "group"):
         given: Sequence[str] | None = getattr(options, name)
         parts += [f"--{name}", *given] if given else []
@@ -155,7 +156,7 @@ def _report(options: argparse.Namespace) -> int:
     try:
         runs = record.read(sorted(options.results.glob("*.jsonl")))
     except ValueError as error:
-        print(f"sfpk bench: --results: {error}", file=sys.stderr)
+        print(f"python -m benchmarks: --results: {error}", file=sys.stderr)
         return 1
     readme = options.readme
     if readme is None and options.results == RESULTS and README.is_file() and report.has_markers(README.read_text()):
@@ -166,12 +167,12 @@ def _report(options: argparse.Namespace) -> int:
             return _refuse(f"--readme: wanted the markers {report.BEGIN} and {report.END} in {readme}")
         readme.write_text(report.into_readme(text, runs), encoding="utf-8")
     if not runs:
-        print(f"sfpk bench: --results: no results in {options.results}", file=sys.stderr)
+        print(f"python -m benchmarks: --results: no results in {options.results}", file=sys.stderr)
         return 1
     written = [*([readme] if readme is not None else []), options.results / "report.md"]
     written[-1].write_text(report.report(runs), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
-        print("sfpk bench: no charts: they need matplotlib (pip install matplotlib)", file=sys.stderr)
+        print("python -m benchmarks: no charts: they need matplotlib (pip install matplotlib)", file=sys.stderr)
     else:
         from . import charts
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from . import ceilings, gate, record
+from .clock import Effort, clock_of, interleave, quantiles, rotating
 from .gate import Verdict
 from .record import Line
 from .registry import NAIVE, Case, Op, Shape, all_ops
-from .timing import Effort, clock_of, interleave, quantiles, rotating
 
-END_TO_END = "sfpk_kernels.bench.end_to_end"
+END_TO_END = "benchmarks.end_to_end"
 EFFORTS = {
     "cpu": {"quick": Effort(3, 0.05), "default": Effort(9, 1.0), "full": Effort(15, 4.0)},
     "cuda": {"quick": Effort(5, 0.05), "default": Effort(50, 0.5), "full": Effort(100, 2.0)},

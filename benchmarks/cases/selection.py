@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import Cut, topk_mask, topk_threshold
-from .registry import NAIVE, Call, Case, Op, Provider, Seeded, Shape, ours
+from sfpk_kernels.ops import Cut, topk_mask, topk_threshold
+
+from ..registry import NAIVE, Call, Case, Op, Provider, Seeded, Shape, ours
 
 WARM_ERROR = 1.02  # the guess of warm calls is 2 % off: what a threshold moves in a step late in a run
 

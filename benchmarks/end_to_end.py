@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import SFPKConfig
-from ..search.pruner import SFPKPruner
+from sfpk_kernels.config import SFPKConfig
+from sfpk_kernels.search.pruner import SFPKPruner
+
 from . import peak
 from .models import WORKLOADS
 
@@ -166,6 +167,6 @@ def _wait(device: str) -> None:
 
 
 def _to(batch: Any, device: str) -> Any:
-    from ..modeling.batches import move_to
+    from sfpk_kernels.modeling.batches import move_to
 
     return move_to(batch, torch.device(device))

@@ -210,7 +210,7 @@ def facts(
     """The checked "run" line: everything about machine and software that a reader needs to judge the rows."""
     import torch
 
-    from .._version import __version__
+    from sfpk_kernels._version import __version__
 
     on_gpu = device.type == "cuda"
     return check_line(

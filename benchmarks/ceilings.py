@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import _extension
+from sfpk_kernels import _extension
+
+from .clock import Effort, clock_of, interleave, quantiles
 from .registry import Call, Seeded
-from .timing import Effort, clock_of, interleave, quantiles
 
 # fp32 numbers of each buffer: past the caches of any machine.
 NUMBERS = {"cpu": 1 << 26, "cuda": 1 << 28}

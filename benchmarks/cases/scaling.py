@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import SFPKConfig
-from ..naive import naive_sfpk
-from ..search.pruner import SFPKPruner
-from . import cases_step
-from .models import mlp
-from .registry import NAIVE, Call, Case, Op, Provider, Shape
+from sfpk_kernels.config import SFPKConfig
+from sfpk_kernels.naive import naive_sfpk
+from sfpk_kernels.search.pruner import SFPKPruner
+
+from ..models import mlp
+from ..registry import NAIVE, Call, Case, Op, Provider, Shape
+from . import step as cases_step
 
 STEP = next(op for op in cases_step.OPS if op.name == "step")
 STEP_PROVIDERS = tuple(p for p in STEP.providers if p.name == NAIVE or "warm" in p.name)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import TransitionStats, transition_
-from . import rivals_transition as rivals
-from .registry import NAIVE, RESNET50, Call, Case, Op, Provider, Seeded, Shape, at_most, compiled, ours
+from sfpk_kernels.ops import TransitionStats, transition_
+
+from ..registry import NAIVE, RESNET50, Call, Case, Op, Provider, Seeded, Shape, at_most, compiled, ours
+from ..rivals import transition as rivals
 
 STEP, RADIUS, REPULSION = 1e-3, 2.0, 0.2
 PLAIN = {"step": STEP, "radius": RADIUS, "repulsion": REPULSION}

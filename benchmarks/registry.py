@@ -193,7 +193,11 @@ class Seeded:
 
 def all_ops() -> dict[str, Op]:
     """Every op of the suite by name, in the order they are measured."""
-    from . import cases_masking, cases_scaling, cases_selection, cases_step, cases_transition
+    from .cases import masking as cases_masking
+    from .cases import scaling as cases_scaling
+    from .cases import selection as cases_selection
+    from .cases import step as cases_step
+    from .cases import transition as cases_transition
 
     modules = (cases_transition, cases_selection, cases_masking, cases_step, cases_scaling)
     return {op.name: op for module in modules for op in module.OPS}

@@ -1,8 +1,8 @@
 """Interleaved timing: every provider once per round, in an order that turns, so that drift hits all alike.
 
 pytest-benchmark times one function after the other, minutes apart on a machine that others use too, so ratios would
-drift. The rounds are therefore run here, for ``sfpk bench`` and for ``pytest benchmarks`` alike; the latter hands the
-seconds of each provider to pytest-benchmark's statistics (benchmarks/test_suite.py), which makes its tables,
+drift. The rounds are therefore run here, for ``python -m benchmarks`` and for ``pytest benchmarks`` alike; the latter
+hands the seconds of each provider to pytest-benchmark's statistics (benchmarks/test_suite.py), which makes its tables,
 comparisons and JSON from them.
 """
 

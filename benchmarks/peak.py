@@ -1,4 +1,4 @@
-"""Peak memory of pruning, in a process of its own: ``python -m sfpk_kernels.bench.peak MODEL PROVIDER OPTIONS``.
+"""Peak memory of pruning, in a process of its own: ``python -m benchmarks.peak MODEL PROVIDER OPTIONS``.
 
 MODEL is a name of :data:`.models.WORKLOADS`, PROVIDER ``"naive"`` or ``"ours"``, OPTIONS a JSON object of SFPKConfig's
 fields (and ``device``). Prints JSON: ``measured`` bytes beyond what was there before, of ours also the plan's
@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from ..config import SFPKConfig
-from ..modeling.batches import default_loss
-from ..modeling.state import guarded
-from ..naive import naive_sfpk
-from ..search.pruner import SFPKPruner
+from sfpk_kernels.config import SFPKConfig
+from sfpk_kernels.modeling.batches import default_loss
+from sfpk_kernels.modeling.state import guarded
+from sfpk_kernels.naive import naive_sfpk
+from sfpk_kernels.search.pruner import SFPKPruner
+
 from .models import WORKLOADS, images, mlp
 
 _STATUS = Path("/proc/self/status")
@@ -39,7 +40,7 @@ def measure(model: str, provider: str, **options: Any) -> dict[str, Any]:
     Raises:
         RuntimeError: that failed; the message holds its error.
     """
-    command = [sys.executable, "-m", "sfpk_kernels.bench.peak", model, provider, json.dumps(options)]
+    command = [sys.executable, "-m", "benchmarks.peak", model, provider, json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -81,7 +82,7 @@ def main() -> None:
 
 def run_naive(model: torch.nn.Module, batches: list[Any], config: SFPKConfig) -> torch.Tensor:
     """Algorithm 3 as printed, with the settings of a paper preset; returns the last particles (n, d)."""
-    from ..coordinates.flat import Coordinates
+    from sfpk_kernels.coordinates.flat import Coordinates
 
     names = [tensor.name for tensor in Coordinates(model).tensors]
     with guarded(model, bn=config.bn, training=config.model_mode == "train"):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from ..ops import Cut, mask_gradient, masked_weights, pack_mask, topk_threshold
-from .cases_selection import mask_of
-from .registry import NAIVE, RESNET50, Call, Case, Op, Provider, Seeded, Shape, compiled, ours
+from sfpk_kernels.ops import Cut, mask_gradient, masked_weights, pack_mask, topk_threshold
+
+from ..registry import NAIVE, RESNET50, Call, Case, Op, Provider, Seeded, Shape, compiled, ours
+from .selection import mask_of
 
 KEPT, SCORE = 0.2, "abs_saliency"
 

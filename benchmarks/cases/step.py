@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Cut, TransitionStats, masked_weights, topk_threshold, transition_
-from . import rivals_transition as rivals
-from .cases_masking import SCORE, kept_weights, without_ties
-from .cases_masking import Inputs as Masks
-from .cases_masking import inputs_of as masks_of
-from .cases_transition import PLAIN, RADIUS, REPULSION, STEP, wrong_move
-from .cases_transition import Inputs as Moves
-from .registry import NAIVE, RESNET50, Call, Case, Op, Provider, Seeded, Shape, ours
+from sfpk_kernels.ops import Cut, TransitionStats, masked_weights, topk_threshold, transition_
+
+from ..registry import NAIVE, RESNET50, Call, Case, Op, Provider, Seeded, Shape, ours
+from ..rivals import transition as rivals
+from .masking import SCORE, kept_weights, without_ties
+from .masking import Inputs as Masks
+from .masking import inputs_of as masks_of
+from .transition import PLAIN, RADIUS, REPULSION, STEP, wrong_move
+from .transition import Inputs as Moves
 
 LAYERS = 20
 

@@ -1,0 +1,1 @@
+"""What is measured: inputs, providers and what they must agree on, a file per room of the ops."""

@@ -1,0 +1,1 @@
+"""Implementations of others to be compared with."""
