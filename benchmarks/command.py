@@ -48,8 +48,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 cannot run or a provider of ours is wrong, 2 wrong usage."""
+    """Exit code: 0 done, 1 cannot run or a provider of ours is wrong, 2 wrong usage, 130 interrupted."""
     options = parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("python -m benchmarks: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     from .record import GROUPS
     from .registry import all_ops
 

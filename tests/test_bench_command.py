@@ -134,15 +134,24 @@ def test_list(capsys):
     assert NAIVE in found[0]["providers"]
 
 
-def test_adding_the_command_imports_nothing_heavy():
+def test_its_options_import_nothing_heavy():
     code = (
-        "import sys, argparse; from benchmarks import command\n"
-        "command.add_command(argparse.ArgumentParser().add_subparsers())\n"
+        "import sys; from benchmarks import command\n"
+        "command.parser()\n"
         "print([m for m in ('matplotlib', 'triton', 'benchmarks.registry') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
     assert Path("benchmarks/results") == command.RESULTS
+
+
+def test_it_can_be_interrupted(monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_list", interrupted)
+    assert main(["--list"]) == 130
+    assert capsys.readouterr().err == "python -m benchmarks: interrupted\n"
 
 
 def test_smoke(capsys, monkeypatch):

@@ -408,13 +408,12 @@ def test_demo_json(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("command", [["demo"], ["info"], ["report", "."], ["masks", "show", "a"], ["bench", "--list"]])
+@pytest.mark.parametrize("command", [["demo"], ["info"], ["report", "."], ["masks", "show", "a"]])
 def test_every_command_can_be_interrupted(command, capsys, monkeypatch, tmp_path):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     for name in ("demo._demo", "info._info", "report._report", "masks._masks"):
         monkeypatch.setattr(f"sfpk_kernels.cli.{name}", interrupted)
-    monkeypatch.setattr("benchmarks.command.bench_command", interrupted)
     assert main(command) == 130
     assert capsys.readouterr() == ("", f"sfpk {command[0]}: interrupted\n")
