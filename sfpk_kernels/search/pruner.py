@@ -43,8 +43,6 @@ from .waypoints import Waypoint, check_checkpoints
 
 logger = logging.getLogger(__name__)
 
-_beginning = threading.Lock()  # of runs
-
 
 class SFPKPruner:
     """Prunes a trained model by simulating mask particles (SFPK-pruner, ICLR 2025).
@@ -143,7 +141,7 @@ class SFPKPruner:
         self._taken = 0  # batches of the loader that were used by run()
         self._fingerprint = checkpoint.model_fingerprint(model)  # now: forward passes may write buffers
         self._broken: str | None = None  # why nothing can follow
-        self._runs_in: threading.Thread | None = None
+        self._runs_in: list[threading.Thread] = []  # in the order in which they came
         self._begun: Iterator[Any] | None = None  # one-shot: the last one that a run has read from
         self._saved: tuple[str, int] | None = None  # the last file, and the step in it
 
@@ -253,21 +251,19 @@ class SFPKPruner:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """One run at a time: two of the same pruner would share its steps, and each read batches for all of them."""
-        other = self._begin_run()
+        me = threading.current_thread()
         try:
+            # No lock: an interruption must not leave one. Whoever has come first may run, in nested runs, too.
+            self._runs_in.append(me)
+            first = next(thread for thread in list(self._runs_in) if thread.is_alive())
+            if first is not me:
+                raise RuntimeError(
+                    f"run: wanted one run of a pruner at a time, got another beside that of {first.name}"
+                )
             yield
         finally:
-            self._runs_in = other
-
-    def _begin_run(self) -> threading.Thread | None:
-        with _beginning:  # not the lock of the steps: the other run may be in one
-            other, me = self._runs_in, threading.current_thread()
-            if other is not None and other is not me and other.is_alive():
-                raise RuntimeError(
-                    f"run: wanted one run of a pruner at a time, got another beside that of {other.name}"
-                )
-            self._runs_in = me
-            return other
+            if me in self._runs_in:
+                self._runs_in.remove(me)
 
     def _begin(self, stream: BatchStream) -> None:
         """That a one-shot iterator has its first batch yet to come."""
