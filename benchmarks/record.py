@@ -252,7 +252,7 @@ def cpu_model() -> str:
 
 def commit() -> str | None:
     """The checkout's commit, "+changes" where files differ from it; ``None`` outside of a checkout."""
-    folder = str(Path(__file__).resolve().parents[2])
+    folder = str(Path(__file__).resolve().parents[1])
     name = _output("git", "-C", folder, "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no", "--", ".",
                       ":!benchmarks/results", ":!README.md")  # fmt: skip

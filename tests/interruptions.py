@@ -20,6 +20,7 @@ def every_moment(work, files, kind=KeyboardInterrupt, step=1):
     Yields:
         What came out of ``work``, until a run of it came to its end.
     """
+    assert all(os.path.isfile(name) for name in files), "a file has moved"
     names, moment = {os.path.realpath(name) for name in files}, 1
     known = {}
     while True:

@@ -422,7 +422,10 @@ def test_interrupted_anywhere_a_shot_is_undone_or_it_is_said(convnet, images, sh
         seen.append(whole_state(model))
 
     package, seen = os.path.dirname(sfpk_kernels.__file__), []
-    files = [f"{package}/{name}.py" for name in ("gradual", "retraining", "whole_model", "turns")]
+    files = [
+        f"{package}/{name}.py"
+        for name in ("retraining/gradual", "retraining/loop", "modeling/whole_model", "modeling/turns")
+    ]
     for raised in every_moment(work, files, step=13):
         assert type(raised) is KeyboardInterrupt
         del raised

@@ -206,9 +206,10 @@ SETTINGS = [
 ]  # fmt: skip
 # What a step passes through.
 MODULES = (
-    "pruner", "step", "particles", "vote", "polarizer", "diagnostics", "nonfinite", "reading", "masks", "turns",
-    "batches", "model_state", "whole_model", "energy/__init__", "energy/sequential", "energy/batched", "energy/_swap",
-    "energy/_scale", "energy/_problem",
+    "search/pruner", "search/step", "search/particles", "search/vote", "search/polarizer", "search/diagnostics",
+    "search/nonfinite", "search/reading", "masks/maskset", "modeling/turns", "modeling/batches", "modeling/state",
+    "modeling/whole_model", "search/energy/__init__", "search/energy/sequential", "search/energy/batched",
+    "search/energy/_swap", "search/energy/_scale", "search/energy/_problem",
 )  # fmt: skip
 
 

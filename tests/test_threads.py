@@ -3,12 +3,15 @@
 import copy
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import sfpk_kernels
 from sfpk_kernels import GradualPruner, RetrainConfig, SFPKConfig, SFPKPruner, export, prune
+from sfpk_kernels.modeling import turns
 from sfpk_kernels.modeling.turns import Turns, lock
 
 
@@ -191,3 +194,7 @@ def test_a_lock_that_nobody_inside_holds_is_not_waited_for(mlp, vectors):
     (found,) = at_once(lambda: prune(mlp, None, vectors, quick()))
     assert found.mask == expected.mask
     assert prune(mlp, None, vectors, quick()).mask == expected.mask
+
+
+def test_who_is_inside_is_told_by_the_whole_package():
+    assert Path(turns._PACKAGE) == Path(sfpk_kernels.__file__).parent

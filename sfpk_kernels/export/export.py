@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import logging
 import os
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..coordinates.flat import named_parameters, unwrapped
 from ..masks.maskset import MaskSet
 from ..modeling.batches import forward, move_to
-from ..modeling.state import guarded, seeded
 from ..modeling.turns import lock
 from ..utils.files import atomic_write
 from ..utils.memory import in_words
-from ..utils.tensors import is_sparse, parts
-from .dense_files import load_exported, save_dense
+from ..utils.tensors import is_sparse
+from .dense_files import save_dense
+from .measure import Forward, count_flops, median_latency
+from .verify import copy_of, verify_file
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("dense", "masks")
-_WARM_UP = 3  # runs before latency is measured
-
-Forward = Callable[[nn.Module, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +139,7 @@ def export(
         _check_state(model)
     cure = "apply the masks first, masks.apply_(model), and pass verify=False"
     with lock():  # no other thread's pruner has other weights in it
-        pruned = model if _holds(masks, model) else masks.apply_(_copy(model, cure))
+        pruned = model if _holds(masks, model) else masks.apply_(copy_of(model, cure))
     device = next(model.parameters()).device
     batch = None if example is None else move_to(example, device)
     with lock(), atomic_write(path) as temporary:
@@ -154,9 +147,9 @@ def export(
             _save_dense(pruned, masks, temporary)
         else:
             masks.save(temporary)
-        verified = _verify(pruned, model, masks, kind, temporary, batch, forward_fn) if verify else None
+        verified = verify_file(pruned, model, masks, kind, temporary, batch, forward_fn) if verify else None
         # Measured before the file takes its place: an example that the model cannot run leaves none.
-        flops, share, uncounted = (None, None, ()) if batch is None else _flops(pruned, masks, batch, forward_fn)
+        flops, share, uncounted = (None, None, ()) if batch is None else count_flops(pruned, masks, batch, forward_fn)
         report = ExportReport(
             path=os.fspath(path),
             kind=kind,
@@ -168,7 +161,7 @@ def export(
             verified=verified,
             flops=flops,
             flops_nonzero=share,
-            latency=None if batch is None else _latency(pruned, batch, forward_fn, runs, device),
+            latency=None if batch is None else median_latency(pruned, batch, forward_fn, runs, device),
             runs=0 if batch is None else runs,
             device=str(device),
             uncounted=uncounted,
@@ -220,16 +213,6 @@ def _end(tensor: Tensor) -> int:
     return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _copy(model: nn.Module, cure: str) -> nn.Module:
-    # Of compressed sparse tensors torch makes no deep copy.
-    known: dict[int, Any] = {id(t): t.clone() for t in model.buffers() if is_sparse(t)}
-    try:
-        return copy.deepcopy(model, known)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RuntimeError(f"export: the model cannot be copied ({reason}): {cure}") from error
-
-
 def _save_dense(pruned: nn.Module, masks: MaskSet, path: Path) -> None:
     facts = {
         "format": "pt",  # what loaders of the safetensors family look for
@@ -239,122 +222,6 @@ def _save_dense(pruned: nn.Module, masks: MaskSet, path: Path) -> None:
         }),
     }  # fmt: skip
     save_dense(pruned, path, facts)
-
-
-def _verify(
-    pruned: nn.Module, model: nn.Module, masks: MaskSet, kind: str, path: Path, batch: Any, forward_fn: Forward
-) -> str:
-    """Read the file back and compare; says what was compared."""
-    again = _copy(model, "verify=False writes it without reading it back")
-    if kind == "dense":
-        _wipe(again)
-        load_exported(again, path)
-    else:
-        loaded = MaskSet.load(path)
-        if loaded != masks:
-            raise RuntimeError(f"export: verify: masks read back from {path.parent} differ from those written")
-        loaded.apply_(again)
-    written, read = pruned.state_dict(), again.state_dict()
-    tensors = {name: value for name, value in written.items() if isinstance(value, Tensor)}
-    differing = [name for name, value in tensors.items() if not _equal(value, read.get(name))]
-    if differing or written.keys() != read.keys():
-        raise RuntimeError(f"export: verify: what was read back differs in {', '.join(differing[:5]) or 'its names'}")
-    if batch is None:
-        return "every tensor, exactly"
-    first, second = (_tensors(_run(each, batch, forward_fn)) for each in (pruned, again))
-    if not first:
-        raise RuntimeError("export: verify: the output on the example holds no tensor to compare; pass forward_fn")
-    if len(first) != len(second) or not all(map(_equal, first, second)):
-        raise RuntimeError("export: verify: the outputs on the example differ after reading back")
-    return "every tensor, and the outputs on the example, exactly"
-
-
-@torch.no_grad()
-def _wipe(model: nn.Module) -> None:
-    """No value of the state dict survives, so that one that is not read back shows."""
-    for value in model.state_dict().values():
-        if isinstance(value, Tensor):
-            value = parts(value)["values"] if is_sparse(value) else value
-            value.fill_(float("nan") if value.is_floating_point() or value.is_complex() else 0)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape and a.layout == b.layout
-        if same and is_sparse(a):
-            return all(map(_equal, parts(a).values(), parts(b).values()))
-        return same and bool(((a == b) | ((a != a) & (b != b))).all())
-    return bool(a == b)
-
-
-def _run(model: nn.Module, batch: Any, forward_fn: Forward) -> Any:
-    device = next(model.parameters()).device
-    with guarded(model, bn="running", training=False), seeded(0, device), torch.no_grad():
-        return forward_fn(model, batch)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Mapping):  # model outputs of Hugging Face among them
-        output = dict(output)
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def _flops(model: nn.Module, masks: MaskSet, batch: Any, forward_fn: Forward) -> tuple[int, float, tuple[str, ...]]:
-    """FLOPs as torch counts them, the share that multiplies kept weights, and types of layers torch does not count.
-
-    What a module with masked weights computes counts by their density there; everything else in full.
-    """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode  # here, because it imports Triton
-
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # torch does not count the fused attention layer
-    try:
-        # Fused attention is counted on GPUs, but not on the CPU.
-        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext(), FlopCounterMode(display=False) as counter:
-            _run(model, batch, forward_fn)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-    counts = counter.get_flop_counts()
-    total, root = sum(counts.get("Global", {}).values()), type(model).__name__
-    recurrent = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.RNNBase)]
-    uncounted = tuple(sorted({type(m).__name__ for n, m in recurrent if not counts.get(f"{root}.{n}" if n else root)}))
-    if total == 0:
-        return 0, 1.0, uncounted
-    densities = {id(model.get_parameter(name)): density for name, density in masks.layer_densities().items()}
-    saved = 0.0
-    for prefix, module in model.named_modules():
-        weights = [p for p in module.parameters(recurse=isinstance(module, nn.MultiheadAttention)) if p.dim() > 1]
-        if not any(id(weight) in densities for weight in weights):
-            continue
-        kept = sum(weight.numel() * densities.get(id(weight), 1.0) for weight in weights)
-        by_op = counts.get(f"{root}.{prefix}" if prefix else root, {})
-        own = sum(flops for op, flops in by_op.items() if not _multiplies_activations(str(op)))
-        saved += own * (1.0 - kept / sum(weight.numel() for weight in weights))
-    return total, 1.0 - saved / total, uncounted
-
-
-def _multiplies_activations(op: str) -> bool:
-    """Products of activations with activations, in attention."""
-    return "bmm" in op or "attention" in op
-
-
-def _latency(model: nn.Module, batch: Any, forward_fn: Forward, runs: int, device: torch.device) -> float:
-    times = []
-    for _ in range(_WARM_UP + runs):
-        with guarded(model, bn="running", training=False), torch.no_grad():
-            _synchronize(device)
-            started = time.perf_counter()
-            forward_fn(model, batch)
-            _synchronize(device)
-            times.append(time.perf_counter() - started)
-    return statistics.median(times[_WARM_UP:])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _time(seconds: float) -> str:

@@ -19,7 +19,7 @@ from .state import seeded
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_PACKAGE = os.path.dirname(__file__)
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
 _PATIENCE = 1.0  # seconds
 _TIMES = 3  # that nobody is seen inside a lock that is held: once may be the moment between two holders
 
