@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What `make demo` needs and no more; the rest is set up by everything else.
+DEMO_EXTRAS := demo
 EXTRAS := demo,test,bench,dev,gpu,lightning,transformers,examples
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -13,18 +15,25 @@ export GOMP_SPINCOUNT := 1000
 export KMP_BLOCKTIME := 1
 endif
 
+INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# Built anew when requirements, build files or C++ sources change.
+BUILT_FROM := constraints.txt pyproject.toml setup.py sfpk_kernels/_build.py $(CPP)
+
 .PHONY: setup demo demo-full test test-all bench bench-full gpu-check matrix lint format clean
 
 setup: $(VENV)/.done
 
-# Rebuilt when requirements, build files or C++ sources change.
-$(VENV)/.done: constraints.txt pyproject.toml setup.py sfpk_kernels/_build.py $(CPP)
+$(VENV)/.demo: $(BUILT_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel ninja torch numpy
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	$(INSTALL) setuptools wheel ninja torch numpy
+	$(INSTALL) --no-build-isolation -e '.[$(DEMO_EXTRAS)]'
 	touch $@
 
-demo: setup
+$(VENV)/.done: $(VENV)/.demo
+	$(INSTALL) --no-build-isolation -e '.[$(EXTRAS)]'
+	touch $@
+
+demo: $(VENV)/.demo
 	$(BIN)/sfpk demo --out demo-out
 
 demo-full: setup

@@ -139,3 +139,10 @@ def test_compiles_into_one_graph():
     assert torch.equal(eager, compiled)
     for a, b in zip(expected, results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_memory_that_nobody_has_written_is_poisoned():
+    """As all tests of the ops have it (conftest.py)."""
+    assert torch.empty(1000).isnan().all()
+    assert torch.empty_like(torch.ones(1000)).isnan().all()
+    assert (torch.empty(1000, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
