@@ -260,6 +260,7 @@ def described_fields() -> dict[str, str]:
     """What the docstring of :class:`SFPKConfig` says of its fields; nothing under ``python -OO``."""
     # Without its margin, which Python 3.13 leaves out itself.
     text = inspect.cleandoc(SFPKConfig.__doc__ or "").split("Args:", 1)[-1].split("Raises:", 1)[0]
+    text = re.sub(r":[a-z]+:`~?([^`]*)`", r"\1", text)  # cross-references
     parts = re.split(r"\n {4}(?=[a-z_]+: )", text)[1:]
     pairs = (part.split(":", 1) for part in parts)
     return {name.strip(): re.sub(r"\s+", " ", words).replace("``", "").strip() for name, words in pairs}

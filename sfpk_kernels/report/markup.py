@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -17,38 +18,30 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222;
   background: #fff; overflow-wrap: anywhere; -webkit-text-size-adjust: 100% }
 h1 { font-size: 1.7rem; line-height: 1.2 } h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem }
-.scroll { overflow: auto; max-height: 85vh; margin: 1rem 0; border: 1px solid #ddd }
+.scroll { overflow: auto; max-height: 85vh; width: fit-content; max-width: 100%; margin: 1rem 0;
+  border: 1px solid #ddd }
 .scroll:focus-visible { outline: 2px solid #1b5e9e }
-table { border-collapse: collapse; min-width: 100% }
-td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
+table { border-collapse: collapse }
+td, th { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
 th { position: sticky; top: 0; background: #f3f3f3; white-space: nowrap }
-td { overflow-wrap: normal } td.long { min-width: 18rem }
+td { overflow-wrap: normal }
 td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-td.name { white-space: nowrap; font-family: ui-monospace, monospace; font-size: 90% }
+td.name { overflow-wrap: anywhere; min-width: 8rem; font-family: ui-monospace, monospace; font-size: 90% }
 td[title] { text-decoration: underline dotted #888; cursor: help }
-.facts { margin: 1rem 0 } .facts > div { display: grid; grid-template-columns: 12rem 1fr; gap: 0 1rem;
+.facts { margin: 1rem 0 } .facts > div { display: flex; flex-wrap: wrap; gap: 0 1rem;
   padding: .45rem 0; border-bottom: 1px solid #ddd }
-dt { font-weight: 600 } dd { margin: 0; grid-column: 2 }
-.words { color: #555; font-size: 90% } p.words { margin: .35rem 0 } dfn { font-style: normal; font-weight: 600 }
-figure { margin: 1rem 0 } figure .scroll { max-height: none } figcaption { font-weight: 600 }
+dt { font-weight: 600; flex: 1 1 12rem } dd { margin: 0; flex: 999 1 18rem }
+.words { color: #555; font-size: 90%; margin: .35rem 0 } dd .words { margin: 0 }
+dfn { font-style: normal; font-weight: 600 }
+figure { margin: 1rem 0 } figure .scroll { max-height: none; width: auto } figcaption { font-weight: 600 }
 img { display: block; width: 100%; height: auto; min-width: 34rem } img.wide { min-width: 46rem }
 .alarm { border-left: 4px solid #c4541a; padding-left: .8rem } details { margin: 1rem 0 } summary { cursor: pointer }
-@media (max-width: 40rem) {
-  body { margin: 1rem auto } h1 { font-size: 1.4rem }
-  .facts > div { display: block } td, th { padding: .3rem .5rem }
-}
 @media print { .scroll { overflow: visible; max-height: none; border: 0 } img, img.wide { min-width: 0 } }
 """
 
 
 class Name(NamedTuple):
     """Of a layer or method: a long one is shortened in the middle, and whole where the pointer rests on it."""
-
-    text: str
-
-
-class Words(NamedTuple):
-    """A text that needs room."""
 
     text: str
 
@@ -71,14 +64,14 @@ def facts(rows: Sequence[Fact]) -> str:
     """Names and values, each with its explanation below."""
     lines = []
     for row in rows:
-        words = f'<dd class="words">{escape(row.words)}</dd>' if row.words else ""
-        lines.append(f"<div><dt>{escape(row.name)}</dt><dd>{escape(row.value)}</dd>{words}</div>")
+        words = f'<p class="words">{escape(row.words)}</p>' if row.words else ""
+        lines.append(f"<div><dt>{escape(row.name)}</dt><dd>{escape(row.value)}{words}</dd></div>")
     return '<dl class="facts">' + "\n".join(lines) + "</dl>"
 
 
 def explained(words: Sequence[tuple[str, str]]) -> str:
     """Terms and what they mean, a paragraph each."""
-    return "\n".join(f'<p class="words"><dfn>{escape(term)}</dfn>: {escape(meaning)}</p>' for term, meaning in words)
+    return "\n".join(f'<p class="words"><dfn>{escape(term)}</dfn>: {escape(meaning)}.</p>' for term, meaning in words)
 
 
 def table(label: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -105,9 +98,8 @@ def _cell(cell: Any) -> str:
     if isinstance(cell, Name):
         short = shortened(cell.text, _NAME)
         title = "" if short == cell.text else f' title="{escape(cell.text)}"'
-        return f'<td class="name"{title}>{escape(short)}</td>'
-    if isinstance(cell, Words):
-        return f'<td class="long">{escape(cell.text)}</td>'
+        breakable = re.sub(r"([._/…-])", r"\1<wbr>", escape(short))  # between words, where it has to be
+        return f'<td class="name"{title}>{breakable}</td>'
     if isinstance(cell, Number):
         return f'<td class="number">{escape(cell.text)}</td>'
     if isinstance(cell, int) and not isinstance(cell, bool):

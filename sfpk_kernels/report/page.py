@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import described_fields
 from . import words
-from .markup import STYLE, Fact, Name, Number, Words, explained, facts, table
+from .markup import STYLE, Fact, Name, Number, explained, facts, table
 
 _TITLES = {
     "loss.png": "Loss along the run",
@@ -24,7 +24,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """The page of a report."""
     alarms = "".join(f'<p class="alarm">{escape(alarm)}</p>\n' for alarm in report["summary"]["alarms"])
     parts = [
-        explained([("Particle", f"{words.PARTICLE}.")]),
+        explained([("Particle", words.PARTICLE)]),
         facts(_facts(report)),
         f'<h2>Alarms</h2>\n<p class="words">{escape(words.ALARMS)}</p>\n{alarms}' if alarms else "",
         _evaluation(report.get("evaluation", {})),
@@ -68,7 +68,7 @@ def _facts(report: Mapping[str, Any]) -> list[Fact]:
     ]
     losses = [point["energy"] for point in report["curve"] if point["energy"] is not None]
     if losses:
-        found.append(Fact("loss", f"{losses[0]:.4g} at first, {losses[-1]:.4g} at last", words.LOSS))
+        found.append(Fact("loss", f"{losses[0]:.4g} at the first step, {losses[-1]:.4g} at the last", words.LOSS))
     knee = "none found" if report["knee"] is None else f"{100 * report['knee']:.1f} % removed"
     found.append(Fact("knee of the loss", knee, words.KNEE))
     last = report["history"][-1] if report["history"] else {"overlaps": []}
@@ -141,16 +141,15 @@ def _layers(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
 def _left_alone(model: Mapping[str, Any] | None) -> str:
     if model is None or not model["left_alone"]:
         return ""
-    rows = [(Words(reason), part["tensors"], part["parameters"]) for reason, part in model["left_alone"].items()]
+    rows = [(reason, part["tensors"], part["parameters"]) for reason, part in model["left_alone"].items()]
     header = ("reason", "tensors", "parameters")
     return _section("Left alone", words.LEFT_ALONE, table("Parameters left alone", header, rows))
 
 
 def _settings(config: Mapping[str, Any]) -> str:
     meanings = described_fields()
-    rows = [(Name(name), str(value), Words(meanings.get(name, ""))) for name, value in config.items()]
-    listed = table("Settings", ("setting", "value", "meaning"), rows)
-    return f"<details><summary>Settings</summary>{listed}</details>"
+    listed = facts([Fact(name, str(value), meanings.get(name, "")) for name, value in config.items()])
+    return f"<details><summary>Settings, and what they mean</summary>{listed}</details>"
 
 
 def _figure(name: str, content: bytes, report: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ REMOVED = "The removed weights as a share of all parameters of the model, not on
 FINGERPRINT = "The beginning of a hash of the mask: equal masks have equal fingerprints."
 STEPS = "A step takes the loss and its gradient once per particle, and moves each."
 SECONDS = "Of the steps, all together."
-LOSS = "As loss_fn measures it on mini-batches, the mean of the particles, at the first and at the last step."
+LOSS = "As loss_fn measures it on the mini-batches of these two steps, the mean of the particles."
 KNEE = (
     "The sparsity at which the loss turns up: where its smoothed curve lies farthest below the straight line between "
     "its ends. Until there removing weights costs little, from there on more and more. None is named for fewer than "
@@ -54,9 +54,9 @@ _SOFT = (
     "the start and near the target at the end. A particle made binary removes that share"
 )
 _METHODS = {
-    "magnitude": "keeps the weights of largest size.",
-    "snip": "keeps the weights of highest saliency, there |gradient · weight| of the dense model.",
-    "sfpk": "this package's search.",
+    "magnitude": "keeps the weights of largest size",
+    "snip": "keeps the weights of highest saliency, there |gradient · weight| of the dense model",
+    "sfpk": "this package's search",
 }  # only methods that go by these very names
 
 
