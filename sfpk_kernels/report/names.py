@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 
@@ -16,7 +17,7 @@ def shortened(name: str, limit: int) -> str:
 def shortened_apart(names: Sequence[str], limit: int) -> list[str]:
     """The names shortened; those that would look alike get more characters, until they differ."""
     shown = [shortened(name, limit) for name in names]
-    alike = {short for short in shown if shown.count(short) > 1} if len(set(shown)) < len(shown) else set()
+    alike = {short for short, count in Counter(shown).items() if count > 1}
     again = [name for name, short in zip(names, shown, strict=True) if short in alike]
     if len(set(again)) < 2:  # none, or one name several times
         return shown
