@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import numbers
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -252,3 +254,13 @@ class SFPKConfig:
     def from_json(cls, text: str) -> SFPKConfig:
         """The inverse of :meth:`to_json`."""
         return cls.from_dict(json.loads(text))
+
+
+def described_fields() -> dict[str, str]:
+    """What the docstring of :class:`SFPKConfig` says of its fields; nothing under ``python -OO``."""
+    # Without its margin, which Python 3.13 leaves out itself.
+    text = inspect.cleandoc(SFPKConfig.__doc__ or "").split("Args:", 1)[-1].split("Raises:", 1)[0]
+    text = re.sub(r":[a-z]+:`~?([^`]*)`", r"\1", text)  # cross-references
+    parts = re.split(r"\n {4}(?=[a-z_]+: )", text)[1:]
+    pairs = (part.split(":", 1) for part in parts)
+    return {name.strip(): re.sub(r"\s+", " ", words).replace("``", "").strip() for name, words in pairs}

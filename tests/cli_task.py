@@ -83,4 +83,15 @@ def interrupted():
     raise KeyboardInterrupt
 
 
+def fails_when_pruned():
+    model, _, batches = without_eval()
+
+    def eval_fn(net):
+        if bool((net[0].weight == 0).any()):
+            raise RuntimeError("the second evaluation fails")
+        return 1
+
+    return model, None, batches, eval_fn
+
+
 NUMBER = 3

@@ -361,7 +361,7 @@ def test_masks_wrong_input(files, capsys):
 
 def test_report_wrong_input(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    from sfpk_kernels.report import _PARTS
+    from sfpk_kernels.report.contents import PARTS
 
     assert main(["report", str(tmp_path)]) == 2
     assert "with a report.json" in capsys.readouterr().err
@@ -371,7 +371,7 @@ def test_report_wrong_input(tmp_path, capsys):
         ("{}", "wanted a report of format sfpk-report-1, got one that names none"),
         ('{"format": "other"}', "wanted a report of format sfpk-report-1, got other"),
         ('{"format": "sfpk-report-1", "summary": {}}', "got one without baselines, config, curve"),
-        (json.dumps(dict.fromkeys(_PARTS, 3) | {"format": "sfpk-report-1"}), "got a damaged one"),
+        (json.dumps(dict.fromkeys(PARTS, 3) | {"format": "sfpk-report-1"}), "got a damaged one"),
     ):
         (tmp_path / "report.json").write_text(text)
         assert main(["report", str(tmp_path)]) == 2

@@ -11,6 +11,8 @@ from sfpk_kernels.demo.run import Demo
 from sfpk_kernels.demo.task import build_model, load_digits, train
 from sfpk_kernels.report import render
 
+from .html_page import Page
+
 KEYS = {"method", "sparsity", "accuracy_mean", "accuracy_std", "seeds", "kept", "prunable", "seconds"}
 
 
@@ -57,11 +59,25 @@ def test_demo_writes_what_it_says(tmp_path):
     assert (tmp_path / "out" / "loss-versus-sparsity.png").read_bytes().startswith(b"\x89PNG")
     page = render(tmp_path / "out")  # what `sfpk report` does
     assert page.read_text().count("data:image/png;base64,") == 4
+    seeded = [row["accuracies"][0] for row in report["results"] if (row["method"], row["sparsity"]) == ("sfpk", 0.95)]
+    table = Page(page.read_text()).tables["Evaluation before and after"]
+    assert [cell.text for cell in table[1][:3]] == [
+        "test accuracy", f"{report['dense_accuracy_by_seed']['0']:.6g}", f"{seeded[0]:.6g}",
+    ], "of the seed whose run is reported, not the mean"  # fmt: skip
     of_a_run = json.loads((tmp_path / "out" / "report.json").read_text())
     assert of_a_run["config"]["sparsity"] == 0.95
     assert of_a_run["baselines"] == report["results"]
     assert of_a_run["dense_accuracy"] == report["dense_accuracy"]
     assert any("95%" in line and "magnitude" in line for line in lines)
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_a_deviation_takes_two_seeds(digits, tmp_path, seeds):
+    demo = Demo(tmp_path, progress=False, say=lambda line: None)
+    model = build_model().eval()
+    search = demo._methods(digits)[0][1]
+    row = demo._measure("magnitude", search, 0.5, seeds, dict.fromkeys(seeds, model), digits)
+    assert ("accuracy_std" in row) == (len(seeds) > 1)
 
 
 @pytest.mark.slow

@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import inspect
 import logging
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..config import CHOICES, PRESETS, SFPKConfig
+from ..config import CHOICES, PRESETS, SFPKConfig, described_fields
 from ..modeling.batchnorm import recalibrate_batchnorm
 from ..search.waypoints import check_checkpoints
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
@@ -61,19 +59,10 @@ def add_command(commands: Any) -> None:
     prune.add_argument("--json", action="store_true", help="the outcome as JSON on stdout")
     prune.add_argument("--quiet", action="store_true", help="no progress, no text (what TASK prints goes to stderr)")
     settings = prune.add_argument_group("settings", "fields of SFPKConfig; without the option the preset's value")
-    words = _descriptions()
+    words = described_fields()
     for field in dataclasses.fields(SFPKConfig):
         _add_field(settings, field, words[field.name])
     prune.set_defaults(run=_prune)
-
-
-def _descriptions() -> dict[str, str]:
-    """What SFPKConfig's docstring says of its fields."""
-    # Without its margin, which Python 3.13 leaves out itself.
-    text = inspect.cleandoc(SFPKConfig.__doc__ or "").split("Args:", 1)[-1].split("Raises:", 1)[0]
-    parts = re.split(r"\n {4}(?=[a-z_]+: )", text)[1:]
-    pairs = (part.split(":", 1) for part in parts)
-    return {name.strip(): re.sub(r"\s+", " ", words).replace("``", "").strip() for name, words in pairs}
 
 
 def _add_field(settings: Any, field: dataclasses.Field[Any], words: str) -> None:
@@ -184,11 +173,16 @@ def _run(task: Task, config: SFPKConfig, options: argparse.Namespace) -> tuple[i
     dense = task.evaluate()  # before the run: an eval_fn that does not work is known early
     target = saved if options.save_every else None
     result = pruner.run(task.loader, progress=shows, save_every=options.save_every, save_path=target)
-    outcome: dict[str, Any] = {**result.summary(), "files": _write(result, options.out)}
-    if dense is not None:
-        result.apply_(task.model)
-        _recalibrate(task, options.bn_batches)
-        outcome |= {"dense_eval": dense, "pruned_eval": task.evaluate()}
+    files = _write_masks(result, options.out)  # first: whatever an evaluation does, they are there
+    evaluation: dict[str, Any] = {} if dense is None else {"dense_eval": dense}
+    try:
+        if dense is not None:
+            result.apply_(task.model)
+            _recalibrate(task, options.bn_batches)
+            evaluation["pruned_eval"] = task.evaluate()
+    finally:
+        files += _write_report(result, options.out, evaluation)
+    outcome: dict[str, Any] = {**result.summary(), "files": files, **evaluation}
     return 0, to_json(outcome) if options.json else "" if options.quiet else _words(result.mask, outcome)
 
 
@@ -210,8 +204,8 @@ def _recalibrate(task: Task, batches: int) -> None:
             logger.warning("batch-norm was not re-estimated: %s", error)
 
 
-def _write(result: Any, folder: Path) -> list[str]:
-    """Masks, and the report where it can be drawn."""
+def _write_masks(result: Any, folder: Path) -> list[str]:
+    """The final mask and those taken on the way."""
     config = result.config.to_dict()
     masks = {"mask.safetensors": (result.mask, {"sparsity": result.config.sparsity, "config": config})}
     for waypoint in result.waypoints:
@@ -219,15 +213,19 @@ def _write(result: Any, folder: Path) -> list[str]:
         masks[f"mask-{waypoint.sparsity:g}.safetensors"] = (waypoint.mask, metadata)
     for name, (mask, metadata) in masks.items():
         mask.save(folder / name, metadata)
-    files = [folder / name for name in masks]
     others = sorted(path.name for path in folder.glob("mask-*.safetensors") if path.name not in masks)
     if others:
         logger.warning("%s also holds masks of another run: %s", folder, ", ".join(others))
+    return [str(folder / name) for name in masks]
+
+
+def _write_report(result: Any, folder: Path, evaluation: dict[str, Any]) -> list[str]:
+    """The report, where it can be drawn."""
     try:
-        files.append(result.report(folder))
+        return [str(result.report(folder, **evaluation))]
     except ImportError as error:
         logger.warning("no report: %s", error)
-    return [str(file) for file in files]
+        return []
 
 
 def _log_line(config: SFPKConfig) -> Callable[[Any], None]:

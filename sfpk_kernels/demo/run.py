@@ -149,7 +149,7 @@ class Demo:
             "method": method,
             "sparsity": sparsity,
             "accuracy_mean": statistics.mean(accuracies),
-            "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+            **({"accuracy_std": statistics.stdev(accuracies)} if len(accuracies) > 1 else {}),
             "accuracies": accuracies,
             "seeds": list(seeds),
             "kept": mask.kept,
@@ -171,7 +171,15 @@ class Demo:
             report["dense_accuracy"],
             f"Residual network on handwritten digits (left: run to {longest:.0%} sparsity)",
         )
-        result.report(self.out, report["results"], report["dense_accuracy"])
+        seed = self.seeds[0]  # of the run that is reported
+        (row,) = (row for row in report["results"] if (row["method"], row["sparsity"]) == ("sfpk", longest))
+        result.report(
+            self.out,
+            report["results"],
+            report["dense_accuracy"],
+            dense_eval={"test accuracy": report["dense_accuracy_by_seed"][str(seed)]},
+            pruned_eval={"test accuracy": row["accuracies"][row["seeds"].index(seed)]},
+        )
 
     def _summarize(self, report: dict[str, Any]) -> None:
         header = f"{'sparsity':>8}  {'method':<13} {'accuracy %':>14}  {'kept':>6} of {'prunable':>8}  {'seconds':>7}"

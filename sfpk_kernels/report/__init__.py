@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
-import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .._version import __version__
 from ..utils.files import atomic_write, check_place, remove_regular
 from ..utils.plain import plain
 from .charts import plot_baselines, plot_layers, plot_loss, plot_loss_versus_sparsity, plot_particles
+from .contents import FORMAT, PARTS, Evaluation, Reported, checked_evaluation, checked_fraction, checked_row, collect
 from .page import page
-
-if TYPE_CHECKING:
-    from ..search.result import PruneResult
 
 __all__ = ["plot_loss_versus_sparsity", "render", "write"]
 
-_FORMAT = "sfpk-report-1"
 _PICTURES = {
     "loss.png": plot_loss, "particles.png": plot_particles, "layers.png": plot_layers, "baselines.png": plot_baselines
-}  # fmt: skip
-_PARTS = {
-    "version", "summary", "config", "plan", "curve", "knee", "waypoints", "layer_densities", "layer_sizes", "history",
-    "baselines", "dense_accuracy",
 }  # fmt: skip
 
 
 def write(
-    result: PruneResult,
+    result: Reported,
     folder: str | os.PathLike[str],
     baselines: Sequence[Mapping[str, Any]] = (),
     dense_accuracy: float | None = None,
+    *,
+    dense_eval: Evaluation | None = None,
+    pruned_eval: Evaluation | None = None,
 ) -> Path:
     """Write ``report.json``, its pictures and ``report.html`` into a folder, made if absent.
 
@@ -46,26 +39,32 @@ def write(
     memory, and how to write it again.
 
     Args:
-        result: of a run.
+        result: of a run, a :class:`sfpk_kernels.PruneResult`.
         folder: the folder.
         baselines: rows to compare with: ``method``, ``sparsity``, ``accuracy_mean`` in [0, 1], and ``accuracy_std``
             where known. What else is in them is kept where JSON can hold it.
-        dense_accuracy: of the unpruned model, in [0, 1].
+        dense_accuracy: of the unpruned model, in [0, 1]; beside the baselines.
+        dense_eval: what an evaluation of yours says of the model before pruning, a number or numbers by name.
+        pruned_eval: the same of the model with this result's mask. What is not given is not shown.
 
     Returns:
         The page's path.
 
     Raises:
         ImportError: no matplotlib (``pip install matplotlib``).
-        TypeError: a row of ``baselines`` that JSON cannot hold.
+        TypeError: a row of ``baselines`` that JSON cannot hold, or an evaluation that is not made of numbers.
         ValueError: a row of ``baselines`` without what it needs, or a number that is no fraction.
         NotADirectoryError: ``folder`` is a file.
         OSError: something cannot be written; FileExistsError or IsADirectoryError, before anything is, where one of the
             names belongs to what is no regular file.
     """
-    rows = [_row(row) for row in baselines]
+    rows = [checked_row(row) for row in baselines]
     if dense_accuracy is not None:
-        dense_accuracy = _fraction("dense_accuracy", dense_accuracy)
+        dense_accuracy = checked_fraction("dense_accuracy", dense_accuracy)
+    measured = {"dense": ("dense_eval", dense_eval), "pruned": ("pruned_eval", pruned_eval)}
+    evaluation = {
+        which: checked_evaluation(name, value) for which, (name, value) in measured.items() if value is not None
+    }
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         safe = _safe_in_memory(folder.with_name("FOLDER"))
@@ -73,7 +72,7 @@ def write(
     with _saying(folder, lambda: _safe_in_memory(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         _check_places(folder, "report.json")
-        text = json.dumps(plain(_contents(result, rows, dense_accuracy)), indent=1, allow_nan=False)
+        text = json.dumps(plain(collect(result, rows, dense_accuracy, evaluation)), indent=1, allow_nan=False)
         with atomic_write(folder / "report.json") as temporary:
             temporary.write_text(text + "\n", "utf-8")
     with _saying(folder, lambda: _safe_on_disk(folder)):
@@ -131,18 +130,18 @@ def render(folder: str | os.PathLike[str]) -> Path:
     try:
         report = json.loads(source.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{source}: wanted a report of format {_FORMAT}, got what is no JSON: {error}") from error
+        raise ValueError(f"{source}: wanted a report of format {FORMAT}, got what is no JSON: {error}") from error
     found = report.get("format", "one that names none") if isinstance(report, dict) else type(report).__name__
-    if found != _FORMAT:
-        raise ValueError(f"{source}: wanted a report of format {_FORMAT}, got {found}")
-    missing = sorted(_PARTS - report.keys())
+    if found != FORMAT:
+        raise ValueError(f"{source}: wanted a report of format {FORMAT}, got {found}")
+    missing = sorted(PARTS - report.keys())
     if missing:
-        raise ValueError(f"{source}: wanted a report of format {_FORMAT}, got one without {', '.join(missing)}")
+        raise ValueError(f"{source}: wanted a report of format {FORMAT}, got one without {', '.join(missing)}")
     try:
         return _draw(source.parent, report)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{source}: wanted a report of format {_FORMAT}, got a damaged one: {type(error).__name__}: {error}"
+            f"{source}: wanted a report of format {FORMAT}, got a damaged one: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -167,64 +166,3 @@ def _draw(folder: Path, report: Mapping[str, Any]) -> Path:
         with atomic_write(path) as temporary:
             temporary.write_bytes(content)
     return target
-
-
-def _row(row: Any) -> dict[str, Any]:
-    missing = {"method", "sparsity", "accuracy_mean"} - (row.keys() if isinstance(row, Mapping) else set())
-    if missing:
-        raise ValueError(
-            f"baselines: wanted rows with method, sparsity and accuracy_mean, got one without {sorted(missing)}"
-        )
-    if not isinstance(row["method"], str):
-        raise TypeError(f"baselines: method: wanted a name, got {row['method']!r}")
-    known = {name: row[name] for name in ("sparsity", "accuracy_mean", "accuracy_std") if name in row}
-    row = {**row, **{name: _fraction(f"baselines: {name}", value) for name, value in known.items()}}
-    for name, value in row.items():
-        try:
-            json.dumps({name: plain(value)})
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"baselines: {name}: wanted numbers, text, lists and dicts of them, got {value!r}"
-            ) from error
-    return row
-
-
-def _fraction(what: str, value: Any) -> float:
-    """A number in [0, 1]; also as a tensor or array without dimensions."""
-    number = value.item() if getattr(value, "ndim", None) == 0 else value
-    if not isinstance(number, numbers.Real) or not 0 <= float(number) <= 1:
-        raise ValueError(f"{what}: wanted a fraction in [0, 1], got {value!r}")
-    return float(number)
-
-
-def _contents(
-    result: PruneResult, baselines: Sequence[Mapping[str, Any]], dense_accuracy: float | None
-) -> dict[str, Any]:
-    derived = ("energy", "energy_std", "energy_min", "mean_overlap", "effective_particles")
-    return {
-        "format": _FORMAT,
-        "version": __version__,
-        "summary": dict(result.summary()),
-        "config": result.config.to_dict(),
-        "plan": result.plan.to_dict(),
-        "curve": result.curve(),
-        "knee": result.knee(),
-        "waypoints": [
-            {
-                "sparsity": w.sparsity,
-                "step": w.step,
-                "kept": w.mask.kept,
-                "fingerprint": w.mask.fingerprint(),
-                "layer_densities": w.mask.layer_densities(),
-            }
-            for w in result.waypoints
-        ],
-        "layer_densities": result.mask.layer_densities(),
-        "layer_sizes": {tensor.name: tensor.numel for tensor in result.coordinates.tensors},
-        "history": [
-            {**dataclasses.asdict(record), **{name: getattr(record, name) for name in derived}}
-            for record in result.history
-        ],
-        "baselines": [dict(row) for row in baselines],
-        "dense_accuracy": dense_accuracy,
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import IO, Any
 from ..search.records import StepRecord
 from ..utils.extras import require
 from ..utils.files import atomic_write
+from ..utils.smoothing import WINDOW, running_median
+from .names import shortened_apart
 
 _COLOURS = ("#1b5e9e", "#c4541a", "#5b8c2a", "#7d3c98")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
@@ -18,6 +21,7 @@ _NAMED = 60  # layers whose names fit below a picture
 _INSIDE = 4  # series whose legend fits beside them
 _RIGHT = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
 _BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 3.8}  # under ticks and label
+_TICK = 36  # characters of a layer's name below a picture
 _LONG = 20  # characters of a name that needs the width of the picture
 _REMOVED = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.98, 99.99)  # ticks, evenly apart in their logarithm
 
@@ -107,9 +111,10 @@ def plot_layers(target: IO[bytes], report: Mapping[str, Any]) -> None:
     """Share of each tensor's weights that is kept (the paper's Figure 4), of the final mask and of those on the way."""
     final = report["layer_densities"]
     names = list(final)
+    short = shortened_apart(names, _TICK)
     places = range(len(names))
     shown = list(places) if len(names) <= _NAMED else []
-    longest = max((len(names[i]) for i in shown), default=0)  # characters of 7 points, at 60 degrees
+    longest = max((len(short[i]) for i in shown), default=0)  # characters of 7 points, at 60 degrees
     figure, axes = _figure(1, (max(9.5, 3.5 + 0.18 * len(shown)), 3.8 + 0.05 * longest))
     axes.bar(places, [100 * final[name] for name in names], color="0.75", edgecolor="0.3", linewidth=0.6,
              label=f"{100 * report['summary']['sparsity']:.4g} % removed")  # fmt: skip
@@ -126,7 +131,7 @@ def plot_layers(target: IO[bytes], report: Mapping[str, Any]) -> None:
                   transform=axes.get_xaxis_transform(), label="nothing kept")  # fmt: skip
     axes.axhline(100 * (1 - report["summary"]["sparsity"]), color="black", linewidth=0.8, label="all weights together")
     if shown:
-        axes.set_xticks(shown, [names[i] for i in shown], rotation=60, ha="right", fontsize=7)
+        axes.set_xticks(shown, [short[i] for i in shown], rotation=60, ha="right", fontsize=7)
     else:
         numbers = _numbers(len(names))
         axes.set_xticks([number - 1 for number in numbers], [str(number) for number in numbers])
@@ -155,13 +160,19 @@ def _losses(
     high: Sequence[float],
     particles: int,
 ) -> None:
-    """The particles' mean energy over sparsity in %, with their band; one particle has none."""
+    """The particles' mean energy over sparsity in %, as it is and smoothed, with their band; one has none."""
     if particles > 1:
         axes.fill_between(
             sparsity, low, high, alpha=0.25, color=_COLOURS[0], linewidth=0, label="lowest to highest particle"
         )
     label = "mean of the particles" if particles > 1 else "the particle"
-    axes.plot(sparsity, energies, color=_COLOURS[0], label=label, marker=_dot(energies))
+    known = [(x, y) for x, y in zip(sparsity, energies, strict=True) if math.isfinite(y)]
+    smooth = len(known) >= WINDOW  # the raw curve then stands back, and stays
+    axes.plot(sparsity, energies, color=_COLOURS[0], label=label, marker=_dot(energies),
+              linewidth=0.8 if smooth else 1.5, alpha=0.6 if smooth else 1.0)  # fmt: skip
+    if smooth:
+        axes.plot([x for x, _ in known], running_median([y for _, y in known]), color=_COLOURS[1], linewidth=2,
+                  label=f"smoothed: median of {WINDOW} steps")  # fmt: skip
 
 
 def _sparsity_axis(axes: Any, values: Sequence[float]) -> None:

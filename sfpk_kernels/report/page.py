@@ -7,77 +7,164 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 }
-td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left }
-td.number { text-align: right; font-variant-numeric: tabular-nums } img { max-width: 100%; height: auto }
-.alarm { border-left: 4px solid #c4541a; padding-left: .8rem } code { font-size: 90% } details { margin: 1rem 0 }
-"""
+from ..config import described_fields
+from . import words
+from .markup import STYLE, Fact, Name, Number, explained, facts, table
 
-_CAPTIONS = {
-    "loss.png": "Mini-batch loss of the particles over the soft sparsity at which it was taken. Each particle sees its "
-    "own batch, so part of the band is chance.",
-    "particles.png": "Left: root mean square distance of the particles from their mean. Right: how much the binary "
-    "masks have in common; n² / Σ IoU² counts them, 1 where all are alike.",
-    "layers.png": "Share of each prunable tensor's weights that is kept.",
-    "baselines.png": "Accuracy by method, as given to the report.",
+_TITLES = {
+    "loss.png": "Loss along the run",
+    "particles.png": "How far apart the particles are",
+    "layers.png": "Density by layer",
+    "baselines.png": "Accuracy by method",
 }
-_CAPTIONS_OF_ONE = {
-    "loss.png": "Mini-batch loss of the particle over the soft sparsity at which it was taken. Each step sees another "
-    "batch, so part of the ups and downs is chance.",
-}
+_WIDE = ("particles.png", "layers.png")
 
 
 def page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """The page of a report."""
-    summary = report["summary"]
-    rows: list[tuple[str, Any]] = [
-        ("weights kept", f"{summary['kept']:,} of {summary['prunable']:,}"),
-        ("sparsity", f"{summary['sparsity']:.6f}"),
-        ("mask", f"{summary['fingerprint'][:16]}…"),
-        ("steps, particles", f"{summary['steps']}, {report['config']['n_particles']}"),
-        ("time", f"{summary['seconds']:.1f} s"),
-        ("knee of the loss", "none found" if report["knee"] is None else f"{100 * report['knee']:.1f} % removed"),
-        ("energies", f"{report['plan']['choice']['mode']}: {report['plan']['choice']['reason']}"),
-        ("predicted peak memory", f"{report['plan']['peak_bytes'] / 1e6:,.1f} MB"),
+    alarms = "".join(f'<p class="alarm">{escape(alarm)}</p>\n' for alarm in report["summary"]["alarms"])
+    parts = [
+        explained([("Particle", words.PARTICLE)]),
+        facts(_facts(report)),
+        f'<h2>Alarms</h2>\n<p class="words">{escape(words.ALARMS)}</p>\n{alarms}' if alarms else "",
+        _evaluation(report.get("evaluation", {})),
+        *(_figure(name, content, report) for name, content in pictures.items() if name != "layers.png"),
+        _methods(report["baselines"], report["dense_accuracy"]),
+        _waypoints(report["waypoints"]),
+        _layers(report, pictures),
+        _left_alone(report.get("model")),
+        _settings(report["config"]),
     ]
-    one = report["config"]["n_particles"] == 1
-    captions = {**_CAPTIONS, **_CAPTIONS_OF_ONE} if one else _CAPTIONS
-    parts = [_table(("", ""), rows)]
-    parts += [f'<p class="alarm">{escape(words)}</p>' for words in summary["alarms"]]
-    for name, content in pictures.items():
-        source = base64.b64encode(content).decode()
-        caption = escape(captions[name])
-        parts.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{source}"><figcaption>{caption}'
-                     "</figcaption></figure>")  # fmt: skip
-    if report["waypoints"]:
-        taken = [
-            (f"{100 * w['sparsity']:g} %", w["step"], w["kept"], w["fingerprint"][:16]) for w in report["waypoints"]
-        ]
-        parts.append("<h2>Masks taken on the way</h2>" + _table(("sparsity", "after step", "kept", "mask"), taken))
-    layers = [
-        (number, name, size, f"{100 * report['layer_densities'][name]:.2f} %")
-        for number, (name, size) in enumerate(report["layer_sizes"].items(), start=1)
-    ]
-    parts.append("<h2>Layers</h2>" + _table(("", "tensor", "weights", "kept"), layers))
-    settings = _table(("setting", "value"), list(report["config"].items()))
-    parts.append(f"<details><summary>Settings</summary>{settings}</details>")
-    body = "\n".join(parts)
+    body = "\n".join(part for part in parts if part)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>SFPK pruning report</title>'
-        f"<style>{_STYLE}</style></head>\n<body><h1>SFPK pruning report</h1>\n{body}\n"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>SFPK pruning report</title>'
+        f"<style>{STYLE}</style></head>\n<body><h1>SFPK pruning report</h1>\n{body}\n"
         f"<p>sfpk_kernels {escape(report['version'])}</p></body></html>\n"
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in header) + "</tr>"] if any(header) else []
+def _facts(report: Mapping[str, Any]) -> list[Fact]:
+    summary, config, choice = report["summary"], report["config"], report["plan"]["choice"]
+    kept, prunable = summary["kept"], summary["prunable"]
+    found = [
+        Fact("weights kept", f"{kept:,} of {prunable:,} prunable", words.KEPT),
+        Fact("sparsity", f"{100 * summary['sparsity']:.4f} % removed", words.SPARSITY),
+    ]
+    model = report.get("model")
+    if model is not None:  # reports of earlier versions do not say
+        total = model["parameters"]
+        found += [
+            Fact("covered by the masks", f"{_share(prunable, total)} of the whole model: {prunable:,} of {total:,} "
+                 "parameters", words.COVERED),
+            Fact("removed of the whole model", f"{_share(prunable - kept, total)}: {prunable - kept:,} of {total:,} "
+                 "parameters", words.REMOVED),
+        ]  # fmt: skip
+    kind = config["final_score"] or config["polarizer"]
+    found += [
+        Fact("mask fingerprint", f"{summary['fingerprint'][:16]}…", words.FINGERPRINT),
+        Fact("steps, particles", f"{summary['steps']:,}, {config['n_particles']:,}", words.STEPS),
+        Fact("time", f"{summary['seconds']:.1f} s", words.SECONDS),
+    ]
+    losses = [point["energy"] for point in report["curve"] if point["energy"] is not None]
+    if losses:
+        found.append(Fact("loss", f"{losses[0]:.4g} at the first step, {losses[-1]:.4g} at the last", words.LOSS))
+    knee = "none found" if report["knee"] is None else f"{100 * report['knee']:.1f} % removed"
+    found.append(Fact("knee of the loss", knee, words.KNEE))
+    last = report["history"][-1] if report["history"] else {"overlaps": []}
+    if config["n_particles"] > 1 and last["overlaps"] and last["effective_particles"] is not None:
+        count = f"{last['effective_particles']:.2f} of {config['n_particles']:,} at the last step"
+        found.append(Fact("effective particles", count, words.EFFECTIVE))
+    return [
+        *found,
+        Fact("saliency", kind, f"{words.SALIENCY} {words.SCORES.get(kind, '')}".strip()),
+        Fact("energies", f"{choice['mode']}: {choice['reason']}", words.ENERGIES),
+        Fact("predicted peak memory", f"{report['plan']['peak_bytes'] / 1e6:,.1f} MB", words.MEMORY),
+    ]
+
+
+def _evaluation(evaluation: Mapping[str, Mapping[str, float | None]]) -> str:
+    """What was measured of the model before and after; a figure that one of the two lacks stays empty."""
+    columns = [which for which in ("dense", "pruned") if which in evaluation]
+    if not columns:
+        return ""
+    rows: list[tuple[Any, ...]] = []
+    for name in dict.fromkeys(name for which in columns for name in evaluation[which]):
+        cells = [Number(_measured(evaluation[which], name)) for which in columns]
+        if len(columns) == 2:
+            before, after = (evaluation[which].get(name) for which in columns)
+            cells.append(Number("" if before is None or after is None else f"{after - before:+.6g}"))
+        rows.append((Name(name), *cells))
+    header = ("", *columns, *(["change"] if len(columns) == 2 else []))
+    return _section("Evaluation", words.EVALUATION, table("Evaluation before and after", header, rows))
+
+
+def _measured(values: Mapping[str, float | None], name: str) -> str:
+    value = values.get(name)
+    return f"{value:.6g}" if value is not None else "not finite" if name in values else ""
+
+
+def _methods(rows: Sequence[Mapping[str, Any]], dense: float | None) -> str:
+    """The numbers behind the picture; a deviation only where there is one."""
+    if not rows and dense is None:
+        return ""
+    found = [] if dense is None else [(Name("dense"), Number("0 %"), Number(f"{100 * dense:.2f} %"))]
     for row in rows:
-        cells = "".join(
-            f'<td class="number">{cell:,}</td>' if isinstance(cell, int) and not isinstance(cell, bool)
-            else f"<td>{escape(str(cell))}</td>"
-            for cell in row
-        )  # fmt: skip
-        lines.append(f"<tr>{cells}</tr>")
-    return "<table>" + "".join(lines) + "</table>"
+        spread = f" ± {100 * row['accuracy_std']:.2f}" if "accuracy_std" in row else ""
+        found.append((Name(row["method"]), Number(f"{100 * row['sparsity']:g} %"),
+                      Number(f"{100 * row['accuracy_mean']:.2f}{spread} %")))  # fmt: skip
+    header = ("method", "removed", "accuracy")
+    note = "As given to the report; ± is the standard deviation, where it was given."
+    return _section("Accuracies", note, table("Accuracy by method", header, found))
+
+
+def _waypoints(waypoints: Sequence[Mapping[str, Any]]) -> str:
+    if not waypoints:
+        return ""
+    taken = [
+        (Number(f"{100 * w['sparsity']:g} %"), w["step"], w["kept"], Name(w["fingerprint"][:16])) for w in waypoints
+    ]
+    header = ("sparsity", "after step", "kept", "fingerprint")
+    return _section("Masks taken on the way", words.WAYPOINTS, table("Masks taken on the way", header, taken))
+
+
+def _layers(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    rows = [
+        (number, Name(name), size, Number(f"{100 * report['layer_densities'][name]:.2f} %"))
+        for number, (name, size) in enumerate(report["layer_sizes"].items(), start=1)
+    ]
+    picture = _figure("layers.png", pictures["layers.png"], report)
+    listed = table("Prunable tensors", ("no.", "tensor", "weights", "kept"), rows)
+    return _section("Layers", words.LAYERS, f"{picture}\n{listed}")
+
+
+def _left_alone(model: Mapping[str, Any] | None) -> str:
+    if model is None or not model["left_alone"]:
+        return ""
+    rows = [(reason, part["tensors"], part["parameters"]) for reason, part in model["left_alone"].items()]
+    header = ("reason", "tensors", "parameters")
+    return _section("Left alone", words.LEFT_ALONE, table("Parameters left alone", header, rows))
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    meanings = described_fields()
+    listed = facts([Fact(name, str(value), meanings.get(name, "")) for name, value in config.items()])
+    return f"<details><summary>Settings, and what they mean</summary>{listed}</details>"
+
+
+def _figure(name: str, content: bytes, report: Mapping[str, Any]) -> str:
+    title, source = escape(_TITLES[name]), base64.b64encode(content).decode()
+    wide = ' class="wide"' if name in _WIDE else ""
+    return (
+        f'<figure><figcaption>{title}</figcaption><div class="scroll" role="region" tabindex="0" aria-label="{title}">'
+        f'<img{wide} alt="{title}" src="data:image/png;base64,{source}"></div>'
+        f"{explained(words.of_picture(name, report))}</figure>"
+    )
+
+
+def _section(title: str, note: str, content: str) -> str:
+    return f'<h2>{escape(title)}</h2>\n<p class="words">{escape(note)}</p>\n{content}'
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f} %"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
 from ..masks.maskset import MaskSet
+from ..utils.smoothing import running_median
 from .diagnostics import dying, layer_names
 from .planning import Plan
 from .polarizer import Polarizer, budget
@@ -193,7 +194,7 @@ class PruneResult:
             return None
         x = torch.tensor([point["sparsity"] for point in points], dtype=torch.float64, device="cpu")
         energies = torch.tensor([point["energy"] for point in points], dtype=torch.float64, device="cpu")
-        y = torch.cat([energies[:1].expand(2), energies, energies[-1:].expand(2)]).unfold(0, 5, 1).median(dim=1).values
+        y = torch.tensor(running_median(energies.tolist()), dtype=torch.float64, device="cpu")
         rise = y[-1] - y[0]
         noise = sum(point["std"] for point in points) / len(points)
         if noise == 0:  # one particle; √(π/2) makes a mean distance a standard deviation
@@ -210,11 +211,14 @@ class PruneResult:
         folder: str | os.PathLike[str],
         baselines: Sequence[Mapping[str, Any]] = (),
         dense_accuracy: float | None = None,
+        *,
+        dense_eval: float | Mapping[str, float] | None = None,
+        pruned_eval: float | Mapping[str, float] | None = None,
     ) -> Path:
         """Write report.json, report.html and pictures; see :func:`sfpk_kernels.report.write`."""
-        from ..report import write
+        from ..report import write  # here, not above: a report reads a result, and a result does without reports
 
-        return write(self, folder, baselines, dense_accuracy)
+        return write(self, folder, baselines, dense_accuracy, dense_eval=dense_eval, pruned_eval=pruned_eval)
 
     def summary(self) -> Mapping[str, Any]:
         """The outcome in a few plain numbers."""

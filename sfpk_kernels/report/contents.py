@@ -1,0 +1,169 @@
+"""What report.json holds: the numbers of a result, and what was measured besides."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from .._version import __version__
+from ..config import SFPKConfig
+from ..coordinates.flat import Coordinates
+from ..masks.maskset import MaskSet
+from ..search.planning import Plan
+from ..search.records import StepRecord
+from ..search.waypoints import Waypoint
+from ..utils.plain import plain
+
+FORMAT = "sfpk-report-1"
+PARTS = {
+    "version", "summary", "config", "plan", "curve", "knee", "waypoints", "layer_densities", "layer_sizes", "history",
+    "baselines", "dense_accuracy",
+}  # that every report has; "model" and "evaluation" came later  # fmt: skip
+
+Evaluation = float | Mapping[str, float]  # what an eval_fn says of a model: a number, or numbers by name
+
+
+class Reported(Protocol):
+    """What is read of a result. Its module is not imported, which knows this package: imports go one way."""
+
+    @property
+    def mask(self) -> MaskSet:
+        """The final mask."""
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """An entry per step."""
+
+    @property
+    def config(self) -> SFPKConfig:
+        """The settings."""
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """What was pruned, and what was not."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan."""
+
+    @property
+    def waypoints(self) -> list[Waypoint]:
+        """Masks on the way."""
+
+    def summary(self) -> Mapping[str, Any]:
+        """The outcome in a few plain numbers."""
+
+    def curve(self) -> list[dict[str, float]]:
+        """Loss over sparsity."""
+
+    def knee(self) -> float | None:
+        """Where the loss turns up."""
+
+
+def collect(
+    result: Reported,
+    baselines: Sequence[Mapping[str, Any]],
+    dense_accuracy: float | None,
+    evaluation: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    """All of a report; the last three checked by the functions below."""
+    derived = ("energy", "energy_std", "energy_min", "mean_overlap", "effective_particles")
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "summary": dict(result.summary()),
+        "config": result.config.to_dict(),
+        "plan": result.plan.to_dict(),
+        "model": _model(result.coordinates),
+        "curve": result.curve(),
+        "knee": result.knee(),
+        "waypoints": [
+            {
+                "sparsity": w.sparsity,
+                "step": w.step,
+                "kept": w.mask.kept,
+                "fingerprint": w.mask.fingerprint(),
+                "layer_densities": w.mask.layer_densities(),
+            }
+            for w in result.waypoints
+        ],
+        "layer_densities": result.mask.layer_densities(),
+        "layer_sizes": {tensor.name: tensor.numel for tensor in result.coordinates.tensors},
+        "history": [
+            {**dataclasses.asdict(record), **{name: getattr(record, name) for name in derived}}
+            for record in result.history
+        ],
+        "baselines": [dict(row) for row in baselines],
+        "dense_accuracy": dense_accuracy,
+        "evaluation": {which: dict(values) for which, values in evaluation.items()},
+    }
+
+
+def _model(coordinates: Coordinates) -> dict[str, Any]:
+    """How much of the whole model the masks cover, and what they leave alone, by reason."""
+    left: dict[str, dict[str, int]] = {}
+    for skip in coordinates.skipped:
+        entry = left.setdefault(skip.reason, {"tensors": 0, "parameters": 0})
+        entry["tensors"] += 1
+        entry["parameters"] += skip.numel
+    beside = sum(skip.numel for skip in coordinates.skipped)
+    return {"parameters": coordinates.d + beside, "prunable": coordinates.d, "left_alone": left}
+
+
+def checked_row(row: Any) -> dict[str, Any]:
+    """A row of ``baselines``, its numbers as Python's.
+
+    Raises:
+        TypeError: something that JSON cannot hold.
+        ValueError: something is missing, or a number is no fraction.
+    """
+    missing = {"method", "sparsity", "accuracy_mean"} - (row.keys() if isinstance(row, Mapping) else set())
+    if missing:
+        raise ValueError(
+            f"baselines: wanted rows with method, sparsity and accuracy_mean, got one without {sorted(missing)}"
+        )
+    if not isinstance(row["method"], str):
+        raise TypeError(f"baselines: method: wanted a name, got {row['method']!r}")
+    known = {name: row[name] for name in ("sparsity", "accuracy_mean", "accuracy_std") if name in row}
+    row = {**row, **{name: checked_fraction(f"baselines: {name}", value) for name, value in known.items()}}
+    for name, value in row.items():
+        try:
+            json.dumps({name: plain(value)})
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"baselines: {name}: wanted numbers, text, lists and dicts of them, got {value!r}"
+            ) from error
+    return row
+
+
+def checked_fraction(what: str, value: Any) -> float:
+    """A number in [0, 1]; also as a tensor or array without dimensions.
+
+    Raises:
+        ValueError: anything else.
+    """
+    number = _scalar(value)
+    if not isinstance(number, numbers.Real) or not 0 <= float(number) <= 1:
+        raise ValueError(f"{what}: wanted a fraction in [0, 1], got {value!r}")
+    return float(number)
+
+
+def checked_evaluation(what: str, value: Any) -> dict[str, float]:
+    """A number, or numbers by name, as numbers by name.
+
+    Raises:
+        TypeError: anything else.
+    """
+    by_name = value if isinstance(value, Mapping) else {"evaluation": value}
+    found = {name: _scalar(number) for name, number in by_name.items()}
+    for name, number in found.items():
+        if not isinstance(name, str) or isinstance(number, bool) or not isinstance(number, numbers.Real):
+            raise TypeError(f"{what}: wanted a number or a dict of numbers by name, got {value!r}")
+    return {name: float(number) for name, number in found.items()}
+
+
+def _scalar(value: Any) -> Any:
+    return value.item() if getattr(value, "ndim", None) == 0 else value
