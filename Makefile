@@ -19,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 # Built anew when requirements, build files or C++ sources change.
 BUILT_FROM := constraints.txt pyproject.toml setup.py sfpk_kernels/_build.py $(CPP)
 
-.PHONY: setup demo demo-full test test-all bench bench-full gpu-check matrix lint format clean
+.PHONY: setup demo demo-full test test-all bench bench-full gpu-check matrix lint dist format clean
 
 setup: $(VENV)/.done
 
@@ -73,6 +73,12 @@ lint: setup
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
+
+# The archives that would be published: built, and their metadata checked.
+dist: setup
+	rm -rf dist
+	SFPK_BUILD=none $(BIN)/python -m build -q --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 format: setup
 	$(BIN)/ruff check --fix .
