@@ -269,7 +269,7 @@ def test_batchnorm_is_estimated_again_before_the_evaluation(tmp_path, capsys):
 
 
 def test_wrong_options(capsys):
-    for arguments in (["prune", TASK], ["prune", TASK, "--sparsity", "x"], ["prune", TASK, *QUICK, "--kernel", "y"]):
+    for arguments in (["prune"], ["prune", TASK, "--sparsity", "x"], ["prune", TASK, *QUICK, "--kernel", "y"]):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 2

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import demo, info, masks, prune, report
+from . import demo, info, init, masks, prune, report
 from ._words import FAILED, INTERRUPTED, refuse
 
 
@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"sfpk_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for add_command in (
-        demo.add_command, prune.add_command, masks.add_command, report.add_command, info.add_command
+        demo.add_command, prune.add_command, masks.add_command, report.add_command, info.add_command,
+        init.add_command,
     ):  # fmt: skip
         add_command(commands)
     options = parser.parse_args(arguments)

@@ -15,6 +15,7 @@ from typing import Any
 from ..config import CHOICES, PRESETS, SFPKConfig, described_fields
 from ..modeling.batchnorm import recalibrate_batchnorm
 from ..search.waypoints import check_checkpoints
+from ._settings import read_settings
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
 from ._words import FAILED, Aside, make_folder, refuse, say, to_json
 
@@ -39,8 +40,11 @@ def add_command(commands: Any) -> None:
     )
     prune.add_argument("task", metavar="TASK")
     prune.add_argument(
-        "--preset", choices=sorted(PRESETS), default="default", help="what the other settings start from"
+        "--preset", choices=sorted(PRESETS), help="what the other settings start from (default: default)"
     )
+    prune.add_argument("--config", type=Path, metavar="FILE",
+                       help="settings in a TOML or JSON file: fields of SFPKConfig, and preset; options go before "
+                       "them")  # fmt: skip
     prune.add_argument("--out", type=Path, default=Path("sfpk-out"), metavar="DIR", help="default: sfpk-out")
     prune.add_argument("--plan", action="store_true", help="only print memory and time of the run")
     prune.add_argument("--checkpoints", type=float, nargs="+", default=(), metavar="S",
@@ -77,8 +81,9 @@ def _add_field(settings: Any, field: dataclasses.Field[Any], words: str) -> None
     if choices is not None:
         settings.add_argument(option, choices=[c or "none" for c in choices], **common)
     else:
-        settings.add_argument(option, type=_or_none(kind) if optional else kind,
-                              required=field.name == "sparsity", metavar=kind.__name__.upper(), **common)  # fmt: skip
+        settings.add_argument(
+            option, type=_or_none(kind) if optional else kind, metavar=kind.__name__.upper(), **common
+        )
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -93,10 +98,23 @@ def _prune(options: argparse.Namespace) -> int:
     given = {name.removeprefix("config_"): value for name, value in vars(options).items() if name.startswith("config_")}
     given = {name: None if value == "none" else value for name, value in given.items()}
     try:
-        config = SFPKConfig.preset(options.preset, **given)
+        read = {} if options.config is None else read_settings(options.config)
+    except (OSError, ValueError) as error:
+        return refuse("prune", f"--config: {error}")
+    told = read.pop("preset", "default")
+    preset = options.preset or told
+    values = {**read, **given}
+    if "sparsity" not in values:
+        return refuse(
+            "prune", "--sparsity: wanted a fraction in (0, 1), as an option or in the file of --config, got none"
+        )
+    try:
+        config = SFPKConfig.preset(preset, **values)
     except (TypeError, ValueError) as error:
         field, _, words = str(error).partition(":")
-        return refuse("prune", f"--{field.replace('_', '-')}:{words}")
+        if field in given or (field == "preset" and options.preset):
+            return refuse("prune", f"--{field.replace('_', '-')}:{words}")
+        return refuse("prune", f"--config: {options.config}: {error}")
     if isinstance(options.resume, str) and not Path(options.resume).is_file():
         return refuse("prune", f"--resume: wanted a file, got {options.resume!r}, which is none")
     for name in ("save_every", "bn_batches"):
