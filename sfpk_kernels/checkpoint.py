@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from . import state_checks as check
 from .anytime import Waypoint
-from .config import SFPKConfig
+from .config import ENERGY_MODES, SFPKConfig
 from .coordinates import Coordinates, unwrapped
-from .energy import MODES
 from .files import check_writable
 from .masks import MaskSet
 from .ops import unpack_mask
@@ -189,7 +188,7 @@ def plan(name: str, value: Any, config: SFPKConfig, d: int) -> Plan:
         check.integer(f"{name}.{field}", value[field], wanted, wanted)
     check.text(f"{name}.memory", value["memory"], ("fast", "lean") if config.memory == "auto" else (config.memory,))
     choice = check.entries(f"{name}.choice", value["choice"], ("mode", "reason", "seconds", "transient"))
-    check.text(f"{name}.choice.mode", choice["mode"], [mode for mode in MODES if mode != "auto"])
+    check.text(f"{name}.choice.mode", choice["mode"], [mode for mode in ENERGY_MODES if mode != "auto"])
     check.text(f"{name}.choice.reason", choice["reason"])
     seconds = check.numbers_by_name(f"{name}.choice.seconds", choice["seconds"], whole=False)
     transient = check.numbers_by_name(f"{name}.choice.transient", choice["transient"], whole=True)

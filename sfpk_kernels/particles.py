@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import state_checks as check
+from ._dispatch import where_present
 from .config import SFPKConfig
 from .ops import TransitionStats, transition_
 from .schedule import density_schedule
@@ -163,7 +164,7 @@ class ParticleSystem:
             step_index=self.step,
             row=row,
             nonfinite="skip" if config.nonfinite == "skip_particle" else "hold",
-            backend=None if config.backend is None else f"{config.backend}?",
+            backend=where_present(config.backend),
         )
         self._stats, self._version = stats, self.masks._version
         return stats

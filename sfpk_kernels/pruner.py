@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoint
 from . import state_checks as check
+from ._dispatch import where_present
 from .anytime import Waypoint, check_checkpoints
 from .batches import BatchStream, move_to
 from .config import SFPKConfig
@@ -117,7 +118,7 @@ class SFPKPruner:
         self._callbacks = _functions(callbacks)
         self.plan: Plan | None = None  # made on the first batch
         self._theta = self.coordinates.flatten(model).to(state_device(self.coordinates, config))
-        backend = None if config.backend is None else f"{config.backend}?"
+        backend = where_present(config.backend)
         self._polarizer = Polarizer(self.coordinates, self._theta, config.selection, backend)
         saliency = self._polarizer.saliency if config.kernel == "weighted_rbf" else None
         self._system = ParticleSystem(self.coordinates.d, config, self._theta, saliency, start)

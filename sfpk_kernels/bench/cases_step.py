@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dispatch import where_present
 from ..ops import Cut, TransitionStats, masked_weights, topk_threshold, transition_
 from . import rivals_transition as rivals
 from .cases_masking import SCORE, kept_weights, without_ties
@@ -103,7 +104,7 @@ def _step(warm: bool) -> Callable[[Case, str], Call]:
         particles = inputs.masks.particles.clone()
         state: TransitionStats | None = None
         cut: Cut | None = None
-        moves = f"{backend}?"  # where the transition has it: on GPUs it is Triton's alone
+        moves = where_present(backend)  # on GPUs the transition is Triton's alone
 
         def run() -> tuple[Tensor, Tensor]:
             nonlocal state, cut

@@ -20,7 +20,7 @@ void emulated_select(const void* values, int kind, int score, int64_t rows, int6
                      void* mask, int64_t row_bytes, float* threshold, int64_t* tie_end) {
   std::vector<Source> sources;
   int64_t first = 0, chunks = 0;
-  const int64_t bytes = kind == 0 ? 4 : 2;
+  const int64_t bytes = bytes_of(static_cast<FloatKind>(kind));
   for (int64_t i = 0; i < tensors; ++i) {
     Source s{};
     s.values = static_cast<const char*>(values) + first * bytes;
