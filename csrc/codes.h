@@ -25,6 +25,11 @@ constexpr int64_t kMostRows = 65535;  // along y of a CUDA grid
 // Below this share of ‖g‖ the tangential part is rounding noise of fp32 products, not a direction.
 constexpr double kTangentTolerance = 1e-6;
 
+// Of the random bits of stochastic rounding: the multipliers of a bijection of 32-bit words (lowbias32), and
+// how far a row and the high word of a column move them.
+constexpr uint32_t kMixFirst = 0x7feb352d, kMixSecond = 0x846ca68b;
+constexpr uint32_t kRowStride = 0x9e3779b9, kHighStride = 0x85ebca6b;
+
 SFPK_HD constexpr int64_t bytes_of(FloatKind kind) { return kind == FloatKind::kFloat ? 4 : 2; }
 
 SFPK_HD constexpr bool needs_saliency(Score score) {

@@ -62,6 +62,10 @@ pybind11::dict codes() {
                           {"UINT8", number(Packing::kUint8)},
                           {"INT32", number(Packing::kInt32)}};
   all["TANGENT_TOLERANCE"] = kTangentTolerance;
+  all["MIX_FIRST"] = kMixFirst;
+  all["MIX_SECOND"] = kMixSecond;
+  all["ROW_STRIDE"] = kRowStride;
+  all["HIGH_STRIDE"] = kHighStride;
   all["MOST_ROWS"] = kMostRows;
   all["SELECTION_CHUNK"] = cuda::kChunk;
   all["SELECTION_STATE_COLUMNS"] = cuda::kStateColumns;

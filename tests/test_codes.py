@@ -59,7 +59,8 @@ def test_the_extension_hands_out_all_there_is(handed_out):
             values[plain(word.strip())] = following
             following += 1
         assert values == {plain(word): value for word, value in handed_out[name].items()}, name
-    numbers = re.findall(r"^constexpr \w+ (k\w+) =", headers, re.MULTILINE)
+    declared = re.findall(r"^constexpr \w+ (k\w+ = [^;]*);", headers, re.MULTILINE)
+    numbers = [part.split("=")[0].strip() for line in declared for part in line.split(",")]
     exposed = [plain(name) for name, value in handed_out.items() if not isinstance(value, dict)]
     assert len(numbers) == len(exposed)
     assert all(any(name.endswith(plain(number)) for name in exposed) for number in numbers), numbers
@@ -85,6 +86,7 @@ def test_no_code_is_defined_again_in_cpp():
         (r"\? 4u? : 2", "csrc/codes.h"),  # bytes_of written out
         (r"\b1e-0?6\b", "csrc/codes.h"),  # the tangent tolerance
         (r"\b65'?535\b", "csrc/codes.h"),
+        (r"0x(?:7feb352d|846ca68b|9e3779b9|85ebca6b)u?\b", "csrc/codes.h"),
         (r"\bkGuessMargin =", "csrc/selection_keys.h"),
     ],
 )
@@ -98,7 +100,8 @@ def numbers(path):
 
 
 def test_numbers_stand_once_in_the_ops():
-    for number in (codes.TANGENT_TOLERANCE, codes.MOST_ROWS):
+    random = (codes.MIX_FIRST, codes.MIX_SECOND, codes.ROW_STRIDE, codes.HIGH_STRIDE)
+    for number in (codes.TANGENT_TOLERANCE, codes.MOST_ROWS, *random):
         assert named(path for path in OPS if number in numbers(path)) == ["sfpk_kernels/ops/codes.py"], number
 
 

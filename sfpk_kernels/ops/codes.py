@@ -41,6 +41,11 @@ ENTRY_SCORES = tuple(word for word in SCORES if word != Score.MEAN_ABS_SALIENCY.
 # Below this share of ‖g‖ the tangential part is rounding noise of fp32 products, not a direction.
 TANGENT_TOLERANCE = 1e-6
 
+# Of the random bits of stochastic rounding: the multipliers of a bijection of 32-bit words (lowbias32, Wellons), and
+# how far a row and the high word of a column move them.
+MIX_FIRST, MIX_SECOND = 0x7FEB352D, 0x846CA68B
+ROW_STRIDE, HIGH_STRIDE = 0x9E3779B9, 0x85EBCA6B
+
 MOST_ROWS = 65_535  # along y of a CUDA grid
 
 # What the selection in CUDA is given to work in.
