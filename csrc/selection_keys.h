@@ -14,6 +14,8 @@ constexpr int32_t kInfinityKey = 0x7f800000;     // of +inf; a larger key is a N
 constexpr int32_t kLowestKey = -0x7f800000 - 1;  // of -inf; a smaller key is a NaN
 constexpr int kBinBits = 11;
 constexpr int kBins = 1 << kBinBits;
+constexpr float kGuessMargin =
+    0.025f;  // how far around a guessed threshold, as a share of it, a cut is looked for
 
 // The monotone image of a float's bits as a signed integer: a negative float's magnitude is flipped. That
 // puts -0 on -1, just below +0 on 0; the two are equal scores, so -1 moves up to 0.

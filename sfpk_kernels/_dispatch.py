@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ BACKENDS = ("cpp", "triton", "cuda", "reference")
 
 # Fastest first. A backend an op does not have is passed over.
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_WHERE_PRESENT = "?"  # behind a backend's name
 
 _said: set[str] = set()  # reasons, each once, whatever op meets it first
 
@@ -42,17 +44,26 @@ class Backend:
         return next((reason for tensor in tensors if (reason := self.why_not(tensor))), None)
 
 
+@overload
+def where_present(backend: str) -> str: ...
+@overload
+def where_present(backend: None) -> None: ...
+def where_present(backend: str | None) -> str | None:
+    """A choice of backend that holds for the ops that have it; the others choose automatically."""
+    return None if backend is None else backend + _WHERE_PRESENT
+
+
 def choose(
     op: str,  # for messages
-    backend: str,  # the caller's explicit choice, "" for none; "NAME?" for NAME where the op has it
+    backend: str,  # the caller's explicit choice, "" for none; or :func:`where_present` of one
     available: Mapping[str, Backend],  # the op's backends by name
     tensor: Tensor,  # the op's main argument
     *others: Tensor,  # further ones that must suit the backend
 ) -> Callable[..., Any]:
     """The implementation to run.
 
-    An explicit choice that cannot run raises. ``SFPK_BACKEND`` and the choice of a whole run ("NAME?") hold for the
-    ops that have the backend, the others choose automatically. The automatic choice takes the fastest one that
+    An explicit choice that cannot run raises. ``SFPK_BACKEND`` and the choice of a whole run hold where present:
+    the ops without the backend choose automatically. The automatic choice takes the fastest one that
     can run, and says once why a faster one was passed over.
 
     Raises:
@@ -60,8 +71,8 @@ def choose(
     """
     source = "backend"
     if not backend and os.environ.get("SFPK_BACKEND"):
-        backend, source = os.environ["SFPK_BACKEND"] + "?", "SFPK_BACKEND"
-    lenient, backend = backend.endswith("?"), backend.removesuffix("?")
+        backend, source = where_present(os.environ["SFPK_BACKEND"]), "SFPK_BACKEND"
+    lenient, backend = backend.endswith(_WHERE_PRESENT), backend.removesuffix(_WHERE_PRESENT)
     if backend and backend not in BACKENDS:
         raise ValueError(f"{op}: {source}: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend and not (lenient and backend not in available):

@@ -43,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 POLARIZERS = ("mask_normalized", "mask_weight", "mask")
+ENERGY_MODES = ("auto", "vmap", "sequential", "cudagraph")
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "kernel": ("rbf", "weighted_rbf"),
@@ -54,7 +55,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "selection": ("exact", "threshold"),
     "bn": ("batch", "running"),
     "model_mode": ("eval", "train"),
-    "energy_mode": ("auto", "vmap", "sequential", "cudagraph"),
+    "energy_mode": ENERGY_MODES,
     "dtype": ("bf16", "fp16", None),
     "memory": ("auto", "fast", "lean"),
     "offload": ("cpu", None),

@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sfpk_kernels.ops.codes import MaskKind, Score
 from sfpk_kernels.ops.masking import triton_kernels as masking
 from sfpk_kernels.ops.selection import triton_kernels as selection
 
@@ -22,8 +23,8 @@ POINTERS = {
     "ties": "*i64", "k": "*i64", "candidates": "*i64", "threshold": "*fp32", "tie_end": "*i64", "weights": "*fp32",
     "grads": "*fp32",
 }  # fmt: skip
-RANK = {"SCORE": 3, "EXCLUDES": True, "BLOCK": 1024, "TILES": 16}
-APPLY = {"SCORE": 2, "SINGLE": False, "PART": True, "BITS": 8, "BLOCK": 1024}
+RANK = {"SCORE": Score.MEAN_ABS_SALIENCY.value, "EXCLUDES": True, "BLOCK": 1024, "TILES": 16}
+APPLY = {"SCORE": Score.ABS_SALIENCY.value, "SINGLE": False, "PART": True, "BITS": 8, "BLOCK": 1024}
 VARIANTS = [
     *((selection.count_digits, {**RANK, "SHIFT": shift}, {}) for shift in (24, 0)),
     (selection.choose_digit, {}, {}),
@@ -33,14 +34,19 @@ VARIANTS = [
     *(
         (
             selection.write_mask,
-            {"SCORE": 2, "EXCLUDES": True, "ALWAYS": True, "UNIT": unit, "BLOCK": 1024},
+            {"SCORE": Score.ABS_SALIENCY.value, "EXCLUDES": True, "ALWAYS": True, "UNIT": unit, "BLOCK": 1024},
             {"out": out},
         )
         for unit, out in ((1, "*u8"), (8, "*u8"), (32, "*i32"))
     ),
     *(
-        (masking.apply, {**APPLY, "KIND": kind}, {"mask": mask, "out": out})
-        for kind, mask, out in ((0, "*u8", "*fp32"), (1, "*u8", "*fp16"), (2, "*bf16", "*bf16"), (3, "*fp32", "*fp32"))
+        (masking.apply, {**APPLY, "KIND": kind.value}, {"mask": mask, "out": out})
+        for kind, mask, out in (
+            (MaskKind.BOOL, "*u8", "*fp32"),
+            (MaskKind.PACKED, "*u8", "*fp16"),
+            (MaskKind.FACTORS, "*bf16", "*bf16"),
+            (MaskKind.CUT, "*fp32", "*fp32"),
+        )
     ),
     (masking.products, {"BLOCK": 1024}, {"out": "*fp32"}),
     (masking.group_sums, {"G": 4, "WIDE": 256}, {"out": "*fp32"}),

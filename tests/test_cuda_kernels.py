@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from sfpk_kernels import _build
+from sfpk_kernels import _build, _extension
 from sfpk_kernels.ops import Blocks, Cut, mask_gradient, masked_weights, pack_mask, topk_mask, topk_threshold
+from sfpk_kernels.ops.codes import ENTRY_SCORES, SCORES, MaskKind, score_code
 
 from .sparse import sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SCORES = ["value", "abs", "abs_saliency", "mean_abs_saliency"]
+NAMES = {torch.float32: "FLOAT", torch.bfloat16: "BFLOAT16", torch.float16: "HALF"}
+KINDS = {dtype: _extension.load().codes()["FloatKind"][name] for dtype, name in NAMES.items()}
 
 
 @pytest.mark.parametrize("architecture", ["80", "90"])
@@ -89,7 +90,7 @@ def select(
     columns = {0: 0, 1: d, 8: -(-d // 8), 32: -(-d // 32)}[unit]
     mask = torch.full((problems, columns), 77, dtype=torch.int32 if unit == 32 else torch.uint8)
     kernels.emulated_select(
-        pointer(values), KINDS[values.dtype], SCORES.index(score), long(n if mean else 1), long(values.stride(0)),
+        pointer(values), KINDS[values.dtype], score_code(score), long(n if mean else 1), long(values.stride(0)),
         long(problems), long(len(counts)), pointer(counts), pointer(saliency), pointer(excluded), pointer(always),
         pointer(wanted), pointer(free), pointer(guess), unit, pointer(mask),
         long(mask.stride(0) * mask.element_size()), pointer(cut.threshold), pointer(cut.tie_end),
@@ -182,7 +183,7 @@ def apply(
     threshold, tie_end = cut if cut is not None else (None, None)
     kernels.emulated_masked_weights(
         pointer(theta), KINDS[theta.dtype], *map(long, blocks), kind, pointer(values), KINDS.get(values.dtype, 0),
-        long(values.stride(0)), bits, SCORES.index(score), pointer(saliency), pointer(threshold), pointer(tie_end),
+        long(values.stride(0)), bits, score_code(score), pointer(saliency), pointer(threshold), pointer(tie_end),
         pointer(borders), long(borders.numel() - 1), long(n), pointer(out), KINDS[out_dtype], long(out.stride(0)),
     )  # fmt: skip
     assert (out[:, theta.numel() :] == -7).all()
@@ -196,21 +197,23 @@ def test_masked_weights(kernels, blocks, dtype):
     values, saliency = torch.randint(-4, 5, (3, d)).float(), torch.rand(d)
     mask = values > 1
     expected = masked_weights(theta, mask, layout=blocks, backend="reference")
-    assert torch.equal(apply(kernels, theta, mask, blocks, dtype, kind=0), expected)
+    assert torch.equal(apply(kernels, theta, mask, blocks, dtype, kind=MaskKind.BOOL), expected)
     for packing, bits in (("uint8", 8), ("int32", 32)):
-        assert torch.equal(apply(kernels, theta, pack_mask(mask, packing), blocks, dtype, kind=1, bits=bits), expected)
+        assert torch.equal(
+            apply(kernels, theta, pack_mask(mask, packing), blocks, dtype, kind=MaskKind.PACKED, bits=bits), expected
+        )
     for out_dtype in KINDS:
         factors = values.to(dtype)
         product = masked_weights(theta, factors, layout=blocks, dtype=out_dtype, backend="reference")
-        assert torch.equal(apply(kernels, theta, factors, blocks, out_dtype, kind=2), product)
+        assert torch.equal(apply(kernels, theta, factors, blocks, out_dtype, kind=MaskKind.FACTORS), product)
     borders = [0, d // 3, d // 2, d]
-    for score in SCORES[:3]:
+    for score in ENTRY_SCORES:
         options = {"score": score, "saliency": saliency if score == "abs_saliency" else None, "segments": borders}
         cut = topk_threshold(values, [0, d // 4, d], **options)
         kept = masked_weights(theta, values, cut=cut, layout=blocks, backend="reference", **options)
         del options["segments"]
         assert torch.equal(
-            apply(kernels, theta, values, blocks, dtype, kind=3, cut=cut, borders=borders, **options), kept
+            apply(kernels, theta, values, blocks, dtype, kind=MaskKind.CUT, cut=cut, borders=borders, **options), kept
         )
 
 
@@ -274,7 +277,7 @@ def test_masked_weights_behind_32_bits(kernels, window, kind):
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
     theta, out = end_of(sparse(HUGE), weights), sparse(2, HUGE)
     keep = torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]])
-    cut, bits, code = (None, None), 0, {"bool": 0, "packed": 1, "factors": 2, "cut": 3}[kind]
+    cut, bits, code = (None, None), 0, MaskKind[kind.upper()]
     if kind == "bool":
         values = end_of(sparse(2, HUGE, dtype=torch.uint8), keep.to(torch.uint8))
     elif kind == "packed":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfpk_kernels._dispatch import where_present
 from sfpk_kernels.ops import Cut, TransitionStats, masked_weights, topk_threshold, transition_
 
 from ..registry import NAIVE, RESNET50, Call, Case, Op, Provider, Seeded, Shape, ours
@@ -104,7 +105,7 @@ def _step(warm: bool) -> Callable[[Case, str], Call]:
         particles = inputs.masks.particles.clone()
         state: TransitionStats | None = None
         cut: Cut | None = None
-        moves = f"{backend}?"  # where the transition has it: on GPUs it is Triton's alone
+        moves = where_present(backend)  # on GPUs the transition is Triton's alone
 
         def run() -> tuple[Tensor, Tensor]:
             nonlocal state, cut

@@ -9,16 +9,16 @@
 #include <vector>
 
 #include "checks.h"
+#include "integers.h"
 #include "isa.h"
 
 namespace {
 
+using sfpk::ceil_div;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBytes = 1 << 14;  // of a row that a thread takes at a time
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Lines of `d` bools beside their packed lines of `bytes`.
 struct Lines {

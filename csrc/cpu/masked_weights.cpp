@@ -13,7 +13,9 @@
 
 #include "bits.h"
 #include "checks.h"
+#include "integers.h"
 #include "isa.h"
+#include "received.h"
 #include "selection_masks.h"
 
 namespace sfpk {
@@ -36,8 +38,13 @@ const MaskedKernels& masked_kernels() {
 
 namespace {
 
+using sfpk::bytes_of;
+using sfpk::ceil_div;
+using sfpk::FloatKind;
 using sfpk::kBlock;
-using sfpk::ValueKind;
+using sfpk::kind_of;
+using sfpk::MaskKind;
+using sfpk::Piece;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -45,26 +52,11 @@ constexpr int64_t kTile = 4 * kBlock;    // weights whose rows are done one afte
 constexpr int64_t kGrain = 8;            // tiles
 constexpr int64_t kStreamed = 32 << 20;  // bytes of output that would drive everything else from the caches
 
-enum class MaskKind { kBool, kPacked, kFactors, kCut };  // the order of cpp.py
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-ValueKind kind_of(const Tensor& t, const char* op, const char* name) {
-  const auto type = t.scalar_type();
-  SFPK_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, name,
-             "fp32, bf16 or fp16", "another dtype");
-  return type == ScalarType::Float      ? ValueKind::kFloat
-         : type == ScalarType::BFloat16 ? ValueKind::kBFloat16
-                                        : ValueKind::kHalf;
-}
-
-int64_t bytes_of(ValueKind kind) { return kind == ValueKind::kFloat ? 4 : 2; }
-
 // Rows of (…, count) values beside each other; `data` is a char* or const char*.
 template <class Data>
 struct Rows {
   Data data;
-  ValueKind kind;
+  FloatKind kind;
   int64_t row_bytes;
   Data at(int64_t row, int64_t entry) const { return data + row * row_bytes + entry * bytes_of(kind); }
 };
@@ -75,30 +67,30 @@ void check_rows(const Tensor& t, int64_t n, int64_t count, const char* op, const
 }
 
 // Weights seen as (outer, groups, inner), governed by the coordinates [first, first + groups).
-struct Piece {
+struct Weights {
   const char* weights;
-  ValueKind kind;
+  FloatKind kind;
   int64_t outer, groups, inner, first;
   int64_t count() const { return outer * groups * inner; }
   bool single() const { return outer * inner == 1; }
 };
 
-std::vector<Piece> pieces_of(const std::vector<Tensor>& weights, const Tensor& layout, const char* op) {
+std::vector<Weights> pieces_of(const std::vector<Tensor>& weights, const Tensor& layout, const char* op) {
   const auto pieces = static_cast<int64_t>(weights.size());
   SFPK_CHECK(
       layout.scalar_type() == ScalarType::Long && layout.is_contiguous() && layout.numel() == 3 * pieces, op,
       "layout", "three int64 numbers a piece", "others");
   const auto* numbers = static_cast<const int64_t*>(layout.const_data_ptr());
-  std::vector<Piece> all;
+  std::vector<Weights> all;
   int64_t first = 0;
   for (int64_t p = 0; p < pieces; ++p) {
     const Tensor& w = weights[p];
-    Piece piece{static_cast<const char*>(w.const_data_ptr()),
-                kind_of(w, op, "weights"),
-                numbers[3 * p],
-                numbers[3 * p + 1],
-                numbers[3 * p + 2],
-                first};
+    const Weights piece{static_cast<const char*>(w.const_data_ptr()),
+                        kind_of(w, op, "weights"),
+                        numbers[3 * p],
+                        numbers[3 * p + 1],
+                        numbers[3 * p + 2],
+                        first};
     SFPK_CHECK(w.is_contiguous() && w.numel() == piece.count(), op, "weights", piece.count(), w.numel(),
                " contiguous weights");
     first += piece.groups;
@@ -109,7 +101,7 @@ std::vector<Piece> pieces_of(const std::vector<Tensor>& weights, const Tensor& l
 
 // Values of groups [0, groups) at the weights [begin, begin + count) they govern.
 template <class T>
-void spread(const T* groups, const Piece& piece, int64_t begin, int64_t count, T* out) {
+void spread(const T* groups, const Weights& piece, int64_t begin, int64_t count, T* out) {
   int64_t run = begin / piece.inner, used = begin % piece.inner;
   if (piece.inner == 1) {
     for (int64_t e = 0; e < count;) {
@@ -160,20 +152,21 @@ class Mask {
                    tie_end->scalar_type() == ScalarType::Long && threshold->numel() == n_ * parts &&
                    tie_end->numel() == n_ * parts,
                op, "cut", "fp32 thresholds and int64 tie ends per row and segment", "others");
-    SFPK_CHECK(score >= 0 && score <= 2, op, "score", "0 to 2", score);
-    SFPK_CHECK(score < 2 || (saliency && saliency->is_contiguous() && saliency->numel() == d_ &&
-                             saliency->scalar_type() == ScalarType::Float),
+    const sfpk::Score ranks = sfpk::score_of(score, op, sfpk::Score::kAbsSaliency);
+    const bool sized = sfpk::needs_saliency(ranks);
+    SFPK_CHECK(!sized || (saliency && saliency->is_contiguous() && saliency->numel() == d_ &&
+                          saliency->scalar_type() == ScalarType::Float),
                op, "saliency", "contiguous fp32, one per coordinate", "another");
     const auto* thresholds = static_cast<const float*>(threshold->const_data_ptr());
     const auto* ends = static_cast<const int64_t*>(tie_end->const_data_ptr());
     for (int64_t row = 0; row < n_; ++row) {
-      sfpk::Piece piece{};
+      Piece piece{};
       piece.values = data_ + row * row_bytes_;
       piece.kind = kind_;
-      piece.score = static_cast<sfpk::Score>(score);
+      piece.score = ranks;
       piece.rows = 1;
       piece.count = d_;
-      if (score == 2) piece.saliency = static_cast<const float*>(saliency->const_data_ptr());
+      if (sized) piece.saliency = static_cast<const float*>(saliency->const_data_ptr());
       rows_.push_back(piece);
       cuts_.emplace_back();
       for (int64_t s = 0; s < parts; ++s)
@@ -185,7 +178,7 @@ class Mask {
   int64_t rows() const { return n_; }
   int64_t coordinates() const { return d_; }
   bool multiplies() const { return mask_kind_ == MaskKind::kFactors; }
-  ValueKind kind() const { return kind_; }
+  FloatKind kind() const { return kind_; }
 
   const char* factors(int64_t row, int64_t begin) const {
     return data_ + row * row_bytes_ + begin * bytes_of(kind_);
@@ -196,7 +189,7 @@ class Mask {
   // f(block, entries) over the parts of coordinates [begin, begin + count) that one comparison decides.
   template <class F>
   void cut_blocks(int64_t row, int64_t begin, int64_t count, const F& f) const {
-    const sfpk::Piece& piece = rows_[row];
+    const Piece& piece = rows_[row];
     sfpk::CutBlock block{};
     block.kind = kind_;
     block.absolute = piece.score != sfpk::Score::kValue;
@@ -231,18 +224,18 @@ class Mask {
  private:
   int64_t n_, d_ = 0;
   MaskKind mask_kind_;
-  ValueKind kind_ = ValueKind::kFloat;
+  FloatKind kind_ = FloatKind::kFloat;
   const char* data_ = nullptr;
   int64_t row_bytes_ = 0;
-  std::vector<sfpk::Piece> rows_;
+  std::vector<Piece> rows_;
   std::vector<std::vector<sfpk::SegmentCut>> cuts_;
 };
 
 // f(piece, first weight, weights) over tiles of all pieces, shared out among the threads.
-void for_tiles(const std::vector<Piece>& pieces, const std::function<void(size_t, int64_t, int64_t)>& f) {
+void for_tiles(const std::vector<Weights>& pieces, const std::function<void(size_t, int64_t, int64_t)>& f) {
   std::vector<int64_t> starts;  // first tile of each piece
   int64_t tiles = 0;
-  for (const Piece& piece : pieces) {
+  for (const Weights& piece : pieces) {
     starts.push_back(tiles);
     tiles += ceil_div(piece.count(), kTile);
   }
@@ -263,7 +256,7 @@ struct Groups {
   std::vector<char> factors;
 };
 
-Groups groups_of(const Mask& mask, const Piece& piece) {
+Groups groups_of(const Mask& mask, const Weights& piece) {
   Groups groups;
   const int64_t bytes = bytes_of(mask.kind());
   if (mask.multiplies())
@@ -285,8 +278,8 @@ Groups groups_of(const Mask& mask, const Piece& piece) {
 }
 
 // Weights [begin, begin + count) of a piece under one row of the mask, count ≤ kBlock.
-void apply(const Mask& mask, const Piece& piece, const Groups& groups, int64_t row, int64_t begin,
-           int64_t count, char* out, ValueKind out_kind) {
+void apply(const Mask& mask, const Weights& piece, const Groups& groups, int64_t row, int64_t begin,
+           int64_t count, char* out, FloatKind out_kind) {
   const auto& kernels = sfpk::masked_kernels();
   const char* from = piece.weights + begin * bytes_of(piece.kind);
   const int64_t first = piece.first + begin;
@@ -296,7 +289,7 @@ void apply(const Mask& mask, const Piece& piece, const Groups& groups, int64_t r
     const char* own = groups.factors.data() + row * piece.groups * bytes_of(mask.kind());
     if (piece.single())
       factors = mask.factors(row, first);
-    else if (mask.kind() == ValueKind::kFloat)
+    else if (mask.kind() == FloatKind::kFloat)
       spread(reinterpret_cast<const uint32_t*>(own), piece, begin, count, wide);
     else
       spread(reinterpret_cast<const uint16_t*>(own), piece, begin, count, reinterpret_cast<uint16_t*>(wide));
@@ -322,8 +315,7 @@ void masked_weights_(const std::vector<Tensor>& weights, const Tensor& values, i
                      const std::optional<Tensor>& threshold, const std::optional<Tensor>& tie_end,
                      const Tensor& segments, const Tensor& layout, std::vector<Tensor> out) {
   const char* op = "masked_weights_";
-  SFPK_CHECK(mask_kind >= 0 && mask_kind <= 3, op, "mask kind", "0 to 3", mask_kind);
-  const Mask mask(values, static_cast<MaskKind>(mask_kind), score, saliency, threshold, tie_end, segments);
+  const Mask mask(values, sfpk::mask_kind_of(mask_kind, op), score, saliency, threshold, tie_end, segments);
   const auto pieces = pieces_of(weights, layout, op);
   SFPK_CHECK(out.size() == pieces.size(), op, "out", pieces.size(), out.size(), " tensors");
   SFPK_CHECK(pieces.empty() || pieces.back().first + pieces.back().groups == mask.coordinates(), op, "layout",
@@ -332,7 +324,7 @@ void masked_weights_(const std::vector<Tensor>& weights, const Tensor& values, i
   std::vector<Groups> groups;
   for (size_t p = 0; p < pieces.size(); ++p) {
     check_rows(out[p], mask.rows(), pieces[p].count(), op, "out");
-    const ValueKind kind = kind_of(out[p], op, "out");
+    const FloatKind kind = kind_of(out[p], op, "out");
     to.push_back({static_cast<char*>(out[p].mutable_data_ptr()), kind, out[p].stride(0) * bytes_of(kind)});
     groups.push_back(pieces[p].single() ? Groups{} : groups_of(mask, pieces[p]));
   }
@@ -354,7 +346,7 @@ void masked_weights_(const std::vector<Tensor>& weights, const Tensor& values, i
 }
 
 // Sums of the rounded products over the weights each group governs, groups [begin, end).
-void sum_groups(const Piece& piece, const char* grads, ValueKind grad_kind, int64_t begin, int64_t end,
+void sum_groups(const Weights& piece, const char* grads, FloatKind grad_kind, int64_t begin, int64_t end,
                 float* out) {
   const auto& kernels = sfpk::masked_kernels();
   std::vector<double> sums(static_cast<size_t>(end - begin));
@@ -365,7 +357,7 @@ void sum_groups(const Piece& piece, const char* grads, ValueKind grad_kind, int6
     for (int64_t e = 0; e < length; e += kBlock) {
       const int64_t count = std::min(kBlock, length - e);
       kernels.scale(piece.weights + (row + e) * bytes_of(piece.kind), piece.kind,
-                    grads + (row + e) * bytes_of(grad_kind), grad_kind, count, products, ValueKind::kFloat);
+                    grads + (row + e) * bytes_of(grad_kind), grad_kind, count, products, FloatKind::kFloat);
       if (piece.inner == 1) {
         for (int64_t i = 0; i < count; ++i) sums[e + i] += products[i];
         continue;
@@ -393,26 +385,26 @@ void mask_gradient_(const std::vector<Tensor>& weights, const std::vector<Tensor
   const int64_t n = out.size(0);
   auto* result = static_cast<float*>(out.mutable_data_ptr());
   const auto& kernels = sfpk::masked_kernels();
-  std::vector<Piece> singles, shared;
+  std::vector<Weights> singles, shared;
   std::vector<Rows<const char*>> of_singles, of_shared;
   for (size_t p = 0; p < pieces.size(); ++p) {
     check_rows(grads[p], n, pieces[p].count(), op, "grads");
-    const ValueKind kind = kind_of(grads[p], op, "grads");
+    const FloatKind kind = kind_of(grads[p], op, "grads");
     const Rows<const char*> rows{static_cast<const char*>(grads[p].const_data_ptr()), kind,
                                  grads[p].stride(0) * bytes_of(kind)};
     (pieces[p].single() ? singles : shared).push_back(pieces[p]);
     (pieces[p].single() ? of_singles : of_shared).push_back(rows);
   }
   for_tiles(singles, [&](size_t p, int64_t first, int64_t length) {
-    const Piece& piece = singles[p];
+    const Weights& piece = singles[p];
     for (int64_t row = 0; row < n; ++row)
       for (int64_t begin = first; begin < first + length; begin += kBlock)
         kernels.scale(piece.weights + begin * bytes_of(piece.kind), piece.kind, of_singles[p].at(row, begin),
                       of_singles[p].kind, std::min(kBlock, first + length - begin),
-                      result + row * out.stride(0) + piece.first + begin, ValueKind::kFloat);
+                      result + row * out.stride(0) + piece.first + begin, FloatKind::kFloat);
   });
   for (size_t p = 0; p < shared.size(); ++p) {
-    const Piece& piece = shared[p];
+    const Weights& piece = shared[p];
     // A thread owns groups, so that the sums have one order whatever the number of threads.
     const int64_t grain = std::max<int64_t>(1, kGrain * kBlock / (piece.outer * piece.inner));
     for (int64_t row = 0; row < n; ++row)

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "codes.h"
 #include "selection.h"
 
 namespace sfpk {
@@ -10,7 +11,7 @@ namespace sfpk {
 // Particle values and where they are cut: kept are scores > threshold, with `ties` also those equal to it.
 struct CutBlock {
   const void* values;
-  ValueKind kind;
+  FloatKind kind;
   const float* saliency;  // or null
   bool absolute;
   float threshold;
@@ -20,14 +21,14 @@ struct CutBlock {
 // Each takes up to kBlock entries; values of any kind, arithmetic in fp32, results rounded to nearest.
 struct MaskedKernels {
   // out = keep ? weights : 0.
-  void (*select)(const void* weights, ValueKind kind, const uint8_t* keep, int64_t count, void* out,
-                 ValueKind out_kind);
+  void (*select)(const void* weights, FloatKind kind, const uint8_t* keep, int64_t count, void* out,
+                 FloatKind out_kind);
   // The same for the entries a cut keeps; a NaN score is not kept.
-  void (*select_cut)(const void* weights, ValueKind kind, const CutBlock& block, int64_t count, void* out,
-                     ValueKind out_kind);
+  void (*select_cut)(const void* weights, FloatKind kind, const CutBlock& block, int64_t count, void* out,
+                     FloatKind out_kind);
   // out = weights · factors.
-  void (*scale)(const void* weights, ValueKind kind, const void* factors, ValueKind factors_kind,
-                int64_t count, void* out, ValueKind out_kind);
+  void (*scale)(const void* weights, FloatKind kind, const void* factors, FloatKind factors_kind,
+                int64_t count, void* out, FloatKind out_kind);
   // A copy past the caches.
   void (*stream)(const void* from, int64_t bytes, void* to);
   void (*fence)();

@@ -4,10 +4,10 @@
 // No include guard and no includes: the including file chooses namespace, target and SFPK_LANES.
 
 // Values as fp32, in place or through `buffer`.
-static inline const float* open_floats(const void* values, ValueKind kind, int64_t count, float* buffer) {
-  if (kind == ValueKind::kFloat) return static_cast<const float*>(values);
+static inline const float* open_floats(const void* values, FloatKind kind, int64_t count, float* buffer) {
+  if (kind == FloatKind::kFloat) return static_cast<const float*>(values);
   const auto* bits = static_cast<const uint16_t*>(values);
-  if (kind == ValueKind::kBFloat16) {
+  if (kind == FloatKind::kBFloat16) {
     for (int64_t e = 0; e < count; ++e) buffer[e] = float_from_bfloat16(bits[e]);
   } else {
     int64_t e = 0;
@@ -21,9 +21,9 @@ static inline const float* open_floats(const void* values, ValueKind kind, int64
   return buffer;
 }
 
-static inline void close_floats(const float* values, ValueKind kind, int64_t count, void* out) {
+static inline void close_floats(const float* values, FloatKind kind, int64_t count, void* out) {
   auto* bits = static_cast<uint16_t*>(out);
-  if (kind == ValueKind::kBFloat16) {
+  if (kind == FloatKind::kBFloat16) {
     for (int64_t e = 0; e < count; ++e) bits[e] = bfloat16_from_float_or_nan(values[e]);
   } else {
     int64_t e = 0;
@@ -36,9 +36,9 @@ static inline void close_floats(const float* values, ValueKind kind, int64_t cou
   }
 }
 
-static void select(const void* weights, ValueKind kind, const uint8_t* __restrict__ keep, int64_t count,
-                   void* out, ValueKind out_kind) {
-  if (kind == out_kind && kind != ValueKind::kFloat) {
+static void select(const void* weights, FloatKind kind, const uint8_t* __restrict__ keep, int64_t count,
+                   void* out, FloatKind out_kind) {
+  if (kind == out_kind && kind != FloatKind::kFloat) {
     const auto* from = static_cast<const uint16_t*>(weights);
     auto* __restrict__ to = static_cast<uint16_t*>(out);
     for (int64_t e = 0; e < count; ++e) to[e] = keep[e] ? from[e] : 0;
@@ -47,21 +47,21 @@ static void select(const void* weights, ValueKind kind, const uint8_t* __restric
   alignas(64) float buffer[kBlock];
   alignas(64) float kept[kBlock];
   const float* from = open_floats(weights, kind, count, buffer);
-  float* __restrict__ to = out_kind == ValueKind::kFloat ? static_cast<float*>(out) : kept;
+  float* __restrict__ to = out_kind == FloatKind::kFloat ? static_cast<float*>(out) : kept;
   for (int64_t e = 0; e < count; ++e) to[e] = keep[e] ? from[e] : 0.0f;
-  if (out_kind != ValueKind::kFloat) close_floats(kept, out_kind, count, out);
+  if (out_kind != FloatKind::kFloat) close_floats(kept, out_kind, count, out);
 }
 
-static void scale(const void* weights, ValueKind kind, const void* factors, ValueKind factors_kind,
-                  int64_t count, void* out, ValueKind out_kind) {
+static void scale(const void* weights, FloatKind kind, const void* factors, FloatKind factors_kind,
+                  int64_t count, void* out, FloatKind out_kind) {
   alignas(64) float left[kBlock];
   alignas(64) float right[kBlock];
   alignas(64) float product[kBlock];
   const float* from = open_floats(weights, kind, count, left);
   const float* by = open_floats(factors, factors_kind, count, right);
-  float* __restrict__ to = out_kind == ValueKind::kFloat ? static_cast<float*>(out) : product;
+  float* __restrict__ to = out_kind == FloatKind::kFloat ? static_cast<float*>(out) : product;
   for (int64_t e = 0; e < count; ++e) to[e] = from[e] * by[e];
-  if (out_kind != ValueKind::kFloat) close_floats(product, out_kind, count, out);
+  if (out_kind != FloatKind::kFloat) close_floats(product, out_kind, count, out);
 }
 
 // kScore: 0 the value, 1 its size, 2 its size times the saliency.
@@ -76,19 +76,19 @@ static inline void keep_scores(const float* __restrict__ x, const float* __restr
   }
 }
 
-static void select_cut(const void* weights, ValueKind kind, const CutBlock& b, int64_t count, void* out,
-                       ValueKind out_kind) {
+static void select_cut(const void* weights, FloatKind kind, const CutBlock& b, int64_t count, void* out,
+                       FloatKind out_kind) {
   alignas(64) float values[kBlock];
   alignas(64) float buffer[kBlock];
   alignas(64) float kept[kBlock];
   const float* x = open_floats(b.values, b.kind, count, values);
   const float* from = open_floats(weights, kind, count, buffer);
-  float* to = out_kind == ValueKind::kFloat ? static_cast<float*>(out) : kept;
+  float* to = out_kind == FloatKind::kFloat ? static_cast<float*>(out) : kept;
   const auto keep = b.saliency   ? (b.ties ? keep_scores<2, true> : keep_scores<2, false>)
                     : b.absolute ? (b.ties ? keep_scores<1, true> : keep_scores<1, false>)
                                  : (b.ties ? keep_scores<0, true> : keep_scores<0, false>);
   keep(x, b.saliency, b.threshold, from, count, to);
-  if (out_kind != ValueKind::kFloat) close_floats(kept, out_kind, count, out);
+  if (out_kind != FloatKind::kFloat) close_floats(kept, out_kind, count, out);
 }
 
 static void stream(const void* from, int64_t bytes, void* to) {

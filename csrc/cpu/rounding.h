@@ -4,14 +4,16 @@
 #include <cstdint>
 #include <cstring>
 
+#include "codes.h"
+
 namespace sfpk {
 
 // A bijection of 32-bit words whose every input bit flips half of the output bits (lowbias32).
 inline uint32_t mix_bits(uint32_t x) {
   x ^= x >> 16;
-  x *= 0x7feb352du;
+  x *= kMixFirst;
   x ^= x >> 15;
-  x *= 0x846ca68bu;
+  x *= kMixSecond;
   return x ^ (x >> 16);
 }
 
@@ -20,13 +22,13 @@ struct RowBits {
   uint32_t first, second;
 
   RowBits(uint64_t key, int64_t row) {
-    first = mix_bits(static_cast<uint32_t>(key & 0x7fffffffu) + static_cast<uint32_t>(row) * 0x9e3779b9u);
+    first = mix_bits(static_cast<uint32_t>(key & 0x7fffffffu) + static_cast<uint32_t>(row) * kRowStride);
     second = mix_bits(first ^ static_cast<uint32_t>(key >> 31));
   }
   uint32_t at(int64_t column) const {
     const auto low = static_cast<uint32_t>(column);
     const auto high = static_cast<uint32_t>(static_cast<uint64_t>(column) >> 32);
-    return mix_bits(mix_bits(low ^ first) + second + high * 0x85ebca6bu);
+    return mix_bits(mix_bits(low ^ first) + second + high * kHighStride);
   }
 };
 

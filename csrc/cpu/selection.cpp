@@ -14,7 +14,9 @@
 #include <vector>
 
 #include "checks.h"
+#include "integers.h"
 #include "isa.h"
+#include "received.h"
 #include "selection_masks.h"
 #include "selection_pattern.h"
 #include "selection_segments.h"
@@ -39,26 +41,18 @@ const SelectionKernels& selection_kernels() {
 
 namespace {
 
+using sfpk::ceil_div;
 using sfpk::KeyCut;
+using sfpk::kind_of;
 using sfpk::Packing;
 using sfpk::Piece;
 using sfpk::Score;
 using sfpk::Segment;
-using sfpk::ValueKind;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kSerialRow = 1 << 20;  // rows up to this many entries are shared out whole among threads
 constexpr int64_t kGrain = 1 << 16;      // entries that are worth a thread
-
-ValueKind kind_of(const Tensor& t, const char* op) {
-  SFPK_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16 ||
-                 t.scalar_type() == ScalarType::Half,
-             op, "values", "fp32, bf16 or fp16", "another dtype");
-  return t.scalar_type() == ScalarType::Float      ? ValueKind::kFloat
-         : t.scalar_type() == ScalarType::BFloat16 ? ValueKind::kBFloat16
-                                                   : ValueKind::kHalf;
-}
 
 // One tensor per entry of `values`, contiguous and alike in size, or none at all.
 template <class T>
@@ -88,7 +82,7 @@ std::vector<std::vector<Piece>> problems(const Inputs& in, const char* op) {
     const bool mean = in.score == Score::kMeanAbsSaliency;
     const int64_t outputs = mean ? 1 : n;
     Piece piece{};
-    piece.kind = kind_of(values, op);
+    piece.kind = kind_of(values, op, "values");
     piece.score = in.score;
     piece.rows = mean ? n : 1;
     piece.row_stride = values.stride(0);
@@ -98,7 +92,7 @@ std::vector<std::vector<Piece>> problems(const Inputs& in, const char* op) {
     piece.sizes = data_of<int64_t>(in.sizes, 0, d, ScalarType::Long, op, "sizes");
     const auto* excluded = data_of<uint8_t>(in.excluded, 0, outputs * d, ScalarType::Bool, op, "excluded");
     const auto* always = data_of<uint8_t>(in.always, 0, outputs * d, ScalarType::Bool, op, "always");
-    const int64_t bytes = piece.kind == ValueKind::kFloat ? 4 : 2;
+    const int64_t bytes = sfpk::bytes_of(piece.kind);
     for (int64_t row = 0; row < outputs; ++row) {
       piece.values = static_cast<const char*>(values.const_data_ptr()) + row * values.stride(0) * bytes;
       piece.excluded = excluded ? excluded + row * d : nullptr;
@@ -113,7 +107,7 @@ std::vector<std::vector<Piece>> problems(const Inputs& in, const char* op) {
     SFPK_CHECK(in.values[i].is_contiguous(), op, "values", "contiguous tensors", "a strided one");
     Piece piece{};
     piece.values = in.values[i].const_data_ptr();
-    piece.kind = kind_of(in.values[i], op);
+    piece.kind = kind_of(in.values[i], op, "values");
     piece.score = in.score;
     piece.rows = 1;
     piece.count = in.values[i].numel();
@@ -131,9 +125,8 @@ std::vector<std::vector<Piece>> problems(const Inputs& in, const char* op) {
 Inputs checked(const std::vector<Tensor>& values, const std::vector<Tensor>& saliency,
                const std::vector<Tensor>& excluded, const std::vector<Tensor>& always,
                const std::vector<Tensor>& sizes, bool rows, int64_t score, const char* op) {
-  SFPK_CHECK(score >= 0 && score <= 3, op, "score", "0 to 3", score);
-  const auto kind = static_cast<Score>(score);
-  SFPK_CHECK(saliency.size() == (score >= 2 ? values.size() : 0), op, "saliency",
+  const Score kind = sfpk::score_of(score, op);
+  SFPK_CHECK(saliency.size() == (sfpk::needs_saliency(kind) ? values.size() : 0), op, "saliency",
              "one where the score needs it", saliency.size());
   SFPK_CHECK(rows || kind != Score::kMeanAbsSaliency, op, "score", "a score of single entries in a list",
              score);
@@ -179,21 +172,22 @@ int64_t topk_(const std::vector<Tensor>& values, bool rows, int64_t score,
   SFPK_CHECK(!guess || (guess->scalar_type() == ScalarType::Float && guess->is_contiguous() &&
                         guess->numel() == n * parts),
              "topk_", "guess", "contiguous fp32 (rows, segments)", "another");
-  SFPK_CHECK(packing == -1 || masks.size() == values.size(), "topk_", "masks", "one per tensor of values",
-             masks.size());
+  const Packing form = sfpk::packing_of(packing, "topk_");
+  const int64_t unit = sfpk::unit_of(form), unit_bytes = sfpk::bytes_of(form);
+  SFPK_CHECK(form == Packing::kNone || masks.size() == values.size(), "topk_", "masks",
+             "one per tensor of values", masks.size());
   const auto* guesses = guess ? static_cast<const float*>(guess->const_data_ptr()) : nullptr;
   auto* thresholds = static_cast<float*>(threshold.mutable_data_ptr());
   auto* ends = static_cast<int64_t*>(tie_end.mutable_data_ptr());
   std::vector<void*> out(masks.size());
   std::vector<int64_t> line(masks.size());
-  for (size_t i = 0; i < masks.size() && packing >= 0; ++i) {
+  for (size_t i = 0; i < masks.size() && form != Packing::kNone; ++i) {
     SFPK_CHECK(masks[i].is_contiguous(), "topk_", "masks", "contiguous tensors", "a strided one");
     out[i] = masks[i].mutable_data_ptr();
     line[i] = rows ? d : values[i].dim() ? values[i].size(values[i].dim() - 1) : 1;
-    const int64_t unit = packing == 2 ? 32 : packing == 1 ? 8 : 1;
     const int64_t lines = rows ? n : line[i] ? values[i].numel() / line[i] : 0;
-    SFPK_CHECK(masks[i].numel() == lines * ((line[i] + unit - 1) / unit) &&
-                   masks[i].element_size() == (packing == 2 ? 4u : 1u),
+    SFPK_CHECK(masks[i].numel() == lines * ceil_div(line[i], unit) &&
+                   static_cast<int64_t>(masks[i].element_size()) == unit_bytes,
                "topk_", "masks", "the shape and dtype of the packing", "another");
   }
 
@@ -231,12 +225,12 @@ int64_t topk_(const std::vector<Tensor>& values, bool rows, int64_t score,
       ends[row * parts + s] = none ? 0 : everything ? d : std::min(d, cut.tie_end);
       ordered.push_back({border[s + 1], cut});
     }
-    if (packing < 0) return;
+    if (form == Packing::kNone) return;
     std::vector<sfpk::MaskOutput> outputs;
-    const int64_t row_bytes = packing == 2 ? (d + 31) / 32 * 4 : packing == 1 ? (d + 7) / 8 : d;
+    const int64_t row_bytes = ceil_div(d, unit) * unit_bytes;
     for (size_t i = 0; i < out.size(); ++i)
       outputs.push_back({static_cast<char*>(out[i]) + (rows ? row * row_bytes : 0), line[i]});
-    sfpk::write_masks(all[row], ordered, outputs, static_cast<Packing>(packing));
+    sfpk::write_masks(all[row], ordered, outputs, form);
   };
   if (n > 1 && d <= kSerialRow) {
     torch::stable::parallel_for(0, n, std::max<int64_t>(1, kGrain / (d + 1)),

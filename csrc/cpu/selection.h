@@ -4,18 +4,16 @@
 #include <cstdint>
 #include <cstring>
 
+#include "codes.h"
 #include "half.h"
 #include "selection_keys.h"
 
 namespace sfpk {
 
-enum class ValueKind { kFloat, kBFloat16, kHalf };
-enum class Score { kValue, kAbs, kAbsSaliency, kMeanAbsSaliency };  // the order of _arguments.SCORES
-
 // Coordinates that lie one after the other in memory: a row, a tensor of a list, or a part of either.
 struct Piece {
   const void* values;  // (rows, count), rows > 1 only for kMeanAbsSaliency
-  ValueKind kind;
+  FloatKind kind;
   Score score;
   int64_t rows, row_stride, count;
   int64_t first;            // flat index of entry 0

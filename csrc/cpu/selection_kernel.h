@@ -10,9 +10,9 @@
 static inline const float* open_values(const Piece& p, int64_t row, int64_t begin, int64_t count,
                                        float* buffer) {
   const int64_t first = row * p.row_stride + begin;
-  if (p.kind == ValueKind::kFloat) return static_cast<const float*>(p.values) + first;
+  if (p.kind == FloatKind::kFloat) return static_cast<const float*>(p.values) + first;
   const auto* bits = static_cast<const uint16_t*>(p.values) + first;
-  if (p.kind == ValueKind::kBFloat16) {
+  if (p.kind == FloatKind::kBFloat16) {
     for (int64_t e = 0; e < count; ++e) buffer[e] = float_from_bfloat16(bits[e]);
   } else {
     int64_t e = 0;

@@ -5,14 +5,13 @@
 #include <algorithm>
 
 #include "bits.h"
+#include "integers.h"
 
 namespace sfpk {
 
 namespace {
 
 constexpr int64_t kGrain = 32;  // blocks
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
@@ -63,7 +62,7 @@ void write_ragged(const Piece& piece, const std::vector<SegmentCut>& segments, c
 
 void write_masks(const std::vector<Piece>& pieces, const std::vector<SegmentCut>& segments,
                  const std::vector<MaskOutput>& outputs, Packing packing) {
-  const int64_t unit = packing == Packing::kInt32 ? 32 : 8;
+  const int64_t unit = unit_of(packing);
   std::vector<size_t> whole;    // pieces that need no care for their lines
   std::vector<int64_t> starts;  // their first block, counted over all
   int64_t blocks = 0;

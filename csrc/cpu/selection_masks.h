@@ -4,11 +4,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "codes.h"
 #include "selection_ranking.h"
 
 namespace sfpk {
-
-enum class Packing { kNone = -1, kBool = 0, kUint8 = 1, kInt32 = 2 };
 
 struct SegmentCut {
   int64_t end;  // flat index

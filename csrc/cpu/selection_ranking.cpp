@@ -17,6 +17,8 @@
 #include <mutex>
 #include <numeric>
 
+#include "integers.h"
+
 namespace sfpk {
 
 namespace {
@@ -25,15 +27,12 @@ constexpr int64_t kChunk = 32 * kBlock;
 constexpr int64_t kSampleRun = 8;  // neighbours share a cache line
 constexpr int64_t kSmall = 1 << 14;
 constexpr double kSigmas = 4.0;
-constexpr float kGuessMargin = 0.025f;
 constexpr int64_t kSmallSample = 1 << 12, kLargeSample = 1 << 16;
 constexpr int64_t kGuessedSample = 512;  // beside a guess, which it only confirms
 constexpr int kTries = 3;
 constexpr int64_t kCrowded = 8;        // brackets with more than 1/8 of the sample are not compacted
 constexpr int64_t kMostCompacted = 6;  // nor more than 1/6 of all keys
 constexpr size_t kFew = 1 << 12;       // keys among which the cut is settled at once
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The smallest and largest key within the guess's margin.
 std::pair<int32_t, int32_t> around(float guess) {

@@ -11,8 +11,7 @@ std::vector<Piece> slice(const std::vector<Piece>& pieces, int64_t begin, int64_
     const int64_t to = std::min(end - piece.first, piece.count);
     if (from >= to) continue;
     Piece part = piece;
-    const int64_t bytes = piece.kind == ValueKind::kFloat ? 4 : 2;
-    part.values = static_cast<const char*>(piece.values) + from * bytes;
+    part.values = static_cast<const char*>(piece.values) + from * bytes_of(piece.kind);
     part.first += from;
     part.count = to - from;
     if (part.saliency) part.saliency += from;

@@ -21,11 +21,14 @@
 #include <vector>
 
 #include "checks.h"
+#include "integers.h"
 #include "isa.h"
+#include "received.h"
 #include "transition_algebra.h"
 
 namespace {
 
+using sfpk::ceil_div;
 using sfpk::FloatKind;
 using sfpk::Pass;
 using sfpk::Problem;
@@ -67,11 +70,11 @@ std::unique_ptr<float, FreeDeleter> scratch(const Problem& p) {
 // One pass over all columns; returns `size` sums.
 std::vector<double> run_pass(const Problem& p, Pass pass, int64_t size) {
   const int64_t columns = p.d;
-  const int64_t tiles = (columns + p.tile - 1) / p.tile;
+  const int64_t tiles = ceil_div(columns, p.tile);
   const int64_t most = std::clamp<int64_t>(kSlotSums / size, 16, kMaxChunks);
-  const int64_t tiles_per_chunk = std::max<int64_t>(1, (tiles + most - 1) / most);
+  const int64_t tiles_per_chunk = std::max<int64_t>(1, ceil_div(tiles, most));
   const int64_t chunk = tiles_per_chunk * p.tile;
-  const int64_t chunks = (columns + chunk - 1) / chunk;
+  const int64_t chunks = ceil_div(columns, chunk);
   std::vector<double> slots(static_cast<size_t>(chunks * size), 0.0);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     const auto memory = scratch(p);
@@ -89,7 +92,7 @@ std::vector<double> run_pass(const Problem& p, Pass pass, int64_t size) {
 std::vector<double> sample_sums(const Problem& p, int64_t size) {
   std::vector<double> sums(size, 0.0);
   const auto memory = scratch(p);
-  const int64_t blocks = std::min<int64_t>(kGuessBlocks, (p.d + p.tile - 1) / p.tile);
+  const int64_t blocks = std::min<int64_t>(kGuessBlocks, ceil_div(p.d, p.tile));
   for (int64_t k = 0; k < blocks; ++k) {
     const int64_t begin = p.d / blocks * k;
     run_chunk_for_this_cpu()(p, Pass::kReduce, begin, std::min(p.d, begin + kGuessColumns), memory.get(),
@@ -109,15 +112,10 @@ const float* vector_data(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
 }
 
-// The kind of a tensor whose rows have no gaps.
-FloatKind kind_of(const Tensor& t, const char* argument) {
-  const auto type = t.scalar_type();
-  SFPK_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-             "transition_", argument, "fp32, bf16 or fp16", "another dtype");
+FloatKind kind_of_rows(const Tensor& t, const char* argument) {
+  const FloatKind kind = sfpk::kind_of(t, "transition_", argument);
   SFPK_CHECK(t.size(1) == 1 || t.stride(1) == 1, "transition_", argument, "rows without gaps", "others");
-  return type == ScalarType::Float      ? FloatKind::kFloat
-         : type == ScalarType::BFloat16 ? FloatKind::kBFloat16
-                                        : FloatKind::kHalf;
+  return kind;
 }
 
 Tensor fp64_tensor(const Tensor& like, const std::vector<double>& values, std::vector<int64_t> shape) {
@@ -156,12 +154,12 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
   p.d = d;
   // Tiles depend on n alone; at least two vectors, at most what fp32 lanes may sum.
   p.tile = std::clamp<int64_t>(kScratchFloats / n / 64 * 64, 64, 1024);
-  p.mask_kind = kind_of(masks, "masks");
+  p.mask_kind = kind_of_rows(masks, "masks");
   p.masks = masks.mutable_data_ptr();
   p.mask_stride = masks.stride(0);
   p.key = static_cast<uint64_t>(key);
   SFPK_CHECK((p.mask_kind == FloatKind::kBFloat16) == residual.has_value() &&
-                 (!residual || kind_of(*residual, "residual") == FloatKind::kBFloat16),
+                 (!residual || kind_of_rows(*residual, "residual") == FloatKind::kBFloat16),
              "transition_", "residual", "a bf16 tensor with bf16 masks, else none", "something else");
   if (residual) {
     p.residual = static_cast<uint16_t*>(residual->mutable_data_ptr());
@@ -169,7 +167,7 @@ Result transition_(Tensor masks, const Tensor& grads, const std::optional<Tensor
   }
   p.grads = grads.const_data_ptr();
   p.grad_stride = only < 0 ? grads.stride(0) : 0;
-  p.grad_kind = kind_of(grads, "grads");
+  p.grad_kind = kind_of_rows(grads, "grads");
   p.weights = vector_data(weights);
   p.saliency = weighted ? vector_data(saliency) : nullptr;
   p.sizes = vector_data(sizes);

@@ -5,7 +5,9 @@
 #include <cstring>
 #include <type_traits>
 
+#include "codes.h"
 #include "half.h"
+#include "integers.h"
 
 namespace sfpk {
 
@@ -17,9 +19,6 @@ constexpr int kGrams = 6;       // n x n each: m.m, m.u, u.u, and with sizes (c 
 constexpr int64_t kRowPadding = 32;
 
 enum class Pass { kReduce, kUpdate };
-enum class FloatKind { kFloat, kBFloat16, kHalf };
-
-inline int64_t size_of(FloatKind kind) { return kind == FloatKind::kFloat ? 4 : 2; }
 
 // All of one call that a tile needs. Vectors over coordinates are (d), over particles (n).
 struct Problem {

@@ -3,13 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
+#include "codes.h"
 #include "transition.h"
 
 namespace sfpk {
 
 namespace {
-
-constexpr double kTangentTolerance = 1e-6;  // as in ops/transition/reference.py
 
 // gram() leaves blocks below the diagonal empty.
 void mirror(double* matrix, int64_t n) {

@@ -84,7 +84,7 @@ static void copy_masks(const Problem& p, const Tile& t, int64_t i) {
 static void open_tile(const Problem& p, Tile& t, int64_t begin, int64_t count) {
   t.begin = begin;
   t.count = count;
-  t.width = (count + kStep - 1) / kStep * kStep;
+  t.width = ceil_div(count, kStep) * kStep;
   const bool ragged = t.width != count;
   if (ragged || p.mask_kind != FloatKind::kFloat) {
     for (int64_t i = 0; i < p.n; ++i) copy_masks(p, t, i);
@@ -122,7 +122,7 @@ struct Ahead {
   int64_t mask_size, grad_size;
 
   Ahead(const Problem& p, const Tile& t, int64_t i)
-      : mask_size(size_of(p.mask_kind)), grad_size(size_of(p.grad_kind)) {
+      : mask_size(bytes_of(p.mask_kind)), grad_size(bytes_of(p.grad_kind)) {
     const int64_t next = t.begin + p.tile;
     masks = static_cast<const char*>(p.masks) + (i * p.mask_stride + next) * mask_size;
     grads = static_cast<const char*>(p.grads) + (i * p.grad_stride + next) * grad_size;

@@ -6,21 +6,12 @@
 #include <vector>
 
 #include "checks.h"
-#include "selection.h"
+#include "received.h"
 
 namespace sfpk::cuda {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline ValueKind kind_of(const Tensor& t, const char* op, const char* name) {
-  const auto type = t.scalar_type();
-  SFPK_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, name,
-             "fp32, bf16 or fp16", "another dtype");
-  return type == ScalarType::Float      ? ValueKind::kFloat
-         : type == ScalarType::BFloat16 ? ValueKind::kBFloat16
-                                        : ValueKind::kHalf;
-}
 
 inline void check_device(const Tensor& t, const Tensor& first, const char* op, const char* name) {
   SFPK_CHECK(t.is_cuda() && t.get_device_index() == first.get_device_index(), op, name,

@@ -8,15 +8,18 @@
 #include <stdexcept>
 #include <string>
 
+#include "codes.h"
+
 namespace sfpk::cuda {
 
 constexpr int kThreads = 256;
 
-// Blocks along x, problems along y (at most 65,535 of them).
+// Blocks along x, problems along y.
 inline dim3 grid_of(int64_t blocks, int64_t problems, const char* kernel) {
-  if (blocks > INT32_MAX || problems > 65535)
-    throw std::runtime_error(std::string(kernel) + ": wanted at most 2^31 - 1 blocks and 65,535 rows, got " +
-                             std::to_string(blocks) + " and " + std::to_string(problems));
+  if (blocks > INT32_MAX || problems > kMostRows)
+    throw std::runtime_error(std::string(kernel) + ": wanted at most 2^31 - 1 blocks and " +
+                             std::to_string(kMostRows) + " rows, got " + std::to_string(blocks) + " and " +
+                             std::to_string(problems));
   return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(problems), 1);
 }
 

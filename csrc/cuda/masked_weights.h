@@ -6,23 +6,21 @@
 
 #include <cstdint>
 
-#include "selection.h"
+#include "codes.h"
 
 namespace sfpk::cuda {
-
-enum class MaskKind { kBool, kPacked, kFactors, kCut };  // the order of cpp.py
 
 // Rows of values; `stride` in entries.
 struct Rows {
   const void* data;
-  ValueKind kind;
+  FloatKind kind;
   int64_t stride;
 };
 
 // Weights seen as (outer, groups, inner), governed by the coordinates [first, first + groups).
 struct Weights {
   const void* data;
-  ValueKind kind;
+  FloatKind kind;
   int64_t outer, groups, inner, first;
 };
 
@@ -38,7 +36,7 @@ struct Mask {
   int64_t segments;
 };
 
-void masked_weights(const Weights& weights, const Mask& mask, int64_t rows, void* out, ValueKind out_kind,
+void masked_weights(const Weights& weights, const Mask& mask, int64_t rows, void* out, FloatKind out_kind,
                     int64_t out_stride, cudaStream_t stream);
 
 // out[first + g] = Σ of weights · grads over what group g governs, for every row.

@@ -1,4 +1,5 @@
 // θ ⊙ mask on the device: one read of mask and weights, one write; and its gradient by the mask.
+#include "integers.h"
 #include "launch.h"
 #include "masked_weights.h"
 #include "scores.cuh"
@@ -9,12 +10,12 @@ namespace {
 
 constexpr int kEntries = 4 * kThreads;  // weights of a block
 
-__device__ inline void store_float(void* out, ValueKind kind, int64_t at, float value) {
-  if (kind == ValueKind::kFloat)
+__device__ inline void store_float(void* out, FloatKind kind, int64_t at, float value) {
+  if (kind == FloatKind::kFloat)
     static_cast<float*>(out)[at] = value;
   else
     static_cast<uint16_t*>(out)[at] =
-        kind == ValueKind::kBFloat16 ? bfloat16_from_float_or_nan(value) : half_from_float(value);
+        kind == FloatKind::kBFloat16 ? bfloat16_from_float_or_nan(value) : half_from_float(value);
 }
 
 // The segment of a coordinate: the last border not behind it.
@@ -46,7 +47,7 @@ __device__ inline bool is_kept_by(const Mask& mask, int64_t row, int64_t coordin
   return score > threshold || (score == threshold && coordinate < mask.tie_end[cut]);
 }
 
-__global__ void apply(Weights weights, Mask mask, int64_t rows, void* out, ValueKind out_kind,
+__global__ void apply(Weights weights, Mask mask, int64_t rows, void* out, FloatKind out_kind,
                       int64_t out_stride) {
   const int64_t count = weights.outer * weights.groups * weights.inner;
   const bool single = weights.outer * weights.inner == 1;
@@ -101,7 +102,7 @@ __global__ void group_sum(Weights weights, Rows grads, float* out, int64_t out_s
 
 }  // namespace
 
-void masked_weights(const Weights& weights, const Mask& mask, int64_t rows, void* out, ValueKind out_kind,
+void masked_weights(const Weights& weights, const Mask& mask, int64_t rows, void* out, FloatKind out_kind,
                     int64_t out_stride, cudaStream_t stream) {
   const int64_t count = weights.outer * weights.groups * weights.inner;
   SFPK_LAUNCH(apply, ceil_div(count, kEntries), rows > 0, stream, weights, mask, rows, out, out_kind,

@@ -5,11 +5,13 @@
 #include <vector>
 
 #include "arguments.h"
+#include "integers.h"
 #include "masked_weights.h"
 #include "stream.h"
 
 namespace {
 
+using namespace sfpk;
 using namespace sfpk::cuda;
 
 std::vector<Weights> pieces_of(const std::vector<Tensor>& weights, const std::vector<int64_t>& layout,
@@ -44,24 +46,24 @@ void masked_weights_device_(const std::vector<Tensor>& weights, const Tensor& va
   const auto pieces = pieces_of(weights, layout, op);
   const Tensor& first = weights[0];
   const int64_t d = coordinates_of(pieces), n = values.size(0), segments = borders.numel() - 1;
-  SFPK_CHECK(kind >= 0 && kind <= 3, op, "mask kind", "0 to 3", kind);
   SFPK_CHECK(segments >= 1, op, "borders", "at least two", borders.numel());
   Mask mask{};
-  mask.kind = static_cast<MaskKind>(kind);
-  mask.score = static_cast<Score>(score);
+  mask.kind = mask_kind_of(kind, op);
   mask.bits = 8 * static_cast<int>(values.element_size());
   check_rows(values, first, n, mask.kind == MaskKind::kPacked ? ceil_div(d, mask.bits) : d, op, "mask");
   const bool floats = mask.kind == MaskKind::kFactors || mask.kind == MaskKind::kCut;
-  mask.values = {values.data_ptr(), floats ? kind_of(values, op, "mask") : ValueKind::kFloat,
+  mask.values = {values.data_ptr(), floats ? kind_of(values, op, "mask") : FloatKind::kFloat,
                  values.stride(0)};
   mask.borders = data_of<int64_t>(borders, first, ScalarType::Long, segments + 1, op, "borders");
   mask.segments = segments;
   if (mask.kind == MaskKind::kCut) {
-    SFPK_CHECK(threshold && tie_end && score >= 0 && score <= 2 && (score < 2 || saliency), op, "cut",
+    mask.score = score_of(score, op, Score::kAbsSaliency);
+    SFPK_CHECK(threshold && tie_end && (saliency || !needs_saliency(mask.score)), op, "cut",
                "thresholds, tie ends and what their score needs", "others");
     mask.threshold = data_of<float>(*threshold, first, ScalarType::Float, n * segments, op, "threshold");
     mask.tie_end = data_of<int64_t>(*tie_end, first, ScalarType::Long, n * segments, op, "tie_end");
-    if (score == 2) mask.saliency = data_of<float>(*saliency, first, ScalarType::Float, d, op, "saliency");
+    if (needs_saliency(mask.score))
+      mask.saliency = data_of<float>(*saliency, first, ScalarType::Float, d, op, "saliency");
   }
   SFPK_CHECK(out.size() == pieces.size(), op, "out", pieces.size(), out.size(), " tensors");
   const OnDeviceOf device(first);

@@ -1,16 +1,17 @@
 // Scores on the device, rounded as in ops/selection/reference.py.
 #pragma once
 
+#include "codes.h"
 #include "half.h"
 #include "selection.h"
 #include "selection_keys.h"
 
 namespace sfpk::cuda {
 
-__device__ inline float load_float(const void* values, ValueKind kind, int64_t at) {
-  if (kind == ValueKind::kFloat) return static_cast<const float*>(values)[at];
+__device__ inline float load_float(const void* values, FloatKind kind, int64_t at) {
+  if (kind == FloatKind::kFloat) return static_cast<const float*>(values)[at];
   const uint16_t bits = static_cast<const uint16_t*>(values)[at];
-  return kind == ValueKind::kBFloat16 ? float_from_bfloat16(bits) : float_from_half(bits);
+  return kind == FloatKind::kBFloat16 ? float_from_bfloat16(bits) : float_from_half(bits);
 }
 
 __device__ inline float score_at(const Source& s, int64_t row, int64_t at) {

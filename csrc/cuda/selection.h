@@ -6,17 +6,15 @@
 
 #include <cstdint>
 
-#include "host_device.h"
+#include "codes.h"
+#include "selection_workspace.h"
 
 namespace sfpk::cuda {
-
-enum class ValueKind { kFloat, kBFloat16, kHalf };
-enum class Score { kValue, kAbs, kAbsSaliency, kMeanAbsSaliency };  // the order of _arguments.SCORES
 
 // Rows of one tensor, or one tensor of a list; all pointers on the device.
 struct Source {
   const void* values;
-  ValueKind kind;
+  FloatKind kind;
   Score score;
   int64_t rows, row_stride;  // rows > 1 only for kMeanAbsSaliency
   int64_t count;
@@ -28,12 +26,6 @@ struct Source {
   const uint8_t* always;  // bools kept whatever the ranking says, or null
   int64_t row_always;
 };
-
-constexpr int64_t kChunk = 1 << 14;           // entries whose ties are counted together
-constexpr int kStateColumns = 8;              // int64 per problem
-constexpr int64_t kCounters = (1 << 11) + 1;  // of a histogram: bins, and keys above them
-
-SFPK_HD inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Workspace {
   int64_t* state;            // (problems, kStateColumns)

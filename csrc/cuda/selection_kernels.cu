@@ -4,6 +4,7 @@
 // or on which side of the range. From the whole range three passes suffice (shifts 21, 10, 0), from a good
 // guess two. Counts are integers, so the order of the atomic additions changes nothing. Passes that have
 // nothing left to do return at once: the host never needs to know.
+#include "integers.h"
 #include "launch.h"
 #include "scores.cuh"
 #include "selection.h"
@@ -14,7 +15,6 @@ namespace {
 
 enum Column { kLow, kHigh, kRank, kEqual, kNaN, kDone, kTieChunk };
 
-constexpr float kGuessMargin = 0.025f;
 constexpr int kPasses = 3;
 constexpr int64_t kLongestRun = kChunk / kThreads;  // entries of a chunk one thread walks through
 

@@ -5,11 +5,13 @@
 #include <vector>
 
 #include "arguments.h"
+#include "integers.h"
 #include "selection.h"
 #include "stream.h"
 
 namespace {
 
+using namespace sfpk;
 using namespace sfpk::cuda;
 
 void topk_device_(const std::vector<Tensor>& values,  // one (n, d), or the tensors of a list as (1, numel)
@@ -21,10 +23,10 @@ void topk_device_(const std::vector<Tensor>& values,  // one (n, d), or the tens
                   Tensor threshold, Tensor tie_end, Tensor state, Tensor bins, Tensor ties) {
   const char* op = "topk_device_";
   SFPK_CHECK(!values.empty(), op, "values", "at least one tensor", "none");
-  SFPK_CHECK(score >= 0 && score <= 3, op, "score", "0 to 3", score);
+  const Score kind = score_of(score, op);
   SFPK_CHECK(unit == 0 || unit == 1 || unit == 8 || unit == 32, op, "unit", "0, 1, 8 or 32", unit);
   const Tensor& first = values[0];
-  const bool mean = static_cast<Score>(score) == Score::kMeanAbsSaliency;
+  const bool mean = kind == Score::kMeanAbsSaliency;
   const int64_t problems = mean ? 1 : first.size(0);
   std::vector<Source> sources;
   int64_t flat = 0, chunks = 0;
@@ -34,13 +36,13 @@ void topk_device_(const std::vector<Tensor>& values,  // one (n, d), or the tens
     Source s{};
     s.values = values[i].data_ptr();
     s.kind = kind_of(values[i], op, "values");
-    s.score = static_cast<Score>(score);
+    s.score = kind;
     s.rows = mean ? rows : 1;
     s.row_stride = values[i].stride(0);
     s.count = count;
     s.first = flat;
     s.scale = 1.0f / static_cast<float>(rows);
-    if (score >= 2) {
+    if (needs_saliency(kind)) {
       SFPK_CHECK(saliency.size() == values.size(), op, "saliency", "one per tensor of values",
                  saliency.size());
       s.saliency = data_of<float>(saliency[i], first, ScalarType::Float, count, op, "saliency");

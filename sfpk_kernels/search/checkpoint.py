@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import SFPKConfig
+from ..config import ENERGY_MODES, SFPKConfig
 from ..coordinates.flat import Coordinates, unwrapped
 from ..masks.maskset import MaskSet
 from ..ops import unpack_mask
 from ..utils.files import check_writable
 from ..utils.tensors import as_numpy, is_sparse, parts
 from . import state_checks as check
-from .energy import MODES
 from .planning import Plan
 from .records import StepRecord
 from .waypoints import Waypoint
@@ -189,7 +188,7 @@ def plan(name: str, value: Any, config: SFPKConfig, d: int) -> Plan:
         check.integer(f"{name}.{field}", value[field], wanted, wanted)
     check.text(f"{name}.memory", value["memory"], ("fast", "lean") if config.memory == "auto" else (config.memory,))
     choice = check.entries(f"{name}.choice", value["choice"], ("mode", "reason", "seconds", "transient"))
-    check.text(f"{name}.choice.mode", choice["mode"], [mode for mode in MODES if mode != "auto"])
+    check.text(f"{name}.choice.mode", choice["mode"], [mode for mode in ENERGY_MODES if mode != "auto"])
     check.text(f"{name}.choice.reason", choice["reason"])
     seconds = check.numbers_by_name(f"{name}.choice.seconds", choice["seconds"], whole=False)
     transient = check.numbers_by_name(f"{name}.choice.transient", choice["transient"], whole=True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._dispatch import where_present
 from ..config import SFPKConfig
 from ..ops import TransitionStats, transition_
 from . import state_checks as check
@@ -163,7 +164,7 @@ class ParticleSystem:
             step_index=self.step,
             row=row,
             nonfinite="skip" if config.nonfinite == "skip_particle" else "hold",
-            backend=None if config.backend is None else f"{config.backend}?",
+            backend=where_present(config.backend),
         )
         self._stats, self._version = stats, self.masks._version
         return stats

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._dispatch import where_present
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
 from ..modeling.batches import default_loss, move_to
@@ -154,7 +155,7 @@ def make_energy(
         theta,
         mode=config.energy_mode,
         chunk_size=config.chunk_size,
-        backend=None if config.backend is None else f"{config.backend}?",
+        backend=where_present(config.backend),
         precision=config.dtype,
         microbatch=config.microbatch,
         compiled=config.compile,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .._dispatch import where_present
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates, Ignored
 from ..masks.maskset import MaskSet
@@ -115,7 +116,7 @@ class SFPKPruner:
         self._callbacks = _functions(callbacks)
         self.plan: Plan | None = None  # made on the first batch
         self._theta = self.coordinates.flatten(model).to(state_device(self.coordinates, config))
-        backend = None if config.backend is None else f"{config.backend}?"
+        backend = where_present(config.backend)
         self._polarizer = Polarizer(self.coordinates, self._theta, config.selection, backend)
         saliency = self._polarizer.saliency if config.kernel == "weighted_rbf" else None
         self._system = ParticleSystem(self.coordinates.d, config, self._theta, saliency, start)

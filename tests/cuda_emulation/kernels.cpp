@@ -6,6 +6,7 @@
 #include "masked_weights_kernels.cu"
 #include "selection_kernels.cu"
 
+using namespace sfpk;
 using namespace sfpk::cuda;
 
 extern "C" {
@@ -19,11 +20,11 @@ void emulated_select(const void* values, int kind, int score, int64_t rows, int6
                      void* mask, int64_t row_bytes, float* threshold, int64_t* tie_end) {
   std::vector<Source> sources;
   int64_t first = 0, chunks = 0;
-  const int64_t bytes = kind == 0 ? 4 : 2;
+  const int64_t bytes = bytes_of(static_cast<FloatKind>(kind));
   for (int64_t i = 0; i < tensors; ++i) {
     Source s{};
     s.values = static_cast<const char*>(values) + first * bytes;
-    s.kind = static_cast<ValueKind>(kind);
+    s.kind = static_cast<FloatKind>(kind);
     s.score = static_cast<Score>(score);
     s.rows = rows;
     s.row_stride = row_stride;
@@ -53,16 +54,16 @@ void emulated_masked_weights(const void* weights, int kind, int64_t outer, int64
                              const float* saliency, const float* threshold, const int64_t* tie_end,
                              const int64_t* borders, int64_t segments, int64_t rows, void* out, int out_kind,
                              int64_t out_stride) {
-  const Weights w{weights, static_cast<ValueKind>(kind), outer, groups, inner, 0};
-  const Mask mask{static_cast<MaskKind>(mask_kind), {values, static_cast<ValueKind>(values_kind), stride}, bits,
+  const Weights w{weights, static_cast<FloatKind>(kind), outer, groups, inner, 0};
+  const Mask mask{static_cast<MaskKind>(mask_kind), {values, static_cast<FloatKind>(values_kind), stride}, bits,
                   static_cast<Score>(score), saliency, threshold, tie_end, borders, segments};
-  masked_weights(w, mask, rows, out, static_cast<ValueKind>(out_kind), out_stride, nullptr);
+  masked_weights(w, mask, rows, out, static_cast<FloatKind>(out_kind), out_stride, nullptr);
 }
 
 void emulated_mask_gradient(const void* weights, int kind, int64_t outer, int64_t groups, int64_t inner,
                             const void* grads, int grads_kind, int64_t stride, int64_t rows, float* out,
                             int64_t out_stride) {
-  const Weights w{weights, static_cast<ValueKind>(kind), outer, groups, inner, 0};
-  mask_gradient(w, {grads, static_cast<ValueKind>(grads_kind), stride}, rows, out, out_stride, nullptr);
+  const Weights w{weights, static_cast<FloatKind>(kind), outer, groups, inner, 0};
+  mask_gradient(w, {grads, static_cast<FloatKind>(grads_kind), stride}, rows, out, out_stride, nullptr);
 }
 }

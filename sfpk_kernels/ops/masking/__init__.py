@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._dispatch import Backend, choose
 from .. import _checks as check
 from .. import _transforms as transforms
+from ..codes import ENTRY_SCORES
 from ..selection import Cut
 from ..selection._arguments import segment_borders
 from . import _layout, cpp, cuda, reference, triton_backend
@@ -19,7 +20,6 @@ from ._layout import Blocks, Mask
 __all__ = ["Blocks", "mask_gradient", "masked_weights"]
 
 _OP, _GRADIENT = "masked_weights", "mask_gradient"
-_SCORES = ("value", "abs", "abs_saliency")
 _BACKENDS = {
     "cpp": Backend(cpp.masked_weights_, cpp.why_not),
     "cuda": Backend(cuda.masked_weights_, cuda.why_not),
@@ -214,7 +214,7 @@ def _cut(
     if not mask.is_floating_point():
         raise TypeError(f"{_OP}: mask: wanted float particle values beside a cut, got {mask.dtype}")
     score = "value" if score is None else score
-    check.is_one_of(_OP, "score", score, _SCORES)
+    check.is_one_of(_OP, "score", score, ENTRY_SCORES)
     borders = segment_borders(_OP, segments, tensors or None, d, offsets=True)
     for name, tensor, dtypes in (
         ("cut.threshold", cut[0], check.FLOATS),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..bits._shape import BITS, units
+from ..codes import MaskKind
 
 
 class Blocks(NamedTuple):
@@ -113,18 +114,18 @@ class Mask:
     segments: list[int]  # (S + 1)
 
     @property
-    def kind(self) -> int:
-        """0: bools, 1: packed bits, 2: factors, 3: values and their cut (the order of MaskKind in csrc)."""
+    def kind(self) -> MaskKind:
+        """What the kernels are told it is."""
         if self.threshold is not None:
-            return 3
+            return MaskKind.CUT
         if self.values.dtype == torch.bool:
-            return 0
-        return 2 if self.values.is_floating_point() else 1
+            return MaskKind.BOOL
+        return MaskKind.FACTORS if self.values.is_floating_point() else MaskKind.PACKED
 
     @property
     def multiplies(self) -> bool:
         """Whether it is made of factors."""
-        return self.kind == 2
+        return self.kind == MaskKind.FACTORS
 
 
 def check_mask(op: str, mask: Any, d: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _extension
-from ..selection._arguments import SCORES
+from ..codes import score_code
 from ._layout import Mask, Piece, gapless
 
 
@@ -29,7 +29,7 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
     tie_end = None if mask.tie_end is None else mask.tie_end.contiguous()
     targets = [gapless(out) for out in outs]
     torch.ops.sfpk_cpp.masked_weights_(
-        list(weights), values, mask.kind, SCORES.index(mask.score), saliency, threshold, tie_end,
+        list(weights), values, mask.kind.value, score_code(mask.score), saliency, threshold, tie_end,
         torch.tensor(mask.segments, dtype=torch.int64, device=values.device), _table(pieces, values.device), targets,
     )  # fmt: skip
     for out, target in zip(outs, targets, strict=True):

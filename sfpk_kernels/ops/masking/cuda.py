@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _extension
-from ..selection._arguments import SCORES
+from ..codes import score_code
 from ._layout import Mask, Piece, gapless
 
 
@@ -31,7 +31,7 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
     targets = [gapless(out) for out in outs]
     borders = _borders(tuple(mask.segments), values.device)
     torch.ops.sfpk_cpp.masked_weights_device_(
-        list(weights), values, mask.kind, SCORES.index(mask.score), saliency, threshold, tie_end, borders,
+        list(weights), values, mask.kind.value, score_code(mask.score), saliency, threshold, tie_end, borders,
         _numbers(pieces), targets,
     )  # fmt: skip
     for out, target in zip(outs, targets, strict=True):

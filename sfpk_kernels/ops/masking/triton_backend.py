@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ... import _triton
 from ..bits._shape import BITS
+from ..codes import MOST_ROWS, MaskKind, Score, score_code
 from ._layout import Mask, Piece, gapless
 
 _BLOCK = 1024
-_MOST_ROWS = 65_535  # along y of a grid
-_SCORES = ("value", "abs", "abs_saliency")
 
 
 def why_not(tensor: Tensor) -> str | None:
@@ -30,28 +29,28 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
     from . import triton_kernels as kernels
 
     values = gapless(mask.values)
-    kind = mask.kind
+    cuts = mask.kind == MaskKind.CUT
     saliency = values if mask.saliency is None else mask.saliency.float().contiguous()
     threshold = values if mask.threshold is None else mask.threshold.float().contiguous()
     tie_end = values if mask.tie_end is None else mask.tie_end.contiguous()
-    data = values.view(torch.uint8) if kind == 0 else values
-    n, cuts = values.shape[0], len(mask.segments) - 1
+    data = values.view(torch.uint8) if mask.kind == MaskKind.BOOL else values
+    n, segments = values.shape[0], len(mask.segments) - 1
     for weight, piece, out in zip(weights, pieces, outs, strict=True):
         target = gapless(out)
         outer, groups, inner = piece.blocks
         single = outer * inner == 1
-        parts = _parts(piece, mask.segments if kind == 3 else [0, mask.d], single)
+        parts = _parts(piece, mask.segments if cuts else [0, mask.d], single)
         for part in parts:
             if not n or part.begin == part.end:
                 continue
-            column = part.segment if kind == 3 else 0
+            column = part.segment if cuts else 0
             _triton.launch(
                 kernels.apply, (-(-(part.end - part.begin) // _BLOCK),), weight.device,
                 weight, data, saliency, threshold.flatten()[column:], tie_end.flatten()[column:], target, n,
-                data.stride(0), cuts, target.stride(0), part.begin, part.end, piece.first, groups, inner, part.low,
+                data.stride(0), segments, target.stride(0), part.begin, part.end, piece.first, groups, inner, part.low,
                 part.high,
-                KIND=kind, SCORE=_SCORES.index(mask.score) if kind == 3 else 0, SINGLE=single,
-                PART=not single and len(parts) > 1, BITS=BITS.get(values.dtype, 1), BLOCK=_BLOCK,
+                KIND=mask.kind.value, SCORE=score_code(mask.score) if cuts else Score.VALUE.value,
+                SINGLE=single, PART=not single and len(parts) > 1, BITS=BITS.get(values.dtype, 1), BLOCK=_BLOCK,
             )  # fmt: skip
         if target is not out:
             out.copy_(target)
@@ -88,9 +87,9 @@ def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: S
         outer, groups, inner = piece.blocks
         if not n:
             continue
-        if n > _MOST_ROWS and outer * inner > 1:
+        if n > MOST_ROWS and outer * inner > 1:
             raise ValueError(
-                f"mask_gradient: weight_grads: wanted up to {_MOST_ROWS:,} rows for backend 'triton', got {n:,}"
+                f"mask_gradient: weight_grads: wanted up to {MOST_ROWS:,} rows for backend 'triton', got {n:,}"
             )
         if outer * inner == 1:
             grid = (-(-groups // _BLOCK),)

@@ -4,6 +4,13 @@ import triton
 import triton.language as tl
 
 from .._triton_bfloat16 import round_to_bfloat16
+from ..codes import MaskKind, Score
+
+BOOL = tl.constexpr(MaskKind.BOOL.value)
+PACKED = tl.constexpr(MaskKind.PACKED.value)
+FACTORS = tl.constexpr(MaskKind.FACTORS.value)
+VALUE = tl.constexpr(Score.VALUE.value)
+ABS_SALIENCY = tl.constexpr(Score.ABS_SALIENCY.value)
 
 
 @triton.jit
@@ -15,8 +22,8 @@ def apply(
 ):  # fmt: skip
     """Weights [begin, end) of a piece under every row of the mask; with PART those of coordinates [low, high) alone.
 
-    KIND 0: bools (as bytes), 1: packed in units of BITS, 2: factors, 3: values and their cut. Coordinate of
-    weight w: first + w where SINGLE, else first + (w // inner) % groups.
+    KIND and SCORE as in codes.py; bools are bytes, packed bits come in units of BITS. Coordinate of weight w:
+    first + w where SINGLE, else first + (w // inner) % groups.
     """
     at = begin + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < end
@@ -24,24 +31,24 @@ def apply(
     index = first + (at if SINGLE else (at // inner) % groups)
     if PART:
         inside = inside & (index >= low) & (index < high)
-    if SCORE == 2:
+    if SCORE == ABS_SALIENCY:
         sizes = tl.load(saliency + index, mask=inside, other=0.0)
     for i in range(n):
         row = tl.full([], 0, tl.int64) + i
-        if KIND == 2:
+        if KIND == FACTORS:
             factor = tl.load(mask + row * mask_stride + index, mask=inside, other=0.0)
             result = weight.to(tl.float32) * factor.to(tl.float32)
         else:
-            if KIND == 0:
+            if KIND == BOOL:
                 keep = tl.load(mask + row * mask_stride + index, mask=inside, other=0) != 0
-            elif KIND == 1:
+            elif KIND == PACKED:
                 word = tl.load(mask + row * mask_stride + index // BITS, mask=inside, other=0).to(tl.int32)
                 keep = ((word >> (index % BITS).to(tl.int32)) & 1) != 0
             else:
                 score = tl.load(mask + row * mask_stride + index, mask=inside, other=0.0).to(tl.float32)
-                if SCORE >= 1:
+                if SCORE != VALUE:
                     score = tl.abs(score)
-                if SCORE == 2:
+                if SCORE == ABS_SALIENCY:
                     score = score * sizes
                 limit = tl.load(threshold + row * cut_stride)
                 keep = (score > limit) | ((score == limit) & (index < tl.load(tie_end + row * cut_stride)))

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-
-SCORES = ("value", "abs", "abs_saliency", "mean_abs_saliency")  # the order of Score in csrc/cpu/selection.h
+from ..codes import SCORES
 
 
 class Cut(NamedTuple):

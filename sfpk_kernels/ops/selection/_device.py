@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..codes import MOST_ROWS
 from ._problem import Problem, nan_error, plan
-
-MOST_ROWS = 65_535  # along y of a grid
 
 
 def uncovered(problem: Problem) -> str | None:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ... import _extension
 from ..bits._shape import mask_shape
+from ..codes import Packing, packing_code, score_code
 from . import _device
-from ._arguments import SCORES, Cut
+from ._arguments import Cut
 from ._problem import Problem, nan_error, plan
 
-_PACKINGS = ("bool", "uint8", "int32")
 _VALUES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,7 +30,7 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
     device = values[0].device
     saliency = [t.float().contiguous() for t in problem.saliency]
     excluded, protected = ([t.contiguous() for t in masks] for masks in (problem.set_aside(), problem.protected))
-    score, rows = SCORES.index(problem.score), problem.rows
+    score, rows = score_code(problem.score), problem.rows
     shapes = [(rows, values[0].shape[1])] if problem.by_rows else [tuple(t.shape) for t in values]
     if problem.pattern is not None:
         left_out = [torch.empty(shape, dtype=torch.bool, device=device) for shape in shapes]
@@ -51,7 +51,7 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
         kinds = [mask_shape(shape, problem.output) for shape in shapes]
         masks = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in kinds]
     guess = None if problem.guess is None else problem.guess.float().contiguous()
-    packing = _PACKINGS.index(problem.output) if masks else -1
+    packing = packing_code(problem.output) if masks else Packing.NONE.value
     # fmt: off
     wrong = torch.ops.sfpk_cpp.topk_(
         values, problem.by_rows, score, saliency, excluded, protected, [t.contiguous() for t in problem.sizes],

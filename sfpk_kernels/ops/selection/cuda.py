@@ -8,11 +8,10 @@ from torch import Tensor
 from ... import _extension
 from ..bits import reference as bits
 from ..bits._shape import BITS, mask_shape
+from ..codes import SELECTION_CHUNK, SELECTION_COUNTERS, SELECTION_STATE_COLUMNS, score_code
 from . import _device
-from ._arguments import SCORES, Cut
+from ._arguments import Cut
 from ._problem import Problem
-
-_CHUNK, _STATE, _COUNTERS = 1 << 14, 8, (1 << 11) + 1  # as in csrc/cuda/selection.h
 
 
 def why_not(values: Tensor) -> str | None:
@@ -37,18 +36,19 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
     if kind != "cut":
         shapes = [mask_shape((rows, v.shape[1]), kind) for v in values]
         masks = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
-    chunks = sum(-(-v.shape[1] // _CHUNK) for v in values)
+    chunks = sum(-(-v.shape[1] // SELECTION_CHUNK) for v in values)
     cut = Cut(
         torch.empty((rows, 1), dtype=torch.float32, device=device),
         torch.empty((rows, 1), dtype=torch.int64, device=device),
     )
     state, bins, ties = (
-        torch.empty(rows * size, dtype=torch.int64, device=device) for size in (_STATE, _COUNTERS, chunks)
+        torch.empty(rows * size, dtype=torch.int64, device=device)
+        for size in (SELECTION_STATE_COLUMNS, SELECTION_COUNTERS, chunks)
     )
     unit = 0 if kind == "cut" else BITS.get(masks[0].dtype, 1)
     guess = None if problem.guess is None else problem.guess.float().reshape(-1).contiguous()
     torch.ops.sfpk_cpp.topk_device_(
-        values, SCORES.index(problem.score), [t.float().reshape(-1).contiguous() for t in problem.saliency], aside,
+        values, score_code(problem.score), [t.float().reshape(-1).contiguous() for t in problem.saliency], aside,
         always, k, candidates, guess, unit, masks, cut.threshold, cut.tie_end, state, bins, ties,
     )  # fmt: skip
     if not _device.knows_all(problem):

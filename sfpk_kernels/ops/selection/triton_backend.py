@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ... import _triton
 from ..bits import reference as bits
-from ..bits._shape import mask_shape
+from ..bits._shape import BITS, mask_shape
+from ..codes import score_code
 from . import _device
-from ._arguments import SCORES, Cut
+from ._arguments import Cut
 from ._problem import Problem
 
 _BLOCK, _TILES = 1024, 16
 _CHUNK = _BLOCK * _TILES
-_COLUMNS, _NAN = 8, 3  # of the state, as in triton_kernels.py
 
 
 def why_not(values: Tensor) -> str | None:
@@ -41,15 +41,15 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
     d = problem.segments[-1]
     parts = _parts(problem, excluded)
     chunks = sum(-(-part["d"] // _CHUNK) for part in parts)
-    state = torch.zeros((rows, _COLUMNS), dtype=torch.int64, device=device)
-    state[:, 1] = k
-    bins = torch.zeros((rows, 256), dtype=torch.int64, device=device)
+    state = torch.zeros((rows, kernels.COLUMNS.value), dtype=torch.int64, device=device)
+    state[:, kernels.WANTED.value] = k
+    bins = torch.zeros((rows, kernels.DIGITS.value), dtype=torch.int64, device=device)
     ties = torch.empty((rows, max(chunks, 1)), dtype=torch.int64, device=device)
     cut = Cut(
         torch.empty((rows, 1), dtype=torch.float32, device=device),
         torch.empty((rows, 1), dtype=torch.int64, device=device),
     )
-    constants = {"SCORE": SCORES.index(problem.score), "EXCLUDES": bool(excluded), "BLOCK": _BLOCK, "TILES": _TILES}
+    constants = {"SCORE": score_code(problem.score), "EXCLUDES": bool(excluded), "BLOCK": _BLOCK, "TILES": _TILES}
 
     for shift in (24, 16, 8, 0):
         for part in parts:
@@ -77,7 +77,7 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
         )  # fmt: skip
         first_chunk = last
     if not _device.knows_all(problem):
-        _device.check_nan(problem, state[:, _NAN] != 0)
+        _device.check_nan(problem, state[:, kernels.NAN.value] != 0)
     masks = [] if problem.output == "cut" else _write(problem, parts, state, cut, constants)
     return cut, masks
 
@@ -120,7 +120,6 @@ def _write(
     for shape in shapes:
         packed, dtype = mask_shape(shape, kind)
         masks.append(torch.empty(packed, dtype=dtype, device=device))
-    unit = {"bool": 1, "uint8": 8, "int32": 32}[kind]
     for part in parts:
         mask = masks[part["index"]]
         out = (mask.view(torch.uint8) if kind == "bool" else mask).view(rows, -1)
@@ -130,6 +129,6 @@ def _write(
             kernels.write_mask, (-(-d // _BLOCK), rows), device,
             *part["source"], always, state, *cut, out, n, stride, row_aside, row_always, out.stride(0), d, scale,
             part["first"], SCORE=constants["SCORE"], EXCLUDES=constants["EXCLUDES"], ALWAYS=bool(problem.protected),
-            UNIT=unit, BLOCK=_BLOCK,
+            UNIT=BITS.get(mask.dtype, 1), BLOCK=_BLOCK,
         )  # fmt: skip
     return masks if problem.by_rows else [bits.pack_mask(mask, problem.output) for mask in masks]

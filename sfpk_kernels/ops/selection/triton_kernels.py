@@ -7,6 +7,12 @@ of the atomic additions changes nothing. ``state`` has one row per problem, all 
 import triton
 import triton.language as tl
 
+from ..codes import Score
+
+VALUE = tl.constexpr(Score.VALUE.value)
+ABS_SALIENCY = tl.constexpr(Score.ABS_SALIENCY.value)
+MEAN_ABS_SALIENCY = tl.constexpr(Score.MEAN_ABS_SALIENCY.value)
+
 # Columns of the state.
 PREFIX = tl.constexpr(0)  # leading bits of the key at the cut, as far as known
 WANTED = tl.constexpr(1)  # how many are kept among the keys with this prefix
@@ -19,17 +25,17 @@ DIGITS = tl.constexpr(256)
 
 @triton.jit
 def keys_of(values, saliency, excluded, at, inside, n, stride, scale, SCORE: tl.constexpr, EXCLUDES: tl.constexpr):
-    """Keys, and which scores are NaN, of the entries ``at``; SCORE as in _arguments.SCORES."""
+    """Keys, and which scores are NaN, of the entries ``at``; SCORE as in codes.Score."""
     score = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
-    if SCORE >= 1:
+    if SCORE != VALUE:
         score = tl.abs(score)
-    if SCORE == 3:
+    if SCORE == MEAN_ABS_SALIENCY:
         for i in range(1, n):
             row = tl.full([], 0, tl.int64) + i
             score += tl.abs(tl.load(values + row * stride + at, mask=inside, other=0.0).to(tl.float32))
-    if SCORE >= 2:
+    if SCORE == ABS_SALIENCY or SCORE == MEAN_ABS_SALIENCY:  # noqa: SIM109 - Triton does not know "in"
         score *= tl.load(saliency + at, mask=inside, other=0.0)
-    if SCORE == 3:
+    if SCORE == MEAN_ABS_SALIENCY:
         score *= scale
     nan = (score != score) & inside
     bits = score.to(tl.int32, bitcast=True)

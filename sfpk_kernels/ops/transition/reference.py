@@ -11,10 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..codes import TANGENT_TOLERANCE
 from . import rounding
-
-# Below this share of ‖g‖ the tangential part is rounding noise of fp32 products, not a direction.
-TANGENT_TOLERANCE = 1e-6
 
 
 class TransitionStats(NamedTuple):

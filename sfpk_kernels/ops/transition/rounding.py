@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..codes import HIGH_STRIDE, MIX_FIRST, MIX_SECOND, ROW_STRIDE
+
 _WORD = 0xFFFFFFFF
 _SMALLEST_NORMAL = 2.0**-14  # of fp16; below it the unit in the last place is 2⁻²⁴
 _LARGEST = 65504.0
@@ -35,9 +37,9 @@ def rounding_key(
 def _mix(x: Tensor) -> Tensor:
     """A bijection of 32-bit words whose every input bit flips half of the output bits (lowbias32, Wellons)."""
     x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _WORD
+    x = (x * MIX_FIRST) & _WORD
     x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _WORD
+    x = (x * MIX_SECOND) & _WORD
     return x ^ (x >> 16)
 
 
@@ -45,10 +47,10 @@ def random_bits(rows: int, columns: int, key: int, device: torch.device) -> Tens
     """Uniform 32-bit words, a function of key, row and column."""
     row = torch.arange(rows, dtype=torch.int64, device=device)[:, None]
     column = torch.arange(columns, dtype=torch.int64, device=device)
-    first = _mix(((key & 0x7FFFFFFF) + row * 0x9E3779B9) & _WORD)
+    first = _mix(((key & 0x7FFFFFFF) + row * ROW_STRIDE) & _WORD)
     second = _mix(first ^ (key >> 31))
     low, high = column & _WORD, column >> 32
-    return _mix((_mix(low ^ first) + second + high * 0x85EBCA6B) & _WORD)
+    return _mix((_mix(low ^ first) + second + high * HIGH_STRIDE) & _WORD)
 
 
 def stochastic_half(values: Tensor, key: int) -> Tensor:

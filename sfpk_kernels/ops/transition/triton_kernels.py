@@ -22,13 +22,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import codes
 from .._triton_bfloat16 import round_to_bfloat16
 from .triton_columns import clear, reduce_columns, update_columns
 from .triton_rounding import random_bits, round_to_half
 
 # (In products the tensor stands first: constant * tensor is a constant to the interpreters of Triton 3.7 and 3.8.)
 SAMPLED_TILES = tl.constexpr(16)
-TANGENT_TOLERANCE = tl.constexpr(1e-6)  # as in reference.py
+TANGENT_TOLERANCE = tl.constexpr(codes.TANGENT_TOLERANCE)
 DISTANCE_ROWS = tl.constexpr(64)  # particles of a block of the stage "distances"
 ROW_BLOCK = tl.constexpr(16)  # rows of an n x n matrix worked on at a time
 

@@ -5,24 +5,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import codes
+
+MIX_FIRST = tl.constexpr(codes.MIX_FIRST)
+MIX_SECOND = tl.constexpr(codes.MIX_SECOND)
+ROW_STRIDE = tl.constexpr(codes.ROW_STRIDE)
+HIGH_STRIDE = tl.constexpr(codes.HIGH_STRIDE)
+
 
 @triton.jit
 def _mix_bits(x):
     x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
+    x = x * MIX_FIRST
     x = x ^ (x >> 15)
-    x = x * 0x846CA68B
+    x = x * MIX_SECOND
     return x ^ (x >> 16)
 
 
 @triton.jit
 def random_bits(key_low, key_high, rows, columns):
     """Uniform 32-bit words (rows, columns), as rounding.random_bits."""
-    first = _mix_bits(tl.full([], key_low, tl.uint32) + rows.to(tl.uint32) * 0x9E3779B9)
+    first = _mix_bits(tl.full([], key_low, tl.uint32) + rows.to(tl.uint32) * ROW_STRIDE)
     second = _mix_bits(first ^ tl.full([], key_high, tl.uint32))
     low = columns.to(tl.uint32)
     high = (columns >> 32).to(tl.uint32)
-    return _mix_bits(_mix_bits(low[None, :] ^ first[:, None]) + second[:, None] + (high * 0x85EBCA6B)[None, :])
+    return _mix_bits(_mix_bits(low[None, :] ^ first[:, None]) + second[:, None] + (high * HIGH_STRIDE)[None, :])
 
 
 @triton.jit

@@ -20,11 +20,9 @@ from .choice import Choice, choose
 from .graphed import Graphed
 from .sequential import OneByOne
 
-__all__ = ["AUTOCAST", "MODES", "Choice", "LossFn", "ParticleEnergy"]
+__all__ = ["AUTOCAST", "Choice", "LossFn", "ParticleEnergy"]
 
 logger = logging.getLogger(__name__)
-
-MODES = ("auto", "vmap", "sequential", "cudagraph")
 
 
 class ParticleEnergy:
