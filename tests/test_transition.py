@@ -124,7 +124,8 @@ def test_retraction_is_exact(n, d, target, density, consensus, sized, dtype, see
     sizes = torch.randint(1, 9, (d,), generator=generator).to(dtype) if sized else None
     grads = torch.randn(n, d, generator=generator, dtype=dtype)
     stats = transition_(m, grads, **STEP, sizes=sizes, density=density, target_density=target, consensus=consensus)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-6  # a few roundings of the rows' own dtype
+    # A few roundings of the rows' own dtype; what a move takes away is rounded, too, and more than what stays.
+    tolerance = 1e-12 if dtype == torch.float64 else max(1e-6, 3e-7 / target)
     expected = torch.full((n,), target, dtype=torch.float64)
     torch.testing.assert_close(stats.densities, expected, rtol=tolerance, atol=0)
     measured = density_of(m.double(), None if sizes is None else sizes.double(), density)
