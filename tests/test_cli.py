@@ -87,7 +87,7 @@ def test_a_reader_that_has_gone_is_no_failure(arguments, where, tmp_path):
 
 def test_errors_of_other_files_leave_stdout_alone(tmp_path):
     script = (
-        "from sfpk_kernels.cli import main; from sfpk_kernels import files; import sys\n"
+        "from sfpk_kernels.cli import main; from sfpk_kernels.utils import files; import sys\n"
         "def fail(*a): raise OSError(5, 'the disk fails')\n"
         "import sfpk_kernels.report; sfpk_kernels.report.render = fail\n"
         "print(main(['report', sys.argv[1]])); print('still here')"

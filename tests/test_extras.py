@@ -39,7 +39,7 @@ PARTS = {
         "scikit-learn matplotlib",
     ),
     "bench": (
-        "from sfpk_kernels.cli import main; sys.exit(main(['bench', '--report', '--results', 'benchmarks/results']))",
+        "from benchmarks.command import main; sys.exit(main(['--report', '--results', 'benchmarks/results']))",
         {"matplotlib"}, "matplotlib",
     ),
     "minilm": (

@@ -282,7 +282,17 @@ def test_interrupted_while_saving_the_old_file_is_whole(mlp, vectors, tmp_path, 
     }[what]
     save()
     package = os.path.dirname(sfpk_kernels.__file__)
-    files = [f"{package}/{name}.py" for name in ("files", "masks", "mask_files", "pruner", "gradual", "turns")]
+    files = [
+        f"{package}/{name}.py"
+        for name in (
+            "utils/files",
+            "masks/maskset",
+            "masks/files",
+            "search/pruner",
+            "retraining/gradual",
+            "modeling/turns",
+        )
+    ]
 
     def work():
         shots._saved = None
