@@ -32,8 +32,8 @@ def main() -> dict[str, dict[float, list[float]]]:
         model = train(digits, seed, 15)
 
         def search(sparsity: float, checkpoints=(), model=model, seed=seed, **fields):
-            config = SFPKConfig(sparsity, seed=seed, energy_mode="sequential", **fields)
-            return prune(model, None, digits.loader(seed), config, checkpoints=checkpoints, progress=False)
+            config = SFPKConfig(sparsity, seed=seed, **fields)
+            return prune(model, digits.loader(seed), config=config, waypoints=checkpoints, progress=False)
 
         def measure(name: str, sparsity: float, mask: MaskSet, model=model, seed=seed) -> None:
             pruned = recalibrate_batchnorm(mask.apply_(copy.deepcopy(model)), digits.loader(seed, TRAINING_BATCH))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfpk_kernels.compat.fields import separated
 from sfpk_kernels.config import SFPKConfig
 from sfpk_kernels.search.pruner import SFPKPruner
 
@@ -57,17 +58,19 @@ def measure(
         quick: fewer rounds.
         device: where the model is.
         memory: measure the peaks, too.
-        options: SFPKConfig's fields that ours runs with beyond the paper's settings.
+        options: SFPKConfig's and Execution's fields that ours runs with beyond the paper's settings.
 
     Returns:
         Plain numbers; ``outside_share`` is the part of our step that is neither forward nor backward pass.
     """
-    changes = {**({"memory": "lean"} if name in _LEAN else {}), **(options or {})}
+    changes = {**({"update": "gauss_seidel"} if name in _LEAN else {}), **(options or {})}
     row = _times(name, particles, quick, device, changes)
     if memory and (device != "cpu" or peak.can_measure()):
         wanted = {"n_particles": particles, "device": device}
         found = peak.measure(name, "ours", **wanted, **changes)
-        half = peak.measure(name, "ours", **{**wanted, **changes, "memory": "lean", "particle_dtype": "float16"})
+        half = peak.measure(
+            name, "ours", **{**wanted, **changes, "update": "gauss_seidel", "particle_dtype": "float16"}
+        )
         row["peak_bytes"], row["predicted_bytes"] = found["measured"], found["predicted"]
         row["peak_bytes_lean_fp16"] = half["measured"]
         row["naive_peak_bytes"] = peak.measure(name, "naive", **wanted)["measured"]
@@ -81,17 +84,18 @@ def _times(name: str, particles: int, quick: bool, device: str, changes: dict[st
     samples = work.gpu_batch if device.startswith("cuda") else work.batch
     batches = [_to(work.make_batch(samples), device) for _ in range(particles)]
     paper = SFPKConfig.preset("paper", sparsity=0.9, n_particles=particles, n_steps=1)
-    ours_config = paper.replace(n_steps=10_000, **changes)
+    method, execution = separated(changes)
+    ours_config = paper.replace(n_steps=10_000, **method)
 
     # Gate and warm-up in one: the first step of both, from the same particles. The schedule's first step is that of K.
     started = time.perf_counter()
     naive = peak.run_naive(model, batches, paper)
     naive_seconds = [time.perf_counter() - started]
-    first = SFPKPruner(model, None, ours_config.replace(n_steps=1))
+    first = SFPKPruner(model, config=ours_config.replace(n_steps=1), execution=execution)
     first.step(batches)
     error = _error(first.particles, naive, first)
     del naive, first
-    pruner = SFPKPruner(model, None, ours_config)
+    pruner = SFPKPruner(model, config=ours_config, execution=execution)
     pruner.step(batches)  # trial and warm-up
     passes = _Stopwatch(pruner)
     seconds, shares = [], []
@@ -112,7 +116,7 @@ def _times(name: str, particles: int, quick: bool, device: str, changes: dict[st
         "batch": samples,
         "particles": particles,
         "mode": pruner.plan.choice.mode,
-        "memory": pruner.plan.memory,
+        "update": pruner.plan.update,
         "error": error,
         "agrees": error <= _TOLERANCE,
         "seconds_per_step": statistics.median(seconds),
@@ -148,7 +152,7 @@ class _Stopwatch:
 def _error(ours: Tensor, naive: Tensor, pruner: SFPKPruner) -> float:
     """Of the particles; in lean steps of the first one alone, because the others have seen it moved."""
     assert pruner.plan is not None
-    rows = 1 if pruner.plan.memory == "lean" else len(ours)
+    rows = 1 if pruner.plan.update == "gauss_seidel" else len(ours)
     a, b = ours[:rows].cpu(), naive[:rows].cpu()
     return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
 

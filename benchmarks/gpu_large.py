@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sfpk_kernels import SFPKConfig, prune
+from sfpk_kernels import Execution, SFPKConfig, prune
 from sfpk_kernels.ops import masked_weights, topk_mask, topk_threshold, transition_
 
 BILLIONS = 2**31  # entries in all that offsets of 32 bits do not reach
@@ -156,11 +156,11 @@ def fits(device: torch.device) -> str:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 10)).to(device)
     batches = [(torch.randn(32, 64, device=device), torch.randint(10, (32,), device=device)) for _ in range(20)]
-    modes = ["sequential", "vmap", "auto"] + (["cudagraph"] if device.type == "cuda" else [])
+    modes = ["sequential", "vmap", "auto", "timed"] + (["cudagraph"] if device.type == "cuda" else [])
     masks = {}
     for mode in modes:
-        config = SFPKConfig(0.8, n_particles=4, n_steps=10, energy_mode=mode)
-        masks[mode] = prune(model, None, batches, config, progress=False).mask
+        config = SFPKConfig(0.8, n_particles=4, n_steps=10)
+        masks[mode] = prune(model, batches, config=config, execution=Execution(energy_mode=mode), progress=False).mask
     first = masks["sequential"].flat()
     shares = {mode: float((mask.flat() == first).double().mean()) for mode, mask in masks.items()}
     assert min(shares.values()) > 0.97, shares

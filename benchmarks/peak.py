@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from sfpk_kernels.compat.fields import separated
 from sfpk_kernels.config import SFPKConfig
 from sfpk_kernels.modeling.batches import default_loss
 from sfpk_kernels.modeling.state import guarded
@@ -51,7 +52,8 @@ def main() -> None:
     """What the new process does."""
     name, provider, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     device = torch.device(options.pop("device", "cpu"))
-    config = SFPKConfig.preset("paper", **{"sparsity": 0.9, "n_particles": 10, "n_steps": 1, **options})
+    method, execution = separated(options)
+    config = SFPKConfig.preset("paper", **{"sparsity": 0.9, "n_particles": 10, "n_steps": 1, **method})
     torch.manual_seed(0)
     work = WORKLOADS[name]
     model = work.build().to(device)
@@ -61,7 +63,7 @@ def main() -> None:
     ]
     # What torch and the extension load once is none of the run's.
     tiny = mlp((64, 8, 10)).to(device)
-    SFPKPruner(tiny, None, SFPKConfig(0.5, n_particles=2, n_steps=1)).run([images(8, 1)(4)])
+    SFPKPruner(tiny, config=SFPKConfig(0.5, n_particles=2, n_steps=1)).run([images(8, 1)(4)])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -74,8 +76,8 @@ def main() -> None:
     if provider == "naive":
         run_naive(model, batches, config)
     else:
-        plan = SFPKPruner(model, None, config).run(batches).plan
-        found = {"predicted": plan.peak_bytes, "mode": plan.choice.mode, "memory": plan.memory, "parts": plan.parts}
+        plan = SFPKPruner(model, config=config, execution=execution).run(batches).plan
+        found = {"predicted": plan.peak_bytes, "mode": plan.choice.mode, "update": plan.update, "parts": plan.parts}
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
     print(json.dumps({"measured": peak - before, **found}))
 

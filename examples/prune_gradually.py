@@ -33,14 +33,14 @@ def main(arguments: Sequence[str] = ()) -> dict[str, float]:
 
     # One shot: search once, retrain once. The masks hold in every optimizer step.
     one = copy.deepcopy(dense)
-    mask = prune(one, None, digits.loader(0), config).mask
-    retrain(one, None, digits.loader(0, TRAINING_BATCH), mask, retraining)
+    mask = prune(one, digits.loader(0), config=config).mask
+    retrain(one, digits.loader(0, TRAINING_BATCH), mask, retraining)
     figures["one shot"] = test(one)
 
     # Gradually: the same passes and the same epochs in four shots. The particles go on from shot to shot.
     def pruner(model: nn.Module) -> GradualPruner:
         loader, training = digits.loader(0), digits.loader(0, TRAINING_BATCH)
-        return GradualPruner(model, None, loader, config, shots=4, retrain=retraining, retrain_loader=training)
+        return GradualPruner(model, loader, config=config, shots=4, retrain=retraining, retrain_loader=training)
 
     gradual = copy.deepcopy(dense)
     with tempfile.TemporaryDirectory() as folder:

@@ -32,7 +32,7 @@ def main() -> None:
         return F.cross_entropy(net(batch[0]), batch[1], label_smoothing=0.1)
 
     config = SFPKConfig.preset("default", sparsity=0.95, n_particles=8, n_steps=60)
-    pruner = SFPKPruner(model, smoothed, config, ignored_layers=ignored)
+    pruner = SFPKPruner(model, loss_fn=smoothed, config=config, ignored_layers=ignored)
     result = pruner.run(loader)
     print(result.mask)
     print("density by layer:", {name: round(share, 3) for name, share in result.mask.layer_densities().items()})
@@ -42,7 +42,7 @@ def main() -> None:
 
     print(f"dense      {accuracy():.3f}")
     dense = {name: value.clone() for name, value in model.state_dict().items()}
-    baselines.magnitude(model, None, None, config.sparsity, ignored_layers=ignored).apply_(model)
+    baselines.magnitude(model, config.sparsity, ignored_layers=ignored).apply_(model)
     print(f"magnitude  {accuracy():.3f}")
     model.load_state_dict(dense)
     with tempfile.TemporaryDirectory() as folder:

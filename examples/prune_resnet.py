@@ -93,8 +93,8 @@ def main(arguments: Sequence[str] = ()) -> dict[str, Any]:
     print(f"dense: {figures['dense']:.1%}")
     size = {"n_particles": 10, "n_steps": 100} if full else {"n_particles": 4, "n_steps": 40}
     methods: dict[str, Callable[[float], MaskSet]] = {
-        "magnitude": lambda sparsity: baselines.magnitude(model, None, None, sparsity),
-        "sfpk": lambda sparsity: prune(model, None, loader, SFPKConfig(sparsity, **size)).mask,
+        "magnitude": lambda sparsity: baselines.magnitude(model, sparsity),
+        "sfpk": lambda sparsity: prune(model, loader, config=SFPKConfig(sparsity, **size)).mask,
     }
     with tempfile.TemporaryDirectory() as folder:
         for sparsity in SPARSITIES:

@@ -23,24 +23,30 @@ def main(arguments: Sequence[str] = ()) -> dict[str, Any]:
     full = parser.parse_args(arguments).full
     digits = load_digits()
     model = train(digits, 0, 40 if full else 4)
-    # Named, not timed: the same way of computing energies, and so the same bits, in every run.
-    config = SFPKConfig(0.95, n_particles=10 if full else 2, n_steps=100 if full else 16, energy_mode="sequential")
-    checkpoints = [0.5, 0.8, 0.9]
+    config = SFPKConfig(0.95, n_particles=10 if full else 2, n_steps=100 if full else 16)
+    waypoints = [0.5, 0.8, 0.9]
 
     def stop(record: StepRecord) -> None:
         if record.step == config.n_steps // 2:
             raise Stopped
 
-    whole = prune(model, None, digits.loader(0), config, checkpoints=checkpoints)
+    whole = prune(model, digits.loader(0), config=config, waypoints=waypoints)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.sfpk"
         try:
-            prune(model, None, digits.loader(0), config, checkpoints=checkpoints, save_every=5, save_path=path,
-                  callbacks=[stop])  # fmt: skip
+            prune(
+                model,
+                digits.loader(0),
+                config=config,
+                waypoints=waypoints,
+                save_every=5,
+                save_path=path,
+                callbacks=[stop],
+            )
         except Stopped:
             print(f"stopped after step {config.n_steps // 2}; {path.stat().st_size:,} bytes on disk")
         # A new loader from its beginning: the batches used before are passed over.
-        result = prune(model, None, digits.loader(0), config, checkpoints=checkpoints, resume=path)
+        result = prune(model, digits.loader(0), config=config, waypoints=waypoints, resume=path)
         print(f"resumed: {result.mask}")
         print("the same mask, bit for bit, as without the stop:", result.mask == whole.mask)
 

@@ -7,6 +7,7 @@ from . import baselines, ops
 from ._version import __version__
 from .config import SFPKConfig
 from .coordinates.flat import Coordinates
+from .execution import Execution
 from .export.dense_files import load_exported
 from .export.export import ExportReport, export
 from .masks.maskset import MaskSet
@@ -21,6 +22,7 @@ from .search.result import PruneResult
 
 __all__ = [
     "Coordinates",
+    "Execution",
     "ExportReport",
     "GradualPruner",
     "GradualResult",

@@ -23,6 +23,8 @@ from torch import nn
 from benchmarks import models
 from sfpk_kernels import GradualPruner, RetrainConfig, SFPKConfig, SFPKPruner, baselines, prune
 
+from .settings import both
+
 Batches = list[Any]
 
 
@@ -55,7 +57,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {  # model, preset, settings
     "hard vote": ("mlp", "default", {"momentum": 0.3, "vote": "hard", "vote_ratio": 0.5}),
     "masked vote": ("convnet", "default", {"momentum": 0.3, "vote": "masked"}),
     "soft vote": ("transformer", "default", {"momentum": 0.3, "vote_ratio": 0.5}),
-    "lean": ("mlp", "default", {"memory": "lean"}),
+    "lean": ("mlp", "default", {"update": "gauss_seidel"}),
     "weighted kernel": ("convnet", "default", {"kernel": "weighted_rbf", "polarizer": "mask_normalized"}),
     "fp16 particles": ("mlp", "default", {"particle_dtype": "float16"}),
     "bf16 particles": ("convnet", "default", {"particle_dtype": "bfloat16", "momentum": 0.1}),
@@ -73,16 +75,16 @@ def made(name: str) -> tuple[nn.Module, Batches]:
     return MODELS[name]()
 
 
-def config(preset: str, **settings: Any) -> SFPKConfig:
+def settings_of(preset: str, **settings: Any) -> dict[str, Any]:
     settings = {
         "sparsity": 0.8,
         "n_particles": 4,
         "n_steps": 12,
         "energy_mode": "sequential",
-        "memory": "fast",
+        "update": "jacobi",
         **settings,
     }
-    return SFPKConfig.preset(preset, **settings)
+    return both(SFPKConfig.preset, preset, **settings)
 
 
 def digest(*tensors: torch.Tensor) -> str:
@@ -96,31 +98,31 @@ def fingerprints() -> Iterator[tuple[str, str]]:
     """(run, mask and particles in one word), one after the other."""
     for name, (model_name, preset, settings) in RUNS.items():
         model, batches = made(model_name)
-        result = prune(model, None, batches, config(preset, **settings))
+        result = prune(model, batches, **settings_of(preset, **settings))
         yield name, f"{result.mask.fingerprint()[:16]} {digest(result.particles.float())}"
     model, batches = made("convnet")
-    chosen = config("default", momentum=0.2)
+    chosen = settings_of("default", momentum=0.2)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "run")
-        result = prune(model, None, batches, chosen, checkpoints=[0.3, 0.6], save_every=5, save_path=path)
-        steps = SFPKPruner(model, None, chosen)
+        result = prune(model, batches, **chosen, waypoints=[0.3, 0.6], save_every=5, save_path=path)
+        steps = SFPKPruner(model, **chosen)
         for k in range(5):
             steps.step([batches[(4 * k + i) % len(batches)] for i in range(4)])
         steps.save(path)
-        resumed = prune(model, None, batches, chosen, resume=path)
+        resumed = prune(model, batches, **chosen, resume=path)
     masks = [waypoint.mask.fingerprint()[:8] for waypoint in result.waypoints]
     yield "waypoints", f"{result.mask.fingerprint()[:16]} {' '.join(masks)}"
     yield "resumed", f"{resumed.mask.fingerprint()[:16]} {digest(resumed.particles)}"
     yield (
         "further",
-        prune(model, None, batches, config("default", sparsity=0.95), start=result.particles).mask.fingerprint()[:16],
+        prune(model, batches, **settings_of("default", sparsity=0.95), start=result.particles).mask.fingerprint()[:16],
     )
     model, batches = made("mlp")
-    gradual = GradualPruner(model, None, batches, config("default"), shots=3, retrain=RetrainConfig(3, lr=0.02)).run()
+    gradual = GradualPruner(model, batches, **settings_of("default"), shots=3, retrain=RetrainConfig(3, lr=0.02)).run()
     yield "gradual", f"{gradual.mask.fingerprint()[:16]} {digest(*model.state_dict().values())}"
     model, batches = made("convnet")
-    yield "magnitude", baselines.magnitude(model, None, batches, 0.8).fingerprint()[:16]
-    yield "snip", baselines.snip(model, None, batches, 0.8).fingerprint()[:16]
+    yield "magnitude", baselines.magnitude(model, 0.8).fingerprint()[:16]
+    yield "snip", baselines.snip(model, batches, 0.8).fingerprint()[:16]
 
 
 def main(words: list[str]) -> int:

@@ -15,12 +15,12 @@ from sfpk_kernels.search.schedule import density_schedule
 
 
 def quick(**overrides):
-    options = {"n_particles": 4, "n_steps": 10, "energy_mode": "sequential", **overrides}
+    options = {"n_particles": 4, "n_steps": 10, **overrides}
     return SFPKConfig(0.8, **options)
 
 
 def test_masks_are_exact_and_taken_when_the_schedule_passes(mlp, vectors):
-    result = prune(mlp, None, vectors, quick(), checkpoints=[0.7, 0.3, 0.5, 0.8])
+    result = prune(mlp, vectors, config=quick(), waypoints=[0.7, 0.3, 0.5, 0.8])
     assert [w.sparsity for w in result.waypoints] == [0.3, 0.5, 0.7, 0.8]
     schedule = [1.0] + [record.scheduled_density for record in result.history]
     for waypoint in result.waypoints:
@@ -36,9 +36,9 @@ def test_masks_are_exact_and_taken_when_the_schedule_passes(mlp, vectors):
 
 
 def test_a_sparsity_is_found_up_to_rounding_and_only_where_the_run_was(mlp, vectors):
-    result = prune(mlp, None, vectors, quick(), checkpoints=[0.1 * 3])
+    result = prune(mlp, vectors, config=quick(), waypoints=[0.1 * 3])
     assert result.mask_at(0.3) == result.waypoints[0].mask
-    half_way = SFPKPruner(mlp, None, quick(), checkpoints=[0.3], keep_scores=True)
+    half_way = SFPKPruner(mlp, config=quick(), waypoints=[0.3], keep_scores=True)
     for k in range(4):
         half_way.step(vectors[k : k + 4])
     reached = 1 - half_way.history[-1].scheduled_density
@@ -47,29 +47,29 @@ def test_a_sparsity_is_found_up_to_rounding_and_only_where_the_run_was(mlp, vect
     with pytest.raises(ValueError, match=f"that the run has passed, 0 to {reached:g}, got 0.7"):
         half_way.result().mask_at(0.7)
     options = {"checkpoints": [0.9], "keep_scores": True, "start": result.particles}
-    further = prune(mlp, None, vectors, quick().replace(sparsity=0.95), **options)
+    further = prune(mlp, vectors, config=quick().replace(sparsity=0.95), **options)
     assert further.mask_at(0.85).kept == round(0.15 * 144)
     with pytest.raises(ValueError, match="that the run has passed, 0.8 to 0.95, got 0.3"):
         further.mask_at(0.3)
 
 
 def test_taking_masks_does_not_change_the_run(mlp, vectors):
-    plain = prune(mlp, None, vectors, quick(momentum=0.1))
-    with_masks = prune(mlp, None, vectors, quick(momentum=0.1), checkpoints=[0.5], keep_scores=True)
+    plain = prune(mlp, vectors, config=quick(momentum=0.1))
+    with_masks = prune(mlp, vectors, config=quick(momentum=0.1), waypoints=[0.5], keep_scores=True)
     assert torch.equal(plain.particles, with_masks.particles)
     assert plain.mask == with_masks.mask
 
 
 def test_a_mask_is_the_vote_of_the_particles_of_that_step(mlp, vectors):
-    result = prune(mlp, None, vectors, quick(), checkpoints=[0.5])
-    pruner = SFPKPruner(mlp, None, quick())
+    result = prune(mlp, vectors, config=quick(), waypoints=[0.5])
+    pruner = SFPKPruner(mlp, config=quick())
     for k in range(result.waypoints[0].step):
         pruner.step([vectors[(4 * k + i) % 10] for i in range(4)])
     assert pruner.result().vote("soft", sparsity=0.5) == result.waypoints[0].mask
 
 
 def test_kept_scores_give_every_sparsity_in_between(mlp, vectors):
-    result = prune(mlp, None, vectors, quick(), checkpoints=[0.3, 0.6], keep_scores=True)
+    result = prune(mlp, vectors, config=quick(), waypoints=[0.3, 0.6], keep_scores=True)
     for sparsity in (0.1, 0.35, 0.5, 0.62, 0.75):
         assert result.mask_at(sparsity).kept == round((1 - sparsity) * 144)
     nearest = result.waypoints[0].score.topk(round(0.65 * 144)).indices
@@ -87,7 +87,7 @@ def test_kept_scores_give_every_sparsity_in_between(mlp, vectors):
 )
 def test_bad_checkpoints(mlp, checkpoints, error, words):
     with pytest.raises(error, match=f"checkpoints: .*{words}"):
-        SFPKPruner(mlp, None, quick(), checkpoints=checkpoints)
+        SFPKPruner(mlp, config=quick(), waypoints=checkpoints)
 
 
 def test_settling_at_checkpoints(mlp, vectors, tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_settling_at_checkpoints(mlp, vectors, tmp_path, monkeypatch):
     monkeypatch.setattr(particles, "transition_", recorded)
     config = quick(settle=True, n_steps=40)
     path = tmp_path / "run"
-    result = prune(mlp, None, vectors, config, checkpoints=[0.5, 0.7, 0.8], save_every=13, save_path=path)
+    result = prune(mlp, vectors, config=config, waypoints=[0.5, 0.7, 0.8], save_every=13, save_path=path)
     densities = [record.scheduled_density for record in result.history]
     assert [1.0, *densities] == density_schedule("cubic", 1 - 0.8, 40, 1.0, [1 - 0.5, 1 - 0.7])
     first = round(40 * math.log(2) / math.log(5))
@@ -109,13 +109,13 @@ def test_settling_at_checkpoints(mlp, vectors, tmp_path, monkeypatch):
     assert result.knee() is None
     assert pulls == [0.0] * 8 + [0.3] * 32
     assert [w.mask.kept for w in result.waypoints] == [72, 43, 29]
-    assert prune(mlp, None, vectors, config, checkpoints=[0.5, 0.7, 0.8], resume=path).mask == result.mask
+    assert prune(mlp, vectors, config=config, waypoints=[0.5, 0.7, 0.8], resume=path).mask == result.mask
     with pytest.raises(ValueError, match="^checkpoints, start: wanted those of the saved run, which settles"):
-        prune(mlp, None, vectors, config, checkpoints=[0.6, 0.7], resume=path)
+        prune(mlp, vectors, config=config, waypoints=[0.6, 0.7], resume=path)
     with pytest.raises(ValueError, match="^settle: wanted checkpoints=.* to settle at, got none"):
-        SFPKPruner(mlp, None, config)
-    alone = prune(mlp, None, vectors, config, checkpoints=[0.8])
-    assert alone.mask == prune(mlp, None, vectors, quick(n_steps=40)).mask, "nothing to settle at before the end"
+        SFPKPruner(mlp, config=config)
+    alone = prune(mlp, vectors, config=config, waypoints=[0.8])
+    assert alone.mask == prune(mlp, vectors, config=quick(n_steps=40)).mask, "nothing to settle at before the end"
 
 
 def test_masked_votes_are_of_the_final_sparsity(mlp, vectors):
@@ -124,19 +124,19 @@ def test_masked_votes_are_of_the_final_sparsity(mlp, vectors):
         ({"checkpoints": [0.8], "keep_scores": True}, "^keep_scores: wanted False: the scores of vote='masked'"),
     ]:
         with pytest.raises(ValueError, match=words):
-            SFPKPruner(mlp, None, quick(vote="masked"), **options)
-    result = prune(mlp, None, vectors, quick(vote="masked"), checkpoints=[0.8])
+            SFPKPruner(mlp, config=quick(vote="masked"), **options)
+    result = prune(mlp, vectors, config=quick(vote="masked"), waypoints=[0.8])
     assert result.mask_at(0.8) == result.mask == result.waypoints[0].mask
 
 
 def test_scores_are_kept_at_checkpoints(mlp):
     with pytest.raises(ValueError, match="^keep_scores: wanted checkpoints=.* beside it"):
-        SFPKPruner(mlp, None, quick(), keep_scores=True)
+        SFPKPruner(mlp, config=quick(), keep_scores=True)
 
 
 def test_the_ratio_of_voters_is_not_rounded_up_by_chance(mlp, vectors):
     """0.56 · 25 in fp64 is a little above 14."""
-    result = prune(mlp, None, vectors, quick(n_particles=25, n_steps=2, consensus=0.0, polarizer="mask"))
+    result = prune(mlp, vectors, config=quick(n_particles=25, n_steps=2, consensus=0.0, polarizer="mask"))
     best = result.energies.argsort()[:14].sort().values
     mask = result.vote("top_ratio", ratio=0.56).flat()
     assert set(torch.nonzero(mask).flatten().tolist()) == set(
@@ -145,7 +145,7 @@ def test_the_ratio_of_voters_is_not_rounded_up_by_chance(mlp, vectors):
 
 
 def test_votes(mlp, vectors, caplog):
-    result = prune(mlp, None, vectors, quick(consensus=0.0, polarizer="mask"))
+    result = prune(mlp, vectors, config=quick(consensus=0.0, polarizer="mask"))
     particles, kept = result.particles, round(0.2 * 144)
 
     def top(score):
@@ -199,7 +199,7 @@ def with_history(result, history):
 
 
 def test_curve_and_knee(mlp, vectors):
-    result = prune(mlp, None, vectors, quick())
+    result = prune(mlp, vectors, config=quick())
     curve = result.curve()
     assert curve[0]["sparsity"] == 0.0
     assert curve[3]["sparsity"] == pytest.approx(1 - result.history[2].density)
@@ -220,7 +220,7 @@ def test_curve_and_knee(mlp, vectors):
 
 
 def test_one_particle_has_no_knee_within_what_its_batches_differ_by(mlp, vectors):
-    result = prune(mlp, None, vectors, quick())
+    result = prune(mlp, vectors, config=quick())
     found = {0.0: [], 4.0: []}  # by height of the rise
     for noise in torch.randn(50, 60, dtype=torch.float64).tolist():
         for height, knees in found.items():
@@ -238,12 +238,12 @@ def test_untrained_networks_have_no_knee():
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
         batches = [(torch.randn(16, 8), torch.randint(4, (16,))) for _ in range(10)]
-        knees.append(prune(model, None, batches, quick(n_particles=1, n_steps=30, seed=seed)).knee())
+        knees.append(prune(model, batches, config=quick(n_particles=1, n_steps=30, seed=seed)).knee())
     assert knees.count(None) >= 11
 
 
 def test_a_report_of_numbers(mlp, vectors):
-    result = prune(mlp, None, vectors, quick(), checkpoints=[0.5])
+    result = prune(mlp, vectors, config=quick(), waypoints=[0.5])
     assert repr(result).startswith("PruneResult(MaskSet(29 of 144 weights kept")
     assert "masks on the way at [0.5]" in repr(result)
     assert len(repr(result)) < 250

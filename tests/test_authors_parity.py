@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from sfpk_kernels import SFPKConfig, SFPKPruner
 
+from .settings import both
+
 DATA = Path(__file__).parent / "data"
 
 
@@ -43,7 +45,8 @@ def test_authors_preset_follows_the_recorded_run(name, build, energy_mode):
     model.load_state_dict(
         {key.removeprefix("param:"): torch.tensor(recorded[key]) for key in recorded.files if ":" in key}
     )
-    config = SFPKConfig.preset(
+    settings = both(
+        SFPKConfig.preset,
         "authors",
         sparsity=1 - float(recorded["target_density"]),
         n_particles=int(recorded["n_particles"]),
@@ -53,7 +56,8 @@ def test_authors_preset_follows_the_recorded_run(name, build, energy_mode):
         momentum=float(recorded["momentum"]),
         energy_mode=energy_mode,
     )
-    pruner = SFPKPruner(model, lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]), config)
+    pruner = SFPKPruner(model, loss_fn=lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]), **settings)
+    config = pruner.config
     names = [tensor.name for tensor in pruner.coordinates.tensors]
     assert names == list(recorded["names"])
     assert torch.equal(pruner.coordinates.flatten(model), torch.tensor(recorded["theta"]))

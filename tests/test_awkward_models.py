@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sfpk_kernels import SFPKConfig, plan, prune
+from sfpk_kernels import Execution, SFPKConfig, plan, prune
 
+from .settings import both
 from .snapshot import Snapshot
 
 ROWS = torch.Generator().manual_seed(1)
@@ -90,7 +91,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"memory": "lean"}, {"microbatch": 8}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"update": "gauss_seidel"}, {"microbatch": 8}], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_auto_prunes_it_as_one_by_one_does(name, options):
     make, batches = MODELS[name]
@@ -99,12 +100,11 @@ def test_auto_prunes_it_as_one_by_one_does(name, options):
     twin, before = copy.deepcopy(model), {n: p.detach().clone() for n, p in model.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        auto = prune(model, None, batches, quick(**options), include_embeddings=name == "sparse gradients")
+        auto = prune(model, batches, **both(quick, **options), include_embeddings=name == "sparse gradients")
         alone = prune(
             twin,
-            None,
             batches,
-            quick(energy_mode="sequential", **options),
+            **both(quick, energy_mode="sequential", **options),
             include_embeddings=name == "sparse gradients",
         )
     assert auto.mask.kept == alone.mask.kept == round(0.4 * auto.mask.prunable)
@@ -129,8 +129,8 @@ def test_jagged_batches(same):
         batches = [(jagged((3, 5) if same else (3 + i, 5 - i)), torch.randint(4, (8,))) for i in range(3)]
         model = nn.Linear(8, 4)
         before = Snapshot(model)
-        auto = prune(model, of_values, batches, quick())
-        alone = prune(model, of_values, batches, quick(energy_mode="sequential"))
+        auto = prune(model, batches, loss_fn=of_values, config=quick())
+        alone = prune(model, batches, loss_fn=of_values, config=quick(), execution=Execution(energy_mode="sequential"))
         assert str(plan(model, quick(), batches[0], of_values))
     before.check()
     assert auto.mask == alone.mask

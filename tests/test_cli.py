@@ -27,8 +27,8 @@ def test_prune_writes_masks_report_and_says_what(tmp_path, capsys):
     assert main(["prune", TASK, *QUICK, "--out", str(out), "--json", "--checkpoints", "0.5"]) == 0
     found = json.loads(capsys.readouterr().out)
     model, loss_fn, batches, _ = small()
-    config = SFPKConfig(0.8, n_particles=3, n_steps=6, energy_mode="sequential")
-    expected = prune(model, loss_fn, batches, config, checkpoints=[0.5])
+    config = SFPKConfig(0.8, n_particles=3, n_steps=6)
+    expected = prune(model, batches, loss_fn=loss_fn, config=config, waypoints=[0.5])
     assert found["fingerprint"] == expected.mask.fingerprint()
     assert found["dense_eval"] == 0
     assert found["pruned_eval"] > 0.5

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sfpk_kernels import SFPKConfig, prune
+from sfpk_kernels import Execution, SFPKConfig, prune
 from sfpk_kernels.compat import SFPK, SFPK_prune, free_modules, init_masks_hooks, masked_params, pruners
 from sfpk_kernels.naive import naive_sfpk
 from tests.test_authors_parity import convnet as recorded_convnet
@@ -32,9 +32,12 @@ def masked(model, **freed):
 
 def test_algorithm_3_is_the_paper_preset(mlp, vectors):
     result = SFPK_prune(mlp, 0.75, vectors, 3, 5, 1.5, energy_mode="sequential", progress=False)
-    config = SFPKConfig.preset("paper", sparsity=0.75, n_particles=3, n_steps=5, radius=1.5, energy_mode="sequential")
+    config = SFPKConfig.preset("paper", sparsity=0.75, n_particles=3, n_steps=5, radius=1.5)
     assert result.config == config
-    assert result.mask == prune(mlp, None, vectors, config, progress=False).mask
+    assert (
+        result.mask
+        == prune(mlp, vectors, config=config, execution=Execution(energy_mode="sequential"), progress=False).mask
+    )
     assert result.mask.kept == round(0.25 * 144)
     literal = naive_sfpk(
         mlp, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), (vectors * 2)[:15],

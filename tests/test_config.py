@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from sfpk_kernels import SFPKConfig
+from sfpk_kernels import Execution, SFPKConfig
 from sfpk_kernels.config import PRESETS
 from sfpk_kernels.search.schedule import density_schedule
 
@@ -65,11 +65,9 @@ def test_replace_checks_again():
         ("vote_ratio", 0.0, ValueError),
         ("eps", -1.0, ValueError),
         ("seed", -1, ValueError),
-        ("chunk_size", 0, ValueError),
         ("retract", 1, TypeError),
         ("settle", None, TypeError),
         ("model_mode", "training", ValueError),
-        ("backend", "fortran", ValueError),
         ("kernel", "gauss", ValueError),
         ("density", "l1", ValueError),
         ("schedule", "cosine", ValueError),
@@ -78,9 +76,21 @@ def test_replace_checks_again():
         ("vote", "loud", ValueError),
         ("selection", "fuzzy", ValueError),
         ("bn", "eval", ValueError),
+        ("update", "lean", ValueError),
+    ],
+)
+def test_bad_values_are_named(field, value, error):
+    with pytest.raises(error, match=f"^{field}: wanted .* got"):
+        SFPKConfig(**{"sparsity": 0.5, field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("chunk_size", 0, ValueError),
+        ("backend", "fortran", ValueError),
         ("energy_mode", "fast", ValueError),
         ("dtype", "float64", ValueError),
-        ("memory", "small", ValueError),
         ("offload", "disk", ValueError),
         ("microbatch", 0, ValueError),
         ("microbatch", 1.5, TypeError),
@@ -89,9 +99,9 @@ def test_replace_checks_again():
         ("memory_limit", "4GB", TypeError),
     ],
 )
-def test_bad_values_are_named(field, value, error):
+def test_bad_values_of_the_execution_are_named(field, value, error):
     with pytest.raises(error, match=f"^{field}: wanted .* got"):
-        SFPKConfig(**{"sparsity": 0.5, field: value})
+        Execution(**{field: value})
 
 
 def test_unknown_names_are_errors():
@@ -151,7 +161,6 @@ def test_bad_schedules_are_named(arguments, word):
         density_schedule(*arguments)
 
 
-@pytest.mark.parametrize("options", [{"memory": "lean"}, {"offload": "cpu"}])
-def test_vmap_needs_all_particles_where_the_model_is(options):
-    with pytest.raises(ValueError, match="energy_mode: 'vmap' wanted"):
-        SFPKConfig(0.5, energy_mode="vmap", **options)
+def test_vmap_needs_all_particles_where_the_model_is():
+    with pytest.raises(ValueError, match="energy_mode: wanted another than 'vmap' with offload"):
+        Execution(energy_mode="vmap", offload="cpu")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sfpk_kernels import Coordinates, SFPKConfig, baselines, default_loss, prune
+from sfpk_kernels import Coordinates, Execution, SFPKConfig, baselines, default_loss, prune
 from sfpk_kernels.cli._task import WrongTask, call_task
 from sfpk_kernels.modeling.batches import BatchStream
 from sfpk_kernels.modeling.labels import check_targets, label_loss
@@ -120,14 +120,14 @@ def test_a_run_is_refused_before_its_first_step(mode, outputs):
     before = [parameter.detach().clone() for parameter in model.parameters()]
     loader = [(x, 2 * x[:, :outputs]) for x in torch.randn(4, N, 8)]
     steps = []
-    config = SFPKConfig(sparsity=0.5, n_particles=2, n_steps=2, energy_mode=mode)
+    how = {"config": SFPKConfig(sparsity=0.5, n_particles=2, n_steps=2), "execution": Execution(energy_mode=mode)}
     with pytest.raises(ValueError, match=r"loss_fn: the default loss.*pass loss_fn=lambda model, batch: F.mse_loss"):
-        prune(model, None, loader, config, callbacks=[steps.append])
+        prune(model, loader, **how, callbacks=[steps.append])
     assert not steps
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     with pytest.raises(ValueError, match="loss_fn: the default loss"):
-        baselines.snip(model, None, loader, 0.5)
-    result = prune(model, lambda model, batch: F.mse_loss(model(batch[0]), batch[1]), loader, config)
+        baselines.snip(model, loader, 0.5)
+    result = prune(model, loader, loss_fn=lambda model, batch: F.mse_loss(model(batch[0]), batch[1]), **how)
     assert result.history[0].energy > 0
 
 
@@ -269,7 +269,7 @@ def test_something_else_in_the_place_of_the_loader(loader, mlp):
     for act in (
         lambda: check_loader(loader),
         lambda: BatchStream(loader, torch.device("cpu"), 4),
-        lambda: prune(mlp, None, loader, CONFIG),
+        lambda: prune(mlp, loader, config=CONFIG),
     ):
         with pytest.raises(TypeError, match=f"^loader: wanted an iterable of batches, got .*{ORDER}"):
             act()

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from sfpk_kernels import Coordinates, MaskSet, SFPKConfig, SFPKPruner
+from sfpk_kernels import Coordinates, Execution, MaskSet, SFPKConfig, SFPKPruner
 from sfpk_kernels.demo.run import Demo
 from sfpk_kernels.demo.task import build_model, load_digits, train
 from sfpk_kernels.report import render
@@ -98,8 +98,10 @@ def test_every_step_by_the_fast_and_the_reference_transition_gives_the_same_mask
     """
     model = train(digits, seed=0, epochs=1)
     batches = list(zip(digits.train_x.split(64), digits.train_y.split(64), strict=True))
-    config = SFPKConfig(sparsity=0.95, n_particles=3, n_steps=15, energy_mode="sequential")
-    fast, reference = (SFPKPruner(model, None, config.replace(backend=name)) for name in ("cpp", "reference"))
+    config = SFPKConfig(sparsity=0.95, n_particles=3, n_steps=15)
+    fast, reference = (
+        SFPKPruner(model, config=config, execution=Execution(backend=name)) for name in ("cpp", "reference")
+    )
     while not fast.done:
         fast.load_state_dict({**reference.state_dict(), "config": fast.config.to_json()})
         for pruner in (fast, reference):

@@ -14,7 +14,7 @@ from sfpk_kernels.search.records import StepRecord
 
 
 def quick(**overrides):
-    options = {"n_particles": 4, "n_steps": 10, "energy_mode": "sequential", **overrides}
+    options = {"n_particles": 4, "n_steps": 10, **overrides}
     return SFPKConfig(0.8, **options)
 
 
@@ -27,7 +27,7 @@ def measured_by_hand(pruner):
 @pytest.mark.parametrize("polarizer", ["mask", "mask_normalized"])
 @pytest.mark.parametrize("kernel", ["rbf", "weighted_rbf"])
 def test_against_the_definitions(mlp, vectors, polarizer, kernel):
-    pruner = SFPKPruner(mlp, None, quick(polarizer=polarizer, kernel=kernel, consensus=0.0))
+    pruner = SFPKPruner(mlp, config=quick(polarizer=polarizer, kernel=kernel, consensus=0.0))
     for k in range(4):
         kept = measured_by_hand(pruner)
         record = pruner.step(vectors[k : k + 4])
@@ -54,9 +54,9 @@ def test_a_sample_of_many_coordinates_is_close(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 600), nn.Tanh(), nn.Linear(600, 5), nn.Tanh(), nn.Linear(5, 4))
     batches = [(torch.randn(8, 64), torch.randint(4, (8,))) for _ in range(4)]
-    exact = prune(model, None, batches, quick(n_steps=4)).history[-1]
+    exact = prune(model, batches, config=quick(n_steps=4)).history[-1]
     monkeypatch.setattr(module, "_SAMPLE", 4096)
-    sampled = prune(model, None, batches, quick(n_steps=4)).history[-1]
+    sampled = prune(model, batches, config=quick(n_steps=4)).history[-1]
     assert sampled.energies == exact.energies
     for a, b in zip(sampled.overlaps, exact.overlaps, strict=True):
         assert a == pytest.approx(b, abs=0.05)
@@ -65,7 +65,7 @@ def test_a_sample_of_many_coordinates_is_close(monkeypatch):
 
 
 def test_identical_particles_count_as_one(mlp, vectors):
-    record = SFPKPruner(mlp, None, quick()).step(vectors[:4])
+    record = SFPKPruner(mlp, config=quick()).step(vectors[:4])
     assert record.effective_particles == pytest.approx(1.0)
     assert record.mean_overlap == 1.0
     assert record.start_density == 1.0
@@ -111,7 +111,7 @@ def test_an_untrained_model_is_noticed(n, caplog):
     x = torch.randn(256, 8)
     batches = [(x, torch.randint(4, (256,)))] * 4
     with caplog.at_level(logging.WARNING, logger="sfpk_kernels"):
-        result = prune(model, None, batches, quick(n_steps=20, n_particles=n))
+        result = prune(model, batches, config=quick(n_steps=20, n_particles=n))
     assert any("the loss falls" in words for words in result.alarms)
     assert "is the model trained" in caplog.text
 
@@ -139,10 +139,10 @@ def spoiled(vectors, what):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("memory", ["fast", "lean"])
-def test_a_particle_without_finite_gradient_is_skipped_and_named(mlp, vectors, what, memory, caplog):
-    config = quick(nonfinite="skip_particle", memory=memory)
-    pruner = SFPKPruner(mlp, spoiled(vectors, what), config)
+@pytest.mark.parametrize("update", ["jacobi", "gauss_seidel"])
+def test_a_particle_without_finite_gradient_is_skipped_and_named(mlp, vectors, what, update, caplog):
+    config = quick(nonfinite="skip_particle", update=update)
+    pruner = SFPKPruner(mlp, loss_fn=spoiled(vectors, what), config=config)
     pruner.step(vectors[:4])
     before = pruner.particles.clone()
     with caplog.at_level(logging.WARNING, logger="sfpk_kernels"):
@@ -153,14 +153,14 @@ def test_a_particle_without_finite_gradient_is_skipped_and_named(mlp, vectors, w
     assert not torch.equal(pruner.particles[0], before[0])
     assert torch.isfinite(pruner.particles).all()
     assert record.energy == record.energy
-    strict = SFPKPruner(mlp, spoiled(vectors, what), quick(memory=memory))
+    strict = SFPKPruner(mlp, loss_fn=spoiled(vectors, what), config=quick(update=update))
     strict.step(vectors[:4])
     with pytest.raises(FloatingPointError, match=f"(?i)finite {what}, got nan.* in step 2, particle 1"):
         strict.step(vectors[4:8])
 
 
 def test_a_skipped_particle_does_not_spoil_the_run(mlp, vectors):
-    result = prune(mlp, spoiled(vectors, "loss"), vectors, quick(nonfinite="skip_particle"))
+    result = prune(mlp, vectors, loss_fn=spoiled(vectors, "loss"), config=quick(nonfinite="skip_particle"))
     assert result.mask.kept == round(0.2 * 144)
     assert any("stood still" in words for words in result.alarms)
 
@@ -170,7 +170,7 @@ def test_all_particles_without_finite_gradient_raise(mlp, vectors):
         return model(batch[0]).sum() * float("nan")
 
     with pytest.raises(FloatingPointError, match="particle 0"):
-        prune(mlp, loss_fn, vectors, quick(nonfinite="skip_particle"))
+        prune(mlp, vectors, loss_fn=loss_fn, config=quick(nonfinite="skip_particle"))
 
 
 def test_layers_that_only_the_final_mask_loses(vectors, caplog):
@@ -180,7 +180,7 @@ def test_layers_that_only_the_final_mask_loses(vectors, caplog):
         model[2].weight.mul_(0.2)
     config = SFPKConfig.preset("paper", sparsity=0.99, n_particles=2, n_steps=6, final_score="mask_weight")
     with caplog.at_level(logging.WARNING, "sfpk_kernels"):
-        result = prune(model, None, vectors, config, checkpoints=[0.5])
+        result = prune(model, vectors, config=config, waypoints=[0.5])
     densities = result.mask.layer_densities()
     assert densities["2.weight"] < 0.001 < min(densities["0.weight"], densities["4.weight"])
     assert all(record.layer_densities[1] >= 0.001 for record in result.history)
@@ -194,17 +194,17 @@ def test_layers_that_only_the_final_mask_loses(vectors, caplog):
 def test_dense_zeros_of_norms_are_no_dead_layers(vectors):
     model = nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 4))
     config = quick(polarizer="mask_weight", n_steps=4)
-    result = prune(model, None, vectors, config, include_norms=True)
+    result = prune(model, vectors, config=config, include_norms=True)
     assert result.mask.layer_densities()["1.bias"] == 0
     assert not result.alarms
 
 
-@pytest.mark.parametrize("memory", ["fast", "lean"])
-def test_a_step_without_any_finite_particle_is_an_error(mlp, vectors, memory):
+@pytest.mark.parametrize("update", ["jacobi", "gauss_seidel"])
+def test_a_step_without_any_finite_particle_is_an_error(mlp, vectors, update):
     batches = [(x, y) for x, y in vectors[:4]] + [(x * float("nan"), y) for x, y in vectors[4:8]]
-    config = quick(nonfinite="skip_particle", memory=memory)
+    config = quick(nonfinite="skip_particle", update=update)
     with pytest.raises(FloatingPointError, match="wanted a finite loss, got nan in step 2, particle"):
-        prune(mlp, None, batches, config)
+        prune(mlp, batches, config=config)
 
 
 def test_what_is_not_finite_is_named():

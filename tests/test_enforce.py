@@ -35,7 +35,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_removed_weights_are_zero_after_every_step(mlp, vectors, make):
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     optimizer = make(mlp.parameters())
     identities = [id(p) for p in mlp.parameters()]
     handle = mask.enforce(optimizer, mlp)
@@ -55,7 +55,7 @@ def test_removed_weights_are_zero_after_every_step(mlp, vectors, make):
 
 def test_kept_weights_learn_as_without_masks_on_them(mlp, vectors):
     """One SGD step: the kept weights move exactly as the masked model's gradient says."""
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     plain = mask.apply_(copy.deepcopy(mlp))
     optimizer = torch.optim.SGD(mlp.parameters(), 0.1)
     with mask.enforce(optimizer, mlp) as handle:
@@ -68,7 +68,7 @@ def test_kept_weights_learn_as_without_masks_on_them(mlp, vectors):
 
 
 def test_several_groups_and_names_from_the_optimizer(mlp, vectors):
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     names = dict(mlp.named_parameters())
     groups = [
         {"params": [(n, p) for n, p in names.items() if n.startswith("0")]},
@@ -82,7 +82,7 @@ def test_several_groups_and_names_from_the_optimizer(mlp, vectors):
 
 
 def test_weights_loaded_in_between(mlp, vectors):
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     dense = copy.deepcopy(mlp.state_dict())
     optimizer = torch.optim.SGD(mlp.parameters(), 0.1)
     with mask.enforce(optimizer, mlp) as handle:
@@ -95,7 +95,7 @@ def test_weights_loaded_in_between(mlp, vectors):
 
 
 def test_groups_that_are_added_later(mlp, vectors):
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     optimizer = torch.optim.SGD(mlp[2].parameters(), 0.1)
     with mask.enforce(optimizer, mlp, strict=False) as handle:
         train(mlp, optimizer, vectors[:2])
@@ -123,7 +123,7 @@ def test_lbfgs_optimizes_within_the_masks(vectors, keyword, search):
     def losses(act):
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)).double()
-        mask = magnitude(model, None, None, 0.6)
+        mask = magnitude(model, 0.6)
         optimizer = torch.optim.LBFGS(model.parameters(), 0.5, max_iter=10, line_search_fn=search)
         act(mask, model, optimizer)
 
@@ -143,7 +143,7 @@ def test_lbfgs_optimizes_within_the_masks(vectors, keyword, search):
 
 
 def test_gradients_of_removed_weights_do_not_count(mlp, vectors):
-    mask = magnitude(mlp, None, None, 0.9)
+    mask = magnitude(mlp, 0.9)
     optimizer = torch.optim.SGD(mlp.parameters(), 0.1)
     with mask.enforce(optimizer, mlp) as handle:
         handle.mask_gradients_()  # none yet
@@ -176,7 +176,7 @@ def test_sparse_gradients(vectors):
 
 def test_wrapped_optimizers(mlp, vectors):
     accelerate = pytest.importorskip("accelerate")
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     model, optimizer = accelerate.Accelerator(cpu=True).prepare(mlp, torch.optim.AdamW(mlp.parameters(), 0.01))
     with mask.enforce(optimizer, model):
         train(model, optimizer, vectors, lambda: MaskSet.from_model(mlp) == mask or pytest.fail("not masked"))
@@ -189,12 +189,12 @@ def test_nothing_is_changed_where_there_are_no_hooks(mlp):
 
     before = copy.deepcopy(mlp.state_dict())
     with pytest.raises(TypeError, match=r"optimizer: wanted a torch.optim.Optimizer with step hooks, got Hookless"):
-        magnitude(mlp, None, None, 0.6).enforce(Hookless(), mlp)
+        magnitude(mlp, 0.6).enforce(Hookless(), mlp)
     assert all(torch.equal(value, before[name]) for name, value in mlp.state_dict().items())
 
 
 def test_it_cannot_be_copied(mlp, vectors):
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     optimizer = torch.optim.SGD(mlp.parameters(), 0.1)
     with mask.enforce(optimizer, mlp) as handle:
         for act in (copy.copy, copy.deepcopy, pickle.dumps):
@@ -206,7 +206,7 @@ def test_it_cannot_be_copied(mlp, vectors):
 
 
 def test_an_optimizer_without_masked_parameters_is_refused(mlp, vectors):
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     before = copy.deepcopy(mlp.state_dict())
     some = torch.optim.SGD([*mlp[0].parameters()], 0.1)
     with pytest.raises(ValueError, match="wanted one that holds every masked parameter, got one without 2.weight"):
@@ -302,7 +302,7 @@ WRAPPERS = [Around, WithHooksThatAreNeverCalled, NoOptimizer, SetUp, lambda inne
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_an_optimizer_around_another_that_writes_weights(mlp, vectors, wrap, closure, caplog):
     optimizer = wrap(torch.optim.SGD(mlp.parameters(), 0.1))  # its slow weights are the dense ones
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     with mask.enforce(optimizer, mlp):
         for batch in vectors:
             if closure:
@@ -321,7 +321,7 @@ def test_an_optimizer_around_another_that_writes_weights(mlp, vectors, wrap, clo
 
 def test_kept_weights_are_those_of_the_wrapped_optimizer_alone(mlp, vectors):
     """Masking a wrapper changes nothing but the removed weights."""
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     twin = mask.apply_(copy.deepcopy(mlp))
     with mask.enforce(Around(torch.optim.SGD(mlp.parameters(), 0.1)), mlp) as handle:
         optimizer = Around(handle._optimizer)
@@ -369,7 +369,7 @@ class Sharpness(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("style", ["calls", "closure"])
 def test_weights_that_are_moved_for_another_gradient(mlp, vectors, style, caplog):
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     seen = []
 
     def look():
@@ -424,7 +424,7 @@ class ScheduleFree(torch.optim.Optimizer):
 @pytest.mark.parametrize("package", [False, True])
 def test_weights_exchanged_for_averages_where_the_model_is_evaluated(mlp, vectors, package, caplog):
     kind = pytest.importorskip("schedulefree").AdamWScheduleFree if package else ScheduleFree
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     optimizer = kind(mlp.parameters())
     with mask.enforce(optimizer, mlp):
         for batch in vectors:
@@ -474,7 +474,7 @@ def init_ones(module):
 @pytest.mark.parametrize("write", WRITING.values(), ids=WRITING.keys())
 def test_whatever_writes_removed_weights_outside_of_a_step_is_said_once(mlp, vectors, write, caplog):
     dense = copy.deepcopy(mlp.state_dict())
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     optimizer = torch.optim.SGD(mlp.parameters(), 0.1)
     with mask.enforce(optimizer, mlp):
         for number, batch in enumerate(vectors):
@@ -500,7 +500,7 @@ def test_the_step_itself_starts_from_masked_weights(mlp, vectors):
         def step(self):
             self.seen = MaskSet.from_model(mlp)
 
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     dense = copy.deepcopy(mlp.state_dict())
     optimizer = Norm(mlp.parameters())
     with mask.enforce(optimizer, mlp):
@@ -513,7 +513,7 @@ def test_the_step_itself_starts_from_masked_weights(mlp, vectors):
 def test_found_alive_at_the_end(mlp, vectors, caplog):
     inner = torch.optim.SGD(mlp.parameters(), 0.1)
     outer = Around(inner)
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     with mask.enforce(inner, mlp):  # the outer one was not given
         gradients(mlp, vectors[0])
         outer.step()
@@ -524,7 +524,7 @@ def test_found_alive_at_the_end(mlp, vectors, caplog):
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_nothing_is_said_where_nothing_was_written(mlp, vectors, make, caplog):
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     optimizer = make(mlp.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
     handle = mask.enforce(optimizer, mlp)
@@ -539,7 +539,7 @@ def test_nothing_is_said_where_nothing_was_written(mlp, vectors, make, caplog):
 
 def test_a_wrapper_keeps_its_methods_schedulers_and_copies(mlp, vectors):
     """Nothing of ours is left behind, whatever came after us; copies step themselves and are not enforced."""
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     optimizer = Around(torch.optim.SGD(mlp.parameters(), 0.1))
     handle = mask.enforce(optimizer, mlp)
     torch.optim.lr_scheduler.StepLR(optimizer, 1)  # puts itself before step, too
@@ -582,7 +582,7 @@ def test_several_optimizers_in_one(mlp, vectors):
             for one in self.optimizers:
                 one.step()
 
-    mask = magnitude(mlp, None, None, 0.6)
+    mask = magnitude(mlp, 0.6)
     optimizer = Both(*(torch.optim.SGD(mlp[i].parameters(), 0.1) for i in (0, 2)))
     with mask.enforce(optimizer, mlp) as handle:
         assert len(handle) == 2

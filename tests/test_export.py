@@ -20,8 +20,8 @@ from .wrappers import WRAPPERS
 
 @pytest.fixture
 def pruned(convnet, images):
-    config = SFPKConfig(0.8, n_particles=2, n_steps=4, energy_mode="sequential")
-    return prune(convnet, None, images, config).apply_(convnet)
+    config = SFPKConfig(0.8, n_particles=2, n_steps=4)
+    return prune(convnet, images, config=config).apply_(convnet)
 
 
 def test_dense_with_zeros(pruned, images, tmp_path):
@@ -59,7 +59,7 @@ def test_masks_only(pruned, images, tmp_path):
 
 
 def test_masks_not_yet_applied(convnet, images, tmp_path):
-    masks = prune(convnet, None, images, SFPKConfig(0.8, n_particles=2, n_steps=4, energy_mode="sequential")).mask
+    masks = prune(convnet, images, config=SFPKConfig(0.8, n_particles=2, n_steps=4)).mask
     snapshot = Snapshot(convnet)
     export(convnet, tmp_path / "m", masks=masks)
     snapshot.check()

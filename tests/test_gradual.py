@@ -21,7 +21,7 @@ from .interruptions import every_moment
 
 
 def quick(sparsity=0.9, **overrides):
-    options = {"n_particles": 2, "n_steps": 9, "energy_mode": "sequential", **overrides}
+    options = {"n_particles": 2, "n_steps": 9, **overrides}
     return SFPKConfig.preset(options.pop("preset", "default"), sparsity=sparsity, **options)
 
 
@@ -60,7 +60,7 @@ def test_a_run(convnet, images, preset):
     dense = state(convnet)
     identities = {name: id(p) for name, p in convnet.named_parameters()}
     modes = [module.training for module in convnet.modules()]
-    pruner = GradualPruner(convnet, None, images, quick(preset=preset), shots=3, retrain=2)
+    pruner = GradualPruner(convnet, images, config=quick(preset=preset), shots=3, retrain=2)
     d = pruner.coordinates.d
     result = pruner.run()
     assert pruner.done
@@ -82,9 +82,9 @@ def test_a_run(convnet, images, preset):
 
 def test_one_shot_is_prune_and_retrain(mlp, vectors):
     other = copy.deepcopy(mlp)
-    result = GradualPruner(mlp, None, vectors, quick(seed=4), shots=1, retrain=RetrainConfig(3, lr=0.1)).run()
-    mask = prune(other, None, vectors, quick(seed=4 * 10_007 + 1)).mask
-    retrain(other, None, vectors, mask, RetrainConfig(3, lr=0.1), seed=4 * 10_007 + 1)
+    result = GradualPruner(mlp, vectors, config=quick(seed=4), shots=1, retrain=RetrainConfig(3, lr=0.1)).run()
+    mask = prune(other, vectors, config=quick(seed=4 * 10_007 + 1)).mask
+    retrain(other, vectors, mask, RetrainConfig(3, lr=0.1), seed=4 * 10_007 + 1)
     assert result.mask == mask
     assert same(mlp, state(other))
 
@@ -98,7 +98,7 @@ def test_particles_go_on_from_shot_to_shot(mlp, vectors, monkeypatch):
         starts.append((self.masks.clone(), self.schedule))
 
     monkeypatch.setattr(ParticleSystem, "__init__", recorded)
-    pruner = GradualPruner(mlp, None, vectors, quick(), shots=3, retrain=1)
+    pruner = GradualPruner(mlp, vectors, config=quick(), shots=3, retrain=1)
     ends = []
     while not pruner.done:
         pruner.shot()
@@ -112,7 +112,7 @@ def test_particles_go_on_from_shot_to_shot(mlp, vectors, monkeypatch):
 
 @pytest.mark.parametrize("density", ["l2", "l2_squared"])
 def test_particles_that_drifted_are_put_on_the_schedule(mlp, vectors, density):
-    pruner = GradualPruner(mlp, None, vectors, quick(retract=False, density=density, radius=3), shots=3, retrain=1)
+    pruner = GradualPruner(mlp, vectors, config=quick(retract=False, density=density, radius=3), shots=3, retrain=1)
     record = pruner.shot()
     assert abs(record.search[-1].density - record.shot.density) > 0.01
     square = pruner.result().particles.double().square().mean(dim=1)
@@ -123,7 +123,7 @@ def test_particles_that_drifted_are_put_on_the_schedule(mlp, vectors, density):
 def test_removed_weights_may_return_with_their_values(mlp, vectors):
     """Between the shots a weight of before its removal is large again for the search, not for the model."""
     config = quick(0.6, n_particles=1, consensus=0.0)
-    pruner = GradualPruner(mlp, None, vectors, config, shots=2, retrain=lambda *_: None)
+    pruner = GradualPruner(mlp, vectors, config=config, shots=2, retrain=lambda *_: None)
     dense = pruner.coordinates.flatten(mlp)
     pruner.shot()
     first = pruner.result().mask.flat()
@@ -149,7 +149,7 @@ def test_a_function_retrains(mlp, vectors):
         model.train(not model.training)
 
     before = torch.random.get_rng_state()
-    result = GradualPruner(mlp, None, vectors, quick(), shots=3, retrain=train).run()
+    result = GradualPruner(mlp, vectors, config=quick(), shots=3, retrain=train).run()
     assert torch.equal(torch.random.get_rng_state(), before)
     assert [shot.number for shot, _, _ in seen] == [1, 2, 3]
     assert all(masked for _, masked, _ in seen)
@@ -170,15 +170,15 @@ def test_after_an_error_the_model_is_as_after_the_last_shot(convnet, images, fai
 
     def train(model, masks, shot):
         model.train()
-        retrain(model, loss_fn, images, masks, RetrainConfig(0.5), seed=shot.number)
+        retrain(model, images, masks, RetrainConfig(0.5), loss_fn=loss_fn, seed=shot.number)
         if broken[0] and fails_in == "weights":
             model[0].weight.data[:] = float("nan")
         elif broken[0]:
             raise KeyboardInterrupt
 
     whole = copy.deepcopy(convnet)
-    expected = GradualPruner(whole, loss_fn, images, quick(), shots=3, retrain=train).run()
-    pruner = GradualPruner(convnet, loss_fn, images, quick(), shots=3, retrain=train)
+    expected = GradualPruner(whole, images, loss_fn=loss_fn, config=quick(), shots=3, retrain=train).run()
+    pruner = GradualPruner(convnet, images, loss_fn=loss_fn, config=quick(), shots=3, retrain=train)
     pruner.shot()
     after, modes = state(convnet), [module.training for module in convnet.modules()]
     broken[0] = True
@@ -199,7 +199,7 @@ def test_resume_equals_the_uninterrupted_run(convnet, images, tmp_path):
 
     def pruner(model):
         return GradualPruner(
-            model, None, batches, quick(model_mode="train"), shots=3, retrain=RetrainConfig(2, lr=0.02)
+            model, batches, config=quick(model_mode="train"), shots=3, retrain=RetrainConfig(2, lr=0.02)
         )
 
     expected = pruner(convnet).run(save=tmp_path / "whole")
@@ -226,7 +226,7 @@ def test_resume_equals_the_uninterrupted_run(convnet, images, tmp_path):
 
 def test_another_run_is_not_resumed(mlp, vectors, tmp_path):
     path = tmp_path / "run"
-    GradualPruner(copy.deepcopy(mlp), None, vectors, quick(), shots=3, retrain=1).run(save=path)
+    GradualPruner(copy.deepcopy(mlp), vectors, config=quick(), shots=3, retrain=1).run(save=path)
     before = state(mlp)
     for changes, words in [
         ({"config": quick(seed=1)}, "config: "),
@@ -235,16 +235,16 @@ def test_another_run_is_not_resumed(mlp, vectors, tmp_path):
         ({"ignored_layers": ["0"]}, "prunable: "),
     ]:
         options = {"config": quick(), "shots": 3, "retrain": 1, **changes}
-        pruner = GradualPruner(mlp, None, vectors, options.pop("config"), **options)
+        pruner = GradualPruner(mlp, vectors, config=options.pop("config"), **options)
         with pytest.raises(ValueError, match=f"wanted one of a run with the same settings, got another: .*{words}"):
             pruner.run(resume=path)
         assert pruner.finished == 0
     wider = nn.Sequential(*mlp, nn.BatchNorm1d(4))
     with pytest.raises(ValueError, match=r"wanted one of the same model, got another: 3.weight"):
-        GradualPruner(wider, None, vectors, quick(), shots=3, retrain=1).run(resume=path)
+        GradualPruner(wider, vectors, config=quick(), shots=3, retrain=1).run(resume=path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="was cut or altered"):
-        GradualPruner(mlp, None, vectors, quick(), shots=3, retrain=1).run(resume=path)
+        GradualPruner(mlp, vectors, config=quick(), shots=3, retrain=1).run(resume=path)
     assert same(mlp, before)
 
 
@@ -253,7 +253,7 @@ def test_what_is_wrong_is_known_before_the_first_shot(mlp, vectors, tmp_path):
         raise AssertionError("a pass was run")
 
     def make(**options):
-        return GradualPruner(mlp, never, vectors, quick(), **{"shots": 3, "retrain": 1, **options})
+        return GradualPruner(mlp, vectors, loss_fn=never, config=quick(), **{"shots": 3, "retrain": 1, **options})
 
     for path, error in [(tmp_path, IsADirectoryError), (tmp_path / "no" / "run", FileNotFoundError)]:
         with pytest.raises(error, match="save: wanted a file"):
@@ -266,7 +266,7 @@ def test_what_is_wrong_is_known_before_the_first_shot(mlp, vectors, tmp_path):
         with pytest.raises(error, match=f"state: wanted what GradualPruner.state_dict.. returns, {words}"):
             make().load_state_dict(wrong)
     with pytest.raises(ValueError, match="config: wanted settle=False"):
-        GradualPruner(mlp, never, vectors, quick(settle=True), shots=3, retrain=1)
+        GradualPruner(mlp, vectors, loss_fn=never, config=quick(settle=True), shots=3, retrain=1)
     mlp.requires_grad_(False)
     with pytest.raises(ValueError, match="model: wanted parameters that require gradients, got none"):
         make()
@@ -274,12 +274,12 @@ def test_what_is_wrong_is_known_before_the_first_shot(mlp, vectors, tmp_path):
 
 def test_resume_true_begins_or_goes_on(mlp, vectors, tmp_path):
     path, dense = tmp_path / "run", copy.deepcopy(mlp)
-    first = GradualPruner(mlp, None, vectors, quick(), shots=3, retrain=1).run(save=path, resume=True)
-    pruner = GradualPruner(dense, None, vectors, quick(), shots=3, retrain=1)
+    first = GradualPruner(mlp, vectors, config=quick(), shots=3, retrain=1).run(save=path, resume=True)
+    pruner = GradualPruner(dense, vectors, config=quick(), shots=3, retrain=1)
     assert pruner.run(save=path, resume=True).mask == first.mask
     assert same(dense, mlp.state_dict())
     with pytest.raises(ValueError, match="of the same model, got another: 0.weight, 0.bias"):
-        GradualPruner(dense.double(), None, vectors, quick(), shots=3, retrain=1).run(resume=path)
+        GradualPruner(dense.double(), vectors, config=quick(), shots=3, retrain=1).run(resume=path)
 
 
 KILLED = """
@@ -290,7 +290,7 @@ from sfpk_kernels import GradualPruner, SFPKConfig
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
 batches = [(torch.randn(16, 8), torch.randint(4, (16,))) for _ in range(5)]
-config = SFPKConfig(0.9, n_particles=2, n_steps=8, energy_mode="sequential")
+config = SFPKConfig(0.9, n_particles=2, n_steps=8)
 calls = iter(range(10**6))
 def loss_fn(model, batch):
     if next(calls) == int(sys.argv[3]):
@@ -318,7 +318,7 @@ def test_killed_runs_resume(tmp_path):
 
 def test_bad_arguments(mlp, vectors):
     def make(config=None, **options):
-        return GradualPruner(mlp, None, vectors, config or quick(), **{"shots": 3, "retrain": 1, **options})
+        return GradualPruner(mlp, vectors, config=config or quick(), **{"shots": 3, "retrain": 1, **options})
 
     for shots, error in [(0, ValueError), (10, ValueError), (2.0, TypeError), (True, TypeError)]:
         with pytest.raises(error, match="shots: wanted"):
@@ -337,14 +337,16 @@ def test_bad_arguments(mlp, vectors):
     with pytest.raises(ValueError, match="sparsity: wanted one that keeps at least one of 144"):
         make(quick(0.9999))
     with pytest.raises(ValueError, match="label_smoothing: wanted 0 beside a loss_fn"):
-        GradualPruner(mlp, lambda m, b: 0, vectors, quick(), retrain=RetrainConfig(1, label_smoothing=0.1), shots=2)
+        GradualPruner(
+            mlp, vectors, loss_fn=lambda m, b: 0, config=quick(), retrain=RetrainConfig(1, label_smoothing=0.1), shots=2
+        )
     with pytest.raises(RuntimeError, match="result: wanted at least one shot done"):
         make().result()
     with pytest.raises(ValueError, match=r"start: wanted shape \(2, 144\), got \(3, 144\)"):
-        SFPKPruner(mlp, None, quick(), start=torch.ones(3, 144))
+        SFPKPruner(mlp, config=quick(), start=torch.ones(3, 144))
     for value in (0.09, 1.5, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="start: wanted particles of a mean density above the target 0.1"):
-            SFPKPruner(mlp, None, quick(), start=torch.full((2, 144), value))
+            SFPKPruner(mlp, config=quick(), start=torch.full((2, 144), value))
 
 
 @pytest.mark.slow
@@ -366,7 +368,7 @@ def test_shots_beat_one_shot_with_the_same_epochs():
         for shots, accuracies in found.items():
             model = copy.deepcopy(dense)
             config = quick(0.98, seed=seed, n_particles=5, n_steps=10 * shots)
-            pruner = GradualPruner(model, None, batches, config, shots=shots, retrain=how, retrain_loader=large)
+            pruner = GradualPruner(model, batches, config=config, shots=shots, retrain=how, retrain_loader=large)
             result = pruner.run()
             assert sum(len(record.losses) for record in result.history) == 200
             assert [len(record.search) for record in result.history] == [10] * shots
@@ -398,7 +400,7 @@ def test_interrupted_anywhere_a_shot_is_undone_or_it_is_said(convnet, images, sh
     dense = copy.deepcopy(convnet)
 
     def make(model):
-        return GradualPruner(model, None, images[:3], config, shots=shots, retrain=RetrainConfig(shots, clip_norm=1.0))
+        return GradualPruner(model, images[:3], config=config, shots=shots, retrain=RetrainConfig(shots, clip_norm=1.0))
 
     whole = make(convnet)
     states = [whole.state_dict()]
@@ -464,7 +466,7 @@ def test_what_a_function_did_to_the_model_is_put_back(convnet, images):
         model.train()
         raise broken[0]
 
-    pruner = GradualPruner(convnet, None, images, quick(), shots=3, retrain=train)
+    pruner = GradualPruner(convnet, images, config=quick(), shots=3, retrain=train)
     pruner.shot()
     convnet[4].weight.grad = torch.full((8, 6, 3, 3), 3.0)
     before, names = whole_state(convnet), list(convnet.state_dict())
@@ -484,7 +486,7 @@ def test_what_a_function_did_to_the_model_is_put_back(convnet, images):
 
 def test_the_last_shot_is_saved_by_a_further_run(mlp, vectors, tmp_path, monkeypatch):
     path = tmp_path / "run"
-    pruner = GradualPruner(mlp, None, vectors, quick(), shots=2, retrain=1)
+    pruner = GradualPruner(mlp, vectors, config=quick(), shots=2, retrain=1)
     with monkeypatch.context() as patch:
         patch.setattr("sfpk_kernels.retraining.gradual.save_state", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -495,7 +497,7 @@ def test_the_last_shot_is_saved_by_a_further_run(mlp, vectors, tmp_path, monkeyp
     assert pruner.done
     assert not path.exists()
     result = pruner.run(save=path)
-    fresh = GradualPruner(copy.deepcopy(mlp), None, vectors, quick(), shots=2, retrain=1)
+    fresh = GradualPruner(copy.deepcopy(mlp), vectors, config=quick(), shots=2, retrain=1)
     assert fresh.run(resume=path).mask == result.mask
 
 

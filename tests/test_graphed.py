@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfpk_kernels import Coordinates, SFPKConfig, default_loss, prune
+from sfpk_kernels import Coordinates, Execution, SFPKConfig, default_loss, prune
 from sfpk_kernels.modeling.state import guarded
 from sfpk_kernels.search.energy import Choice, ParticleEnergy, capture, choice, graphed
 
@@ -235,11 +235,15 @@ def test_not_more_shapes_than_memory_is_for(mlp, on_cuda_1):
 @pytest.mark.parametrize("way", ["_time_batched"])
 def test_a_trial_may_raise_whatever_it_likes(mlp, vectors, error, way):
     with mock.patch.object(choice, way, side_effect=error):
-        result = prune(mlp, None, vectors, SFPKConfig(0.8, n_particles=3, n_steps=3, energy_mode="auto"))
+        result = prune(
+            mlp, vectors, config=SFPKConfig(0.8, n_particles=3, n_steps=3), execution=Execution(energy_mode="auto")
+        )
         assert result.plan.choice.mode == "sequential"
         assert "boom" in result.plan.choice.reason
         with pytest.raises(type(error), match="boom"):
-            prune(mlp, None, vectors, SFPKConfig(0.8, n_particles=3, n_steps=3, energy_mode="vmap"))
+            prune(
+                mlp, vectors, config=SFPKConfig(0.8, n_particles=3, n_steps=3), execution=Execution(energy_mode="vmap")
+            )
 
 
 @pytest.mark.gpu

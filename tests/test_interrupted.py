@@ -20,6 +20,7 @@ from sfpk_kernels.retraining.gradual import FORMAT
 from sfpk_kernels.utils.files import load_state
 
 from .interruptions import every_moment
+from .settings import both
 from .snapshot import Snapshot
 from .test_resume import Killed, quick, stop_after
 
@@ -28,29 +29,29 @@ def test_a_lean_step_that_stopped_half_way_is_not_saved(mlp, vectors, tmp_path):
     batches = list(vectors)
     batches[4] = (batches[4][0] * float("nan"), batches[4][1])
     path = tmp_path / "run"
-    pruner = SFPKPruner(mlp, None, quick(memory="lean"))
+    pruner = SFPKPruner(mlp, config=quick(update="gauss_seidel"))
     with pytest.raises(FloatingPointError):
         pruner.run(batches, save_every=1, save_path=path)
     with pytest.raises(RuntimeError, match="step 2 stopped half-way"):
         pruner.save(path)
-    resumed = prune(mlp, None, vectors, quick(memory="lean"), resume=path)
-    assert torch.equal(resumed.particles, prune(mlp, None, vectors, quick(memory="lean")).particles)
+    resumed = prune(mlp, vectors, config=quick(update="gauss_seidel"), resume=path)
+    assert torch.equal(resumed.particles, prune(mlp, vectors, config=quick(update="gauss_seidel")).particles)
 
 
 def test_a_stopped_pruner_goes_on(mlp, vectors, tmp_path):
     path = tmp_path / "run"
-    whole = prune(mlp, None, vectors, quick())
-    pruner = SFPKPruner(mlp, None, quick(), callbacks=[stop_after(3)])
+    whole = prune(mlp, vectors, config=quick())
+    pruner = SFPKPruner(mlp, config=quick(), callbacks=[stop_after(3)])
     with pytest.raises(Killed):
         pruner.run(vectors)
     pruner.save(path)
     assert torch.equal(pruner.run(vectors).particles, whole.particles)
-    assert torch.equal(prune(mlp, None, vectors, quick(), resume=path).particles, whole.particles)
+    assert torch.equal(prune(mlp, vectors, config=quick(), resume=path).particles, whole.particles)
 
 
 def test_an_interruption_between_two_steps_counts_its_batches(mlp, vectors, monkeypatch):
-    whole = prune(mlp, None, vectors, quick())
-    pruner = SFPKPruner(mlp, None, quick())
+    whole = prune(mlp, vectors, config=quick())
+    pruner = SFPKPruner(mlp, config=quick())
     guard, left = SFPKPruner._guard, iter([False, False, True])
 
     @contextlib.contextmanager
@@ -75,7 +76,7 @@ def test_an_interruption_after_the_move_is_not_saved(mlp, vectors, tmp_path, mon
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    pruner = SFPKPruner(mlp, None, quick(momentum=0.1))
+    pruner = SFPKPruner(mlp, config=quick(momentum=0.1))
     pruner.step(vectors[:3])
     with monkeypatch.context() as patch:
         patch.setattr(where, interrupted)
@@ -94,7 +95,7 @@ def test_an_interruption_before_the_move_changes_nothing(mlp, vectors):
     def loss_fn(model, batch):
         raise KeyboardInterrupt
 
-    pruner, other = SFPKPruner(mlp, None, quick()), SFPKPruner(mlp, loss_fn, quick())
+    pruner, other = SFPKPruner(mlp, config=quick()), SFPKPruner(mlp, loss_fn=loss_fn, config=quick())
     pruner.step(vectors[:3])
     other.load_state_dict(pruner.state_dict())
     with pytest.raises(KeyboardInterrupt):
@@ -105,7 +106,7 @@ def test_an_interruption_before_the_move_changes_nothing(mlp, vectors):
 
 def test_a_full_disk_does_not_end_the_run(mlp, vectors, tmp_path, caplog):
     path, wide = tmp_path / "run", torch.nn.Sequential(torch.nn.Linear(8, 300), torch.nn.Linear(300, 4))
-    whole = prune(wide, None, vectors, quick())
+    whole = prune(wide, vectors, config=quick())
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def fill(record):
@@ -113,7 +114,7 @@ def test_a_full_disk_does_not_end_the_run(mlp, vectors, tmp_path, caplog):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if record.step == 3 else limits[0], limits[1]))
 
     try:
-        pruner = SFPKPruner(wide, None, quick(), callbacks=[fill, stop_after(7)])
+        pruner = SFPKPruner(wide, config=quick(), callbacks=[fill, stop_after(7)])
         with pytest.raises(Killed):
             pruner.run(vectors, save_every=2, save_path=path)
         assert len(pruner.history) == 7
@@ -126,7 +127,7 @@ def test_a_full_disk_does_not_end_the_run(mlp, vectors, tmp_path, caplog):
     assert os.listdir(tmp_path) == ["run"]
     seen = []
     assert torch.equal(
-        prune(wide, None, vectors, quick(), resume=path, callbacks=[seen.append]).particles, whole.particles
+        prune(wide, vectors, config=quick(), resume=path, callbacks=[seen.append]).particles, whole.particles
     )
     assert seen[0].step == 7, "the save of step 6 worked again"
 
@@ -141,7 +142,7 @@ def kill_and_resume(model, batches, path, kills, seed):
         if child == 0:
             try:
                 torch.set_num_threads(1)
-                result = prune(model, None, batches, config, save_every=1, save_path=path, resume=True, progress=False)
+                result = prune(model, batches, config=config, save_every=1, save_path=path, resume=True, progress=False)
                 result.mask.save(outcome)
             finally:
                 os._exit(0)
@@ -165,7 +166,7 @@ def kill_and_resume(model, batches, path, kills, seed):
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_mask_is_the_same(vectors, tmp_path, kills):
     wide = torch.nn.Sequential(torch.nn.Linear(8, 300), torch.nn.Tanh(), torch.nn.Linear(300, 4))
-    whole = prune(wide, None, vectors, quick(n_steps=25))
+    whole = prune(wide, vectors, config=quick(n_steps=25))
     snapshot = Snapshot(wide)
     outcome = kill_and_resume(wide, vectors, Path(tmp_path) / "run", kills, seed=kills)
     assert MaskSet.load(outcome).fingerprint() == whole.mask.fingerprint()
@@ -177,7 +178,7 @@ def test_killed_at_random_moments_the_mask_is_the_same(vectors, tmp_path, kills)
 def test_killed_while_writing_the_old_file_stays(mlp, vectors, tmp_path, monkeypatch):
     """The child dies inside the write itself, at several places of it."""
     path = tmp_path / "run"
-    pruner = SFPKPruner(mlp, None, quick())
+    pruner = SFPKPruner(mlp, config=quick())
     pruner.step(vectors[:3])
     pruner.save(path)
     good = path.read_bytes()
@@ -191,17 +192,17 @@ def test_killed_while_writing_the_old_file_stays(mlp, vectors, tmp_path, monkeyp
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status)
         assert path.read_bytes() == good
-    fresh = SFPKPruner(mlp, None, quick())
+    fresh = SFPKPruner(mlp, config=quick())
     fresh.load(path)
     assert len(fresh.history) == 1
 
 
 SETTINGS = [
     {"momentum": 0.1},
-    {"memory": "lean", "momentum": 0.1, "vote": "hard"},
+    {"update": "gauss_seidel", "momentum": 0.1, "vote": "hard"},
     {"particle_dtype": "bfloat16", "kernel": "weighted_rbf", "settle": True},
     {"dtype": "fp16", "energy_mode": "vmap", "vote": "masked_at_the_end"},
-    {"memory": "lean", "particle_dtype": "float16", "nonfinite": "skip_particle", "selection": "threshold",
+    {"update": "gauss_seidel", "particle_dtype": "float16", "nonfinite": "skip_particle", "selection": "threshold",
      "retract": False},
 ]  # fmt: skip
 # What a step passes through.
@@ -226,13 +227,13 @@ def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(mlp, vectors, ca
     wanted = [0.5] if options.get("vote") == "masked_at_the_end" else [0.3, 0.5, 0.6]
     if options.get("vote") == "masked_at_the_end":
         options, wanted = {**options, "vote": "masked"}, []
-    config = quick(n_steps=4, **options)
+    settings = both(quick, n_steps=4, **options)
     caplog.set_level(logging.ERROR, "sfpk_kernels")
-    whole = SFPKPruner(mlp, None, config, checkpoints=wanted)
+    whole = SFPKPruner(mlp, **settings, waypoints=wanted)
     states = []
     whole.add_callback(lambda record: states.append(whole.state_dict()))
     expected, snapshot, counts = outcome(whole.run(vectors)), Snapshot(mlp), {"on": 0, "refused": 0}
-    pruner = SFPKPruner(mlp, None, config, checkpoints=wanted)
+    pruner = SFPKPruner(mlp, **settings, waypoints=wanted)
     by_run = at == 4
 
     def work():
@@ -270,14 +271,14 @@ def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(mlp, vectors, ca
 def test_interrupted_while_saving_the_old_file_is_whole(mlp, vectors, tmp_path, what):
     """At every line of ours: KeyboardInterrupt, and nothing beside the file."""
     path = tmp_path / "file"
-    pruner = SFPKPruner(mlp, None, quick())
+    pruner = SFPKPruner(mlp, config=quick())
     pruner.step(vectors[:3])
-    shots = GradualPruner(copy.deepcopy(mlp), None, vectors, quick(), shots=2, retrain=1)
+    shots = GradualPruner(copy.deepcopy(mlp), vectors, config=quick(), shots=2, retrain=1)
     shots.shot()
     mask = pruner.result().mask
     save, load = {
         "mask": (lambda: mask.save(path), MaskSet.load),
-        "run": (lambda: pruner.save(path), SFPKPruner(mlp, None, quick()).load),
+        "run": (lambda: pruner.save(path), SFPKPruner(mlp, config=quick()).load),
         "shots": (lambda: shots._save(path), lambda path: load_state(path, FORMAT)),
     }[what]
     save()
@@ -309,9 +310,9 @@ def test_interrupted_while_saving_the_old_file_is_whole(mlp, vectors, tmp_path, 
 def test_signals_at_random_moments(convnet, images, tmp_path, count):
     """As the system sends them, between any two instructions: a further run ends at the same mask, or is refused."""
     config, path, draw = quick(model_mode="train", momentum=0.1), tmp_path / "run", random.Random(count)
-    expected, snapshot = outcome(prune(convnet, None, images, config, checkpoints=[0.5])), Snapshot(convnet)
+    expected, snapshot = outcome(prune(convnet, images, config=config, waypoints=[0.5])), Snapshot(convnet)
     started = time.perf_counter()
-    prune(convnet, None, images, config, save_every=1, save_path=path)
+    prune(convnet, images, config=config, save_every=1, save_path=path)
     whole = time.perf_counter() - started
     stopped = []
 
@@ -319,7 +320,7 @@ def test_signals_at_random_moments(convnet, images, tmp_path, count):
         raise KeyboardInterrupt
 
     def fresh():
-        pruner = SFPKPruner(convnet, None, config, checkpoints=[0.5])
+        pruner = SFPKPruner(convnet, config=config, waypoints=[0.5])
         if path.exists():
             pruner.load(path)
         return pruner
@@ -349,8 +350,8 @@ def test_signals_at_random_moments(convnet, images, tmp_path, count):
 
 
 def test_the_last_step_is_saved_by_a_further_run(mlp, vectors, tmp_path):
-    path, whole = tmp_path / "run", prune(mlp, None, vectors, quick())
-    pruner = SFPKPruner(mlp, None, quick(), callbacks=[stop_after(8)])
+    path, whole = tmp_path / "run", prune(mlp, vectors, config=quick())
+    pruner = SFPKPruner(mlp, config=quick(), callbacks=[stop_after(8)])
     with pytest.raises(Killed):
         pruner.run(vectors, save_every=3, save_path=path)
     assert pruner.done
@@ -358,6 +359,6 @@ def test_the_last_step_is_saved_by_a_further_run(mlp, vectors, tmp_path):
     written = path.stat().st_mtime_ns
     assert pruner.run(vectors, save_every=3, save_path=path).mask == whole.mask
     assert path.stat().st_mtime_ns == written, "it is there already"
-    fresh = SFPKPruner(mlp, None, quick())
+    fresh = SFPKPruner(mlp, config=quick())
     fresh.load(path)
     assert fresh.done

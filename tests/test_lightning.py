@@ -79,7 +79,7 @@ def trainer(tmp_path, *callbacks, **options):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_exact_sparsity_saved_reloaded_resumed(tmp_path, loader, accumulate):
     model = Plain()
-    masks = magnitude(model, None, None, 0.7)
+    masks = magnitude(model, 0.7)
     dense = copy.deepcopy(model.state_dict())
     callback = Watch(masks)
     saved = ModelCheckpoint(dirpath=tmp_path, save_last=True)
@@ -104,7 +104,7 @@ def test_exact_sparsity_saved_reloaded_resumed(tmp_path, loader, accumulate):
 
 def test_it_ends_with_the_fit(tmp_path, loader):
     model = Plain()
-    masks = magnitude(model, None, None, 0.7)
+    masks = magnitude(model, 0.7)
     fitted = trainer(tmp_path, SFPKCallback(masks))
     fitted.fit(model, loader)
     optimizer = fitted.optimizers[0]
@@ -115,7 +115,7 @@ def test_it_ends_with_the_fit(tmp_path, loader):
 
 def test_several_optimizers_by_hand_and_a_submodule(tmp_path, loader):
     model = Plain(manual=True)
-    masks = magnitude(model.net, None, None, 0.6)
+    masks = magnitude(model.net, 0.6)
     callback = Watch(masks, "net")
     trainer(tmp_path, callback).fit(model, loader)
     assert callback.exact == [True] * 10
@@ -139,7 +139,7 @@ class Parts(LightningModule):
 
 def test_groups_that_are_added_later(tmp_path, loader):
     model = Parts()
-    callback = Watch(magnitude(model, None, None, 0.8))
+    callback = Watch(magnitude(model, 0.8))
     before = model.backbone[0].weight.detach().clone()
     trainer(tmp_path, BackboneFinetuning(2, verbose=False), callback, max_epochs=3).fit(model, loader)
     assert callback.exact == [True] * 15
@@ -154,7 +154,7 @@ def test_optimizers_that_are_exchanged(tmp_path, loader):
                 self.trainer.optimizers = [torch.optim.SGD(self.parameters(), 0.1)]
 
     model = Exchanging()
-    callback = Watch(magnitude(model, None, None, 0.7))
+    callback = Watch(magnitude(model, 0.7))
     trainer(tmp_path, callback, max_epochs=3).fit(model, loader)
     assert callback.exact == [True] * 15
 
@@ -165,7 +165,7 @@ def test_masked_a_last_time(tmp_path, loader):
             nn.init.ones_(self.net[0].weight)
 
     model = Late()
-    masks = magnitude(model, None, None, 0.7)
+    masks = magnitude(model, 0.7)
     trainer(tmp_path, SFPKCallback(masks)).fit(model, loader)
     assert MaskSet.from_model(model) == masks
 
@@ -177,7 +177,7 @@ def test_clipping_counts_kept_weights_alone(tmp_path, loader):
             super().configure_gradient_clipping(optimizer, **options)
 
     model = Clipped()
-    masks = magnitude(model, None, None, 0.7)
+    masks = magnitude(model, 0.7)
     trainer(tmp_path, SFPKCallback(masks), gradient_clip_val=0.1).fit(model, loader)
     assert len(model.removed)
     assert (model.removed == 0).all()
@@ -189,7 +189,7 @@ def test_lbfgs(tmp_path, loader):
             return torch.optim.LBFGS(self.parameters(), 0.5, max_iter=4)
 
     model = Quasi()
-    callback = Watch(magnitude(model, None, None, 0.7))
+    callback = Watch(magnitude(model, 0.7))
     trainer(tmp_path, callback).fit(model, loader)
     assert callback.exact == [True] * 10
 
@@ -199,7 +199,7 @@ def test_several_callbacks_for_several_submodules(tmp_path, loader):
         return [SFPKCallback(m, name) for m, name in zip(masks, ("backbone", "head"), strict=True)]
 
     model = Parts()
-    masks = [magnitude(part, None, None, share) for part, share in ((model.backbone, 0.7), (model.head, 0.4))]
+    masks = [magnitude(part, share) for part, share in ((model.backbone, 0.7), (model.head, 0.4))]
     trainer(
         tmp_path, *callbacks(model, *masks), ModelCheckpoint(dirpath=tmp_path, save_last=True)
     ).fit(model, loader)  # fmt: skip
@@ -216,7 +216,7 @@ def test_copies_while_training_enforce_nothing(tmp_path, loader):
             self.copied = copy.deepcopy(trainer.callbacks[0])
 
     model, copying = Plain(), Copying()
-    callback = Watch(magnitude(model, None, None, 0.7))
+    callback = Watch(magnitude(model, 0.7))
     trainer(tmp_path, callback, copying).fit(model, loader)
     assert callback.exact == [True] * 10
     assert copying.copied.masks == callback.masks
@@ -227,7 +227,7 @@ def test_a_callback_taken_up_again_is_told_what_to_do(tmp_path, loader):
     for share in (0.5, 0.7):
         model = Plain()
         saved = ModelCheckpoint(dirpath=tmp_path / str(share), save_last=True)
-        trainer(tmp_path, SFPKCallback(magnitude(model, None, None, share)), saved).fit(model, loader)
+        trainer(tmp_path, SFPKCallback(magnitude(model, share)), saved).fit(model, loader)
     callback = SFPKCallback()
     trainer(tmp_path, callback, max_epochs=3).fit(Plain(), loader, ckpt_path=tmp_path / "0.5" / "last.ckpt")
     with pytest.raises(ValueError, match="a new callback with masks=None goes on with those of the checkpoint"):
@@ -236,7 +236,7 @@ def test_a_callback_taken_up_again_is_told_what_to_do(tmp_path, loader):
 
 def test_refusals(tmp_path, loader):
     model = Plain()
-    masks = magnitude(model, None, None, 0.7)
+    masks = magnitude(model, 0.7)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TypeError, match="masks: wanted a MaskSet or None, got dict"):
         SFPKCallback({})
@@ -250,7 +250,7 @@ def test_refusals(tmp_path, loader):
         trainer(tmp_path, SFPKCallback()).fit(model, loader)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     trainer(tmp_path, SFPKCallback(masks), ModelCheckpoint(dirpath=tmp_path, save_last=True)).fit(model, loader)
-    other = SFPKCallback(magnitude(Plain(), None, None, 0.5))
+    other = SFPKCallback(magnitude(Plain(), 0.5))
     with pytest.raises(ValueError, match="masks: wanted those of the checkpoint"):
         trainer(tmp_path, other, max_epochs=3).fit(Plain(), loader, ckpt_path=tmp_path / "last.ckpt")
 
@@ -274,7 +274,7 @@ def refused_at_the_start(tmp_path, loader, model, *callbacks, words):
 
 def test_two_callbacks_on_one_module_are_refused_at_the_start(tmp_path, loader):
     model = Plain()
-    whole, part = magnitude(model, None, None, 0.7), magnitude(model.net, None, None, 0.5)
+    whole, part = magnitude(model, 0.7), magnitude(model.net, 0.5)
     words = r"net.0.weight, net.2.weight, got SFPKCallback and another SFPKCallback: put all masks"
     refused_at_the_start(tmp_path, loader, model, SFPKCallback(whole), SFPKCallback(part, "net"), words=words)
     words = "net.0.weight, net.2.weight, got SFPKCallback and Other: put all masks of a parameter into one"
@@ -285,7 +285,7 @@ def test_two_callbacks_on_one_module_are_refused_at_the_start(tmp_path, loader):
 
 def test_a_callback_added_later_is_refused_too(tmp_path, loader):
     model = Plain()
-    masks = magnitude(model, None, None, 0.7)
+    masks = magnitude(model, 0.7)
     fitted = trainer(tmp_path, SFPKCallback(masks))
     fitted.callbacks.append(SFPKCallback(masks))
     with pytest.raises(ValueError, match="got SFPKCallback and another SFPKCallback"):
@@ -295,7 +295,7 @@ def test_a_callback_added_later_is_refused_too(tmp_path, loader):
 
 def test_masks_that_come_from_a_checkpoint_are_looked_at(tmp_path, loader):
     model = Plain()
-    masks = magnitude(model, None, None, 0.7)
+    masks = magnitude(model, 0.7)
     trainer(tmp_path, SFPKCallback(masks), ModelCheckpoint(dirpath=tmp_path, save_last=True)).fit(model, loader)
     resumed = Plain()
     with pytest.raises(ValueError, match="callbacks: wanted one that prunes net.0.weight"):
@@ -310,7 +310,7 @@ def test_masks_that_come_from_a_checkpoint_are_looked_at(tmp_path, loader):
 def test_lightnings_own_pruning_of_the_same_weights(tmp_path, loader, ours_first, listed):
     model = Plain()
     own = ModelPruning("l1_unstructured", [(model.net[2], "weight")] if listed else None, amount=0.3, verbose=0)
-    ours = SFPKCallback(magnitude(model, None, None, 0.7))
+    ours = SFPKCallback(magnitude(model, 0.7))
     names = "net.2.weight" if listed else "net.0.weight, net.2.weight"
     callbacks = (ours, own) if ours_first else (own, ours)
     refused_at_the_start(
@@ -329,7 +329,7 @@ def test_lightnings_own_pruning_of_other_weights(tmp_path, loader):
 
 def test_a_model_that_was_pruned_before_is_refused_at_the_start(tmp_path, loader):
     model = Plain()
-    masks = magnitude(model, None, None, 0.7)
+    masks = magnitude(model, 0.7)
     nn.utils.prune.random_unstructured(model.net[0], "weight", 0.5)
     with pytest.raises(ValueError, match=r"net.0.weight is .*under torch.nn.utils.prune: call prune.remove first"):
         trainer(tmp_path, SFPKCallback(masks)).fit(model, loader)
@@ -342,7 +342,7 @@ def test_weights_written_between_steps_are_said_once(tmp_path, loader, caplog):
             nn.init.ones_(self.net[0].weight)
 
     model = Writing()
-    callback = Watch(magnitude(model, None, None, 0.7))
+    callback = Watch(magnitude(model, 0.7))
     trainer(tmp_path, callback).fit(model, loader)
     assert callback.exact == [True] * 10
     assert sum("removed weights were not 0 before a step" in record.getMessage() for record in caplog.records) == 1

@@ -153,7 +153,7 @@ def test_weights_that_are_elsewhere_are_refused(masks, mlp):
 
 
 def test_apply_state_dict_load(convnet, images):
-    mask = magnitude(convnet, None, None, 0.7)
+    mask = magnitude(convnet, 0.7)
     fresh = copy.deepcopy(convnet)
     mask.apply_(convnet)
     fresh.load_state_dict(convnet.state_dict())
@@ -163,7 +163,7 @@ def test_apply_state_dict_load(convnet, images):
 
 def test_torch_prune_round_trip(convnet, images):
     x = images[0][0]
-    mask = magnitude(convnet, None, None, 0.7)
+    mask = magnitude(convnet, 0.7)
     expected = mask.apply_(copy.deepcopy(convnet))(x)
     before = dict(convnet.named_parameters())
     values = {name: parameter.detach().clone() for name, parameter in before.items()}
@@ -198,7 +198,7 @@ def test_torch_prune_of_tied_weights(mlp):
             return self.again(self.b(self.a(x)))
 
     model, x = Tied(), torch.randn(3, 6)
-    mask = magnitude(model, None, None, 0.5)
+    mask = magnitude(model, 0.5)
     assert list(mask) == ["a.weight"]
     expected = mask.apply_(copy.deepcopy(model))(x)
     weight = model.a.weight
@@ -214,7 +214,7 @@ def test_torch_prune_of_tied_weights(mlp):
 def test_torch_prune_on_one_of_two_tied_weights_is_seen(mlp):
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     model[1].weight = model[0].weight
-    mask = magnitude(model, None, None, 0.5)
+    mask = magnitude(model, 0.5)
     torch_prune.identity(model[1], "weight")
     names = list(model.state_dict())
     for act in (mask.apply_, mask.to_torch_prune):
@@ -252,7 +252,7 @@ def test_a_weight_read_without_its_module_is_no_silent_freeze(masks, mlp):
 def test_torch_prune_of_attention_is_no_silent_freeze():
     """out_proj is read without being called."""
     model = nn.MultiheadAttention(8, 2)
-    magnitude(model, None, None, 0.5).to_torch_prune(model)
+    magnitude(model, 0.5).to_torch_prune(model)
     x = torch.ones(3, 8)
     model(x, x, x)[0].sum().backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from sfpk_kernels import (
     Coordinates,
+    Execution,
     GradualPruner,
     RetrainConfig,
     SFPKConfig,
@@ -118,12 +119,12 @@ MODELS = [repeated, Beside, Tied, OwnSetattr, merging, freezing]
 def everything(model, batches, tmp_path):
     """All that runs a model without being meant to change it."""
     for mode in ("auto", "vmap", "sequential"):
-        prune(model, None, batches, quick(energy_mode=mode))
-    prune(model, None, batches, quick(memory="lean"))
-    prune(model, None, batches, quick(model_mode="train"))
+        prune(model, batches, config=quick(), execution=Execution(energy_mode=mode))
+    prune(model, batches, config=quick(update="gauss_seidel"))
+    prune(model, batches, config=quick(model_mode="train"))
     plan(model, quick(), batches[0])
-    baselines.snip(model, default_loss, batches, 0.5)
-    baselines.magnitude(model, default_loss, batches, 0.5)
+    baselines.snip(model, batches, 0.5, loss_fn=default_loss)
+    baselines.magnitude(model, 0.5)
     export(model, tmp_path / "model.safetensors", example=batches[0])
 
 
@@ -144,7 +145,9 @@ def test_everything_leaves_it_as_it_was(make, training, vectors, tmp_path):
 @pytest.mark.parametrize("make", MODELS[:4])
 def test_every_way_of_computing_energies_agrees(make, vectors):
     model = make()
-    runs = [prune(model, None, vectors, quick(energy_mode=mode)) for mode in ("vmap", "sequential")]
+    runs = [
+        prune(model, vectors, config=quick(), execution=Execution(energy_mode=mode)) for mode in ("vmap", "sequential")
+    ]
     for one, other in zip(*(run.history for run in runs), strict=True):
         assert one.energies == pytest.approx(other.energies, rel=1e-4)
     torch.testing.assert_close(runs[0].particles, runs[1].particles, rtol=0, atol=1e-3)
@@ -161,7 +164,7 @@ def test_an_error_inside_vmap_leaves_it_as_it_was(vectors):
 
     snapshot = Snapshot(model)
     with pytest.raises((ValueError, RuntimeError)):
-        prune(model, loss_fn, vectors, quick(energy_mode="vmap"))
+        prune(model, vectors, loss_fn=loss_fn, config=quick(), execution=Execution(energy_mode="vmap"))
     snapshot.check()
 
 
@@ -169,7 +172,7 @@ def test_energies_are_those_of_the_model(vectors):
     """With its adapter, though eval() was never called."""
     model = merging().train()
     dense = copy.deepcopy(model)
-    result = prune(model, None, vectors[:1], SFPKConfig(1e-6, n_particles=1, n_steps=1, bn="running"))
+    result = prune(model, vectors[:1], config=SFPKConfig(1e-6, n_particles=1, n_steps=1, bn="running"))
     for module in dense.modules():
         module.training = False
     assert result.history[0].energy == pytest.approx(float(default_loss(dense, vectors[0])), rel=1e-5)
@@ -187,7 +190,7 @@ def test_recalibration_calls_no_eval(vectors):
 def test_gradual_pruning_of_a_shared_module(vectors):
     model = repeated()
     shared = model[1]
-    pruner = GradualPruner(model, None, vectors, quick(), shots=2, retrain=RetrainConfig(epochs=1))
+    pruner = GradualPruner(model, vectors, config=quick(), shots=2, retrain=RetrainConfig(epochs=1))
     result = pruner.run()
     assert model[2] is shared
     assert isinstance(shared.weight, nn.Parameter)
@@ -207,7 +210,7 @@ def test_one_memory_counts_once(mode, vectors):
     tied[2].weight = tied[0].weight
     coordinates = Coordinates(model)
     assert [(t.name, t.aliases) for t in coordinates.tensors] == [("0.weight", ("2.weight",)), ("3.weight", ())]
-    result, expected = (prune(m, None, vectors, quick(energy_mode=mode)) for m in (model, tied))
+    result, expected = (prune(m, vectors, config=quick(), execution=Execution(energy_mode=mode)) for m in (model, tied))
     assert result.mask == expected.mask
     assert torch.equal(result.particles, expected.particles)
     result.mask.apply_(model)
@@ -271,5 +274,5 @@ def test_sparse_tensors(layout, where):
     batch = (torch.randn(16, 8), torch.randint(4, (16,)))
     batches = [batch if where == "buffer" else (*batch, adjacency)] * 4
     for mode in ("auto", "sequential"):
-        result = prune(model, loss_fn, batches, quick(energy_mode=mode))
+        result = prune(model, batches, loss_fn=loss_fn, config=quick(), execution=Execution(energy_mode=mode))
         assert result.mask.kept == 72

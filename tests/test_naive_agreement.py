@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from sfpk_kernels import SFPKConfig, SFPKPruner
 from sfpk_kernels.naive import naive_sfpk
 
+from .settings import both
+
 N, K = 4, 20
 
 
@@ -18,8 +20,8 @@ def loss_fn(model, batch):
 
 def compare(model, batches, preset="paper", tolerance=1e-4, **options):
     """Run both on the same batches; returns the largest relative error of the particles."""
-    config = SFPKConfig.preset(preset, sparsity=0.7, n_particles=N, n_steps=K, **options)
-    pruner = SFPKPruner(model, loss_fn, config)
+    settings = both(SFPKConfig.preset, preset, sparsity=0.7, n_particles=N, n_steps=K, **options)
+    config, pruner = settings["config"], SFPKPruner(model, loss_fn=loss_fn, **settings)
     names = [tensor.name for tensor in pruner.coordinates.tensors]
     naive = naive_sfpk(
         model,

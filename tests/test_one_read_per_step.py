@@ -39,13 +39,13 @@ class Energy:
         return torch.empty((), dtype=torch.float64, device=DEVICE)
 
 
-def moved_to_the_device(pruner, memory):
+def moved_to_the_device(pruner):
     """All that a step touches, as fake tensors; the model itself is not part of it."""
     config, d = pruner.config, pruner.coordinates.d
     theta = pruner._theta = torch.empty(d, device=DEVICE)
     pruner._polarizer = Polarizer(pruner.coordinates, theta, config.selection)
     saliency = theta if config.kernel == "weighted_rbf" else None
-    pruner._system = ParticleSystem(d, config, theta, saliency)
+    pruner._system = ParticleSystem(d, config, pruner.execution, theta, saliency)
     pruner._vote = Vote(
         pruner._polarizer, config.final_score or config.polarizer, config.vote, config.vote_ratio, config.momentum,
         config.sparsity,
@@ -53,7 +53,7 @@ def moved_to_the_device(pruner, memory):
     for name in ("_places", "_ends", "_counts"):
         tensor = getattr(pruner._diagnostics, name)
         setattr(pruner._diagnostics, name, torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE))
-    pruner._energy, pruner.plan = Energy(d), SimpleNamespace(memory=memory)
+    pruner._energy, pruner.plan = Energy(d), SimpleNamespace()
 
 
 def filled(shape, value):
@@ -62,9 +62,9 @@ def filled(shape, value):
 
 CONFIGS = {
     "default": {},
-    "lean": {"memory": "lean"},
+    "lean": {"update": "gauss_seidel"},
     "skip": {"nonfinite": "skip_particle"},
-    "lean skip": {"memory": "lean", "nonfinite": "skip_particle"},
+    "lean skip": {"update": "gauss_seidel", "nonfinite": "skip_particle"},
     "weighted": {"kernel": "weighted_rbf", "polarizer": "mask_normalized"},
     "momentum": {"momentum": 0.5, "vote_ratio": 0.5},
     "hard": {"momentum": 0.5, "vote": "hard"},
@@ -79,8 +79,8 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_read(mlp, vectors, name, monkeypatch):
     options = CONFIGS[name]
-    config = SFPKConfig(0.8, n_particles=4, n_steps=6, energy_mode="sequential", **options)
-    pruner = SFPKPruner(mlp, None, config)
+    config = SFPKConfig(0.8, n_particles=4, n_steps=6, **options)
+    pruner = SFPKPruner(mlp, config=config)
     with recorded() as recording:
 
         def read(**tensors):
@@ -91,7 +91,7 @@ def test_one_read(mlp, vectors, name, monkeypatch):
         monkeypatch.setattr(module, "read_together", read)
         # Their random numbers and the model's modes are on the CPU here.
         monkeypatch.setattr(module, "seeded", lambda seed, device: contextlib.nullcontext())
-        moved_to_the_device(pruner, options.get("memory", "fast"))
+        moved_to_the_device(pruner)
         # The authors' rule and early stops need densities on the host: before the first step it would have to ask.
         pruner._system._known = (pruner.particles._version, [1.0] * 4)
         recording.waits.clear()

@@ -151,9 +151,9 @@ def test_particles_that_stay_keep_every_bit(backend, dtype, policy):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_run_with_particles_of_each_dtype(mlp, vectors, dtype):
     config = SFPKConfig(sparsity=0.8, n_particles=3, n_steps=8, particle_dtype=dtype)
-    result = prune(mlp, None, vectors, config, progress=False)
+    result = prune(mlp, vectors, config=config, progress=False)
     assert result.particles.dtype == getattr(torch, dtype)
     assert result.mask.kept == round(0.2 * 144)
-    again = prune(mlp, None, vectors, config, progress=False)
+    again = prune(mlp, vectors, config=config, progress=False)
     assert torch.equal(result.particles, again.particles)
     assert result.mask.fingerprint() == again.mask.fingerprint()

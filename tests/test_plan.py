@@ -11,19 +11,20 @@ from torch import nn
 import sfpk_kernels
 from benchmarks import peak
 from benchmarks.models import images, mlp, resnet
-from sfpk_kernels import SFPKConfig, SFPKPruner, prune
+from sfpk_kernels import Execution, SFPKConfig, SFPKPruner, prune
 
+from .settings import both
 from .snapshot import Snapshot
 
 SLOW = [
     ("wide-mlp", {"energy_mode": "sequential"}),
     ("wide-mlp", {"energy_mode": "vmap"}),
     ("wide-resnet-20", {"energy_mode": "sequential"}),
-    ("wide-resnet-20", {"energy_mode": "sequential", "memory": "lean"}),
+    ("wide-resnet-20", {"energy_mode": "sequential", "update": "gauss_seidel"}),
     ("vit-small", {"energy_mode": "sequential"}),
     ("vit-small", {"energy_mode": "vmap"}),
     ("gpt-small", {"energy_mode": "sequential"}),
-    ("gpt-small", {"memory": "lean", "particle_dtype": "float16"}),
+    ("gpt-small", {"update": "gauss_seidel", "particle_dtype": "float16"}),
 ]
 
 
@@ -31,7 +32,7 @@ SLOW = [
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        ("wide-mlp", {"memory": "lean"}),
+        ("wide-mlp", {"update": "gauss_seidel"}),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
     ],
 )
@@ -44,16 +45,16 @@ def test_the_predicted_peak_is_the_measured_one_within_15_percent(model, options
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"memory": "fast"}, {"memory": "lean"}, {"energy_mode": "vmap"}])
+@pytest.mark.parametrize("options", [{"update": "jacobi"}, {"update": "gauss_seidel"}, {"energy_mode": "vmap"}])
 def test_the_predicted_peak_on_a_gpu(options):
     torch.manual_seed(0)
     model = mlp((64, 2048, 2048, 10)).cuda()
     batches = [images(8, channels=1)(64) for _ in range(5)]
-    config = SFPKConfig(0.9, n_particles=5, n_steps=2, **options)
-    prune(model, None, batches, config)
+    settings = both(SFPKConfig, 0.9, n_particles=5, n_steps=2, **options)
+    prune(model, batches, **settings)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = prune(model, None, batches, config)
+    result = prune(model, batches, **settings)
     measured = torch.cuda.max_memory_allocated() - before
     assert result.plan.peak_bytes == pytest.approx(measured, rel=0.15), result.plan.parts
 
@@ -66,48 +67,50 @@ def test_plan_before_a_run():
     model, batches = big()
     snapshot = Snapshot(model)
     config = SFPKConfig(0.9, n_particles=4, n_steps=2)
-    plan = sfpk_kernels.plan(model, config, batches[0])
+    plan = sfpk_kernels.plan(model, [batches[0]], config=config)
     snapshot.check()
     d = 64 * 256 + 256 * 256 + 256 * 10
-    assert (plan.particles, plan.coordinates, plan.memory) == (4, d, "fast")
+    assert (plan.particles, plan.coordinates, plan.update) == (4, d, "jacobi")
     assert plan.parts["particles"] == plan.parts["gradients"] == 4 * d * 4
     assert plan.fits
     assert plan.peak_bytes == sum(plan.parts.values())
     assert plan.seconds_per_step > 0
     assert json.loads(json.dumps(plan.to_dict()))["peak_bytes"] == plan.peak_bytes
-    lean = sfpk_kernels.plan(model, config.replace(memory="lean", particle_dtype="float16"), batches[0])
+    lean = sfpk_kernels.plan(
+        model, [batches[0]], config=config.replace(update="gauss_seidel", particle_dtype="float16")
+    )
     assert lean.parts["particles"] == 4 * d * 2
     assert lean.parts["gradients"] == d * 4
     assert lean.peak_bytes < plan.peak_bytes
     words = str(plan)
-    assert "4 particles of 84,480 weights, memory='fast'" in words
+    assert "4 particles of 84,480 weights, update='jacobi'" in words
     assert "peak" in words
     assert "s a step" in words
     assert plan.choice.reason in words
 
 
-def test_auto_turns_lean_where_fast_does_not_fit():
+def test_what_does_not_fit_is_refused_with_what_would():
     model, batches = big()
-    config = SFPKConfig(0.9, n_particles=16, n_steps=2, energy_mode="sequential")
-    fast = sfpk_kernels.plan(model, config, batches[0])
-    lean = sfpk_kernels.plan(model, config.replace(memory="lean"), batches[0])
-    assert fast.memory == "fast"
-    limit = int((fast.peak_bytes + lean.peak_bytes) / 2 / 0.9)
-    assert sfpk_kernels.plan(model, config.replace(memory_limit=limit), batches[0]).memory == "lean"
-    result = prune(model, None, batches, config.replace(memory_limit=limit, energy_mode="auto"))
-    assert result.plan.memory == "lean"
-    assert result.plan.choice.mode == "sequential"
-    assert result.mask.kept == round(0.1 * 84480)
+    config = SFPKConfig(0.9, n_particles=16, n_steps=2)
+    lean = config.replace(update="gauss_seidel")
+    jacobi, seidel = (sfpk_kernels.plan(model, batches, config=one) for one in (config, lean))
+    assert (jacobi.update, seidel.update) == ("jacobi", "gauss_seidel")
+    limit = Execution(memory_limit=int((jacobi.peak_bytes + seidel.peak_bytes) / 2 / 0.9))
+    assert not sfpk_kernels.plan(model, batches, config=config, execution=limit).fits
+    with pytest.raises(MemoryError, match="update='gauss_seidel': "):  # never silently another method
+        prune(model, batches, config=config, execution=limit)
+    result = prune(model, batches, config=lean, execution=limit)
+    assert (result.plan.update, result.plan.choice.mode) == ("gauss_seidel", "sequential")
 
 
 def test_a_run_that_will_not_fit_is_refused_with_what_would():
     model, batches = big()
-    config = SFPKConfig(0.9, n_particles=16, n_steps=2, memory="fast", energy_mode="sequential")
-    fast = sfpk_kernels.plan(model, config, batches[0])
-    lean = sfpk_kernels.plan(model, config.replace(memory="lean"), batches[0])
+    config = SFPKConfig(0.9, n_particles=16, n_steps=2, update="jacobi")
+    fast = sfpk_kernels.plan(model, [batches[0]], config=config)
+    lean = sfpk_kernels.plan(model, [batches[0]], config=config.replace(update="gauss_seidel"))
     state = sum(fast.parts[name] for name in ("particles", "gradients", "dense weights, saliency"))
     limit = int((fast.peak_bytes + max(state, lean.peak_bytes)) / 2 / 0.9)
-    pruner = SFPKPruner(model, None, config.replace(memory_limit=limit))
+    pruner = SFPKPruner(model, config=config, execution=Execution(memory_limit=limit))
     snapshot = Snapshot(model)
     with pytest.raises(MemoryError) as caught:
         pruner.run(batches)
@@ -115,11 +118,11 @@ def test_a_run_that_will_not_fit_is_refused_with_what_would():
     words = str(caught.value)
     assert "this run will not fit" in words
     ways = words[words.index("what takes less") :]
-    assert "memory='lean':" in ways
+    assert "update='gauss_seidel':" in ways
     assert "(still too much)" not in ways.splitlines()[1]
     assert torch.equal(pruner.particles, torch.ones_like(pruner.particles))
     # The advice holds.
-    prune(model, None, batches, config.replace(memory_limit=limit, memory="lean"))
+    prune(model, batches, config=config.replace(update="gauss_seidel"), execution=Execution(memory_limit=limit))
 
 
 def test_particles_that_cannot_fit_are_refused_before_anything_is_allocated(monkeypatch):
@@ -130,7 +133,7 @@ def test_particles_that_cannot_fit_are_refused_before_anything_is_allocated(monk
 
     monkeypatch.setattr("sfpk_kernels.search.pruner.ParticleSystem", fail)
     with pytest.raises(MemoryError, match="this run will not fit") as caught:
-        SFPKPruner(model, None, SFPKConfig(0.9, n_particles=16, memory_limit=1_000_000))
+        SFPKPruner(model, config=SFPKConfig(0.9, n_particles=16), execution=Execution(memory_limit=1_000_000))
     assert "n_particles=8" in str(caught.value)
     assert "still too much" in str(caught.value)
 
@@ -139,10 +142,10 @@ def test_the_plan_is_logged_and_printed_beside_a_progress_bar(capsys, caplog):
     model, batches = big()
     config = SFPKConfig(0.9, n_particles=2, n_steps=2)
     with caplog.at_level(logging.INFO, logger="sfpk_kernels"):
-        result = prune(model, None, batches, config, progress=True)
+        result = prune(model, batches, config=config, progress=True)
     assert str(result.plan) in capsys.readouterr().err
     assert str(result.plan) in caplog.text
-    prune(model, None, batches, config, progress=False)
+    prune(model, batches, config=config, progress=False)
     assert capsys.readouterr().err == ""
 
 
@@ -184,11 +187,13 @@ def test_a_forced_way_that_cannot_run_is_said_by_the_plan():
             return x if float(x.detach().sum()) > -1e9 else -x
 
     with pytest.raises(RuntimeError, match="energy_mode='vmap' cannot run this model"):
-        sfpk_kernels.plan(Odd(), SFPKConfig(0.5, energy_mode="vmap"), images(8, channels=1)(4))
+        sfpk_kernels.plan(
+            Odd(), [images(8, channels=1)(4)], config=SFPKConfig(0.5), execution=Execution(energy_mode="vmap")
+        )
 
 
 def test_a_model_with_batchnorm_is_left_alone_by_the_plan():
     model = resnet(8, 8, channels=1)
     snapshot = Snapshot(model)
-    sfpk_kernels.plan(model, SFPKConfig(0.5, n_particles=3), images(8, channels=1)(4))
+    sfpk_kernels.plan(model, [images(8, channels=1)(4)], config=SFPKConfig(0.5, n_particles=3))
     snapshot.check()

@@ -30,8 +30,8 @@ ROWS = [
 
 @pytest.fixture
 def result(mlp, vectors):
-    config = SFPKConfig(0.8, n_particles=3, n_steps=10, energy_mode="sequential")
-    return prune(mlp, None, vectors, config, checkpoints=[0.5])
+    config = SFPKConfig(0.8, n_particles=3, n_steps=10)
+    return prune(mlp, vectors, config=config, waypoints=[0.5])
 
 
 def test_contents(result, tmp_path):
@@ -68,9 +68,9 @@ def test_rendered_again_from_json_alone(result, tmp_path):
 
 
 def test_one_particle_has_no_band_and_no_spread(mlp, vectors, tmp_path):
-    config = SFPKConfig(0.8, n_particles=3, n_steps=10, energy_mode="sequential")
-    prune(mlp, None, vectors, config).report(tmp_path, ROWS)
-    html = prune(mlp, None, vectors, config.replace(n_particles=1)).report(tmp_path).read_text()
+    config = SFPKConfig(0.8, n_particles=3, n_steps=10)
+    prune(mlp, vectors, config=config).report(tmp_path, ROWS)
+    html = prune(mlp, vectors, config=config.replace(n_particles=1)).report(tmp_path).read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layers.png", "loss.png", "report.html", "report.json"]
     assert html.count("data:image/png;base64,") == 2
     assert "each step sees another batch" in html
@@ -173,15 +173,15 @@ def test_sparsities_and_methods_have_room(sparsities, method):
 
 
 def test_many_masks_methods_and_layers(mlp, vectors, tmp_path):
-    config = SFPKConfig(0.9, n_particles=2, n_steps=4, energy_mode="sequential")
-    few = prune(mlp, None, vectors, config, progress=False)
-    many = prune(mlp, None, vectors, config, progress=False, checkpoints=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    config = SFPKConfig(0.9, n_particles=2, n_steps=4)
+    few = prune(mlp, vectors, config=config, progress=False)
+    many = prune(mlp, vectors, config=config, progress=False, waypoints=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
     few.report(tmp_path / "few", ROWS)
     many.report(tmp_path / "many", [{**ROWS[0], "method": f"method {i}"} for i in range(7)])
     for name in ("layers", "baselines"):
         small, large = ((tmp_path / folder / f"{name}.png").stat().st_size for folder in ("few", "many"))
         assert large > small
-    assert prune(mlp, None, vectors, config.replace(n_steps=1, n_particles=1)).report(tmp_path / "one step").is_file()
+    assert prune(mlp, vectors, config=config.replace(n_steps=1, n_particles=1)).report(tmp_path / "one step").is_file()
 
 
 def test_numbers_that_are_not_finite(result, tmp_path):
@@ -312,4 +312,4 @@ def test_without_matplotlib_the_numbers_are_there(mlp, vectors, tmp_path, monkey
 
 
 def small(model, batches):
-    return prune(model, None, batches, SFPKConfig(0.5, n_particles=2, n_steps=3, energy_mode="sequential"))
+    return prune(model, batches, config=SFPKConfig(0.5, n_particles=2, n_steps=3))

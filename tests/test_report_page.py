@@ -29,12 +29,12 @@ ROWS = [
     {"method": "magnitude", "sparsity": 0.5, "accuracy_mean": 0.8},
     {"method": "theirs", "sparsity": 0.5, "accuracy_mean": 0.9, "accuracy_std": 0.01},
 ]
-QUICK = {"n_particles": 3, "n_steps": 10, "energy_mode": "sequential"}
+QUICK = {"n_particles": 3, "n_steps": 10}
 
 
 @pytest.fixture
 def result(mlp, vectors):
-    return prune(mlp, None, vectors, SFPKConfig(0.8, **QUICK), checkpoints=[0.5])
+    return prune(mlp, vectors, config=SFPKConfig(0.8, **QUICK), waypoints=[0.5])
 
 
 def bent(result):
@@ -93,7 +93,7 @@ def test_every_word_is_explained_where_it_stands(result, tmp_path):
 
 
 def test_words_of_what_is_not_there_are_not_there(mlp, vectors, tmp_path):
-    one = prune(mlp, None, vectors, SFPKConfig(0.8, **{**QUICK, "n_particles": 1}))
+    one = prune(mlp, vectors, config=SFPKConfig(0.8, **{**QUICK, "n_particles": 1}))
     page = read(one, tmp_path)
     assert one.knee() is None
     assert page.facts["knee of the loss"][0] == "none found"
@@ -110,7 +110,7 @@ def test_share_of_the_whole_model(convnet, images, tmp_path):
     convnet.append(nn.Linear(4, 4))
     convnet[-1].weight = convnet[-2].weight
     total = sum(parameter.numel() for parameter in convnet.parameters())
-    result = prune(convnet, None, images, SFPKConfig(0.5, **QUICK), ignored_layers=["8"])
+    result = prune(convnet, images, config=SFPKConfig(0.5, **QUICK), ignored_layers=["8"])
     prunable = 6 * 2 * 9 + 8 * 6 * 9 + 4 * 4
     page = read(result, tmp_path)
     removed = prunable - result.mask.kept
@@ -130,7 +130,7 @@ def test_share_of_the_whole_model(convnet, images, tmp_path):
 
 def test_a_model_covered_in_full(vectors, tmp_path):
     model = nn.Sequential(nn.Linear(8, 12, bias=False), nn.Tanh(), nn.Linear(12, 4, bias=False))
-    page = read(prune(model, None, vectors, SFPKConfig(0.8, **QUICK)), tmp_path)
+    page = read(prune(model, vectors, config=SFPKConfig(0.8, **QUICK)), tmp_path)
     assert page.facts["covered by the masks"][0].startswith("100.00 % of the whole model: 144 of 144")
     assert "Left alone" not in page.headings
 
@@ -230,7 +230,7 @@ def test_long_names_are_shortened_in_the_middle(vectors, tmp_path):
     model.a_backbone_that_has_a_long_name_of_its_own = inner
     model.head = nn.Linear(8, 4)
     model.forward = lambda x: model.head(sum(layer(x) for layer in inner.values()))
-    result = prune(model, None, vectors, SFPKConfig(0.5, **QUICK))
+    result = prune(model, vectors, config=SFPKConfig(0.5, **QUICK))
     page = read(result, tmp_path)
     names = [tensor.name for tensor in result.coordinates.tensors]
     shown = [row[1] for row in page.tables["Prunable tensors"][1:]]

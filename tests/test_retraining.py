@@ -20,13 +20,13 @@ def loader(vectors):
 
 
 def test_it_trains_under_masks(convnet, images):
-    mask = magnitude(convnet, None, None, 0.7)
+    mask = magnitude(convnet, 0.7)
     convnet[1].eval()
     convnet[4].train()
     modes = [module.training for module in convnet.modules()]
     identities = [id(parameter) for parameter in convnet.parameters()]
     statistics = convnet[1].running_mean.clone()
-    losses = retrain(convnet, None, images, mask, RetrainConfig(epochs=3, lr=0.02))
+    losses = retrain(convnet, images, mask, RetrainConfig(epochs=3, lr=0.02))
     assert len(losses) == 30
     assert sum(losses[-10:]) < sum(losses[:10])
     assert MaskSet.from_model(convnet) == mask
@@ -38,10 +38,10 @@ def test_it_trains_under_masks(convnet, images):
 
 def test_it_is_sgd_with_a_cosine(mlp, vectors):
     """Written out by hand."""
-    mask = magnitude(mlp, None, None, 0.5)
+    mask = magnitude(mlp, 0.5)
     other = mask.apply_(copy.deepcopy(mlp))
     config = RetrainConfig(epochs=1, lr=0.3, momentum=0.8, weight_decay=0.01)
-    losses = retrain(mlp, None, vectors[:4], mask, config)
+    losses = retrain(mlp, vectors[:4], mask, config)
     optimizer = torch.optim.SGD(other.parameters(), 0.3, momentum=0.8, nesterov=True, weight_decay=0.01)
     for step, (x, y) in enumerate(vectors[:4]):
         optimizer.param_groups[0]["lr"] = 0.3 * (1 + math.cos(math.pi * step / 4)) / 2
@@ -56,12 +56,12 @@ def test_it_is_sgd_with_a_cosine(mlp, vectors):
 
 
 def test_options_act(mlp, vectors, loader):
-    mask = magnitude(mlp, None, None, 0.5)
+    mask = magnitude(mlp, 0.5)
 
     def outcome(batches=vectors, loss_fn=None, steps=None, seed=0, **options):
         model = copy.deepcopy(mlp)
         losses = retrain(
-            model, loss_fn, batches, mask, RetrainConfig(**{"epochs": 0.3, **options}), steps=steps, seed=seed
+            model, batches, mask, RetrainConfig(**{"epochs": 0.3, **options}), loss_fn=loss_fn, steps=steps, seed=seed
         )
         return losses, model[0].weight.detach()
 
@@ -83,7 +83,7 @@ def test_options_act(mlp, vectors, loader):
 
 
 def test_clipping_counts_kept_weights_alone(mlp, vectors, monkeypatch):
-    mask = magnitude(mlp, None, None, 0.9)
+    mask = magnitude(mlp, 0.9)
     real, seen = nn.utils.clip_grad_norm_, []
 
     def watched(parameters, limit):
@@ -91,36 +91,36 @@ def test_clipping_counts_kept_weights_alone(mlp, vectors, monkeypatch):
         return real(parameters, limit)
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", watched)
-    retrain(mlp, None, vectors, mask, RetrainConfig(epochs=1, clip_norm=0.1))
+    retrain(mlp, vectors, mask, RetrainConfig(epochs=1, clip_norm=0.1))
     assert seen == [True] * 10
 
 
 def test_frozen_weights_are_masked_and_stay(mlp, vectors):
-    mask = magnitude(mlp, None, None, 0.5)
+    mask = magnitude(mlp, 0.5)
     mlp[0].weight.requires_grad_(False)
     expected = mask.apply_(copy.deepcopy(mlp))[0].weight
-    retrain(mlp, None, vectors, mask, RetrainConfig(epochs=1))
+    retrain(mlp, vectors, mask, RetrainConfig(epochs=1))
     assert torch.equal(mlp[0].weight, expected)
     assert MaskSet.from_model(mlp) == mask
 
 
 def test_errors(mlp, vectors):
-    mask = magnitude(mlp, None, None, 0.5)
+    mask = magnitude(mlp, 0.5)
     config = RetrainConfig(epochs=1)
     batches = [*vectors[:2], (vectors[2][0] * float("nan"), vectors[2][1])]
     with pytest.raises(FloatingPointError, match="wanted a finite loss, got nan in step 3 of 3 of retraining"):
-        retrain(mlp, None, batches, mask, config)
+        retrain(mlp, batches, mask, config)
     assert all(parameter.isfinite().all() and parameter.grad is None for parameter in mlp.parameters())
     with pytest.raises(TypeError, match="loader: wanted one with a length, to count epochs, got list_iterator"):
-        retrain(mlp, None, iter(vectors), mask, config)
+        retrain(mlp, iter(vectors), mask, config)
     with pytest.raises(ValueError, match="label_smoothing: wanted 0 beside a loss_fn of your own"):
-        retrain(mlp, lambda model, batch: 0, vectors, mask, RetrainConfig(epochs=1, label_smoothing=0.1))
+        retrain(mlp, vectors, mask, RetrainConfig(epochs=1, label_smoothing=0.1), loss_fn=lambda model, batch: 0)
     with pytest.raises(TypeError, match=r"label_smoothing: wanted batches \(x, y\)"):
-        retrain(mlp, None, [{"x": 1}], mask, RetrainConfig(epochs=1, label_smoothing=0.1))
+        retrain(mlp, [{"x": 1}], mask, RetrainConfig(epochs=1, label_smoothing=0.1))
     with pytest.raises(ValueError, match="wanted the model these masks were made for"):
-        retrain(nn.Linear(2, 2), None, vectors, mask, config)
+        retrain(nn.Linear(2, 2), vectors, mask, config)
     with pytest.raises(ValueError, match="wanted parameters that require gradients"):
-        retrain(mlp.requires_grad_(False), None, vectors, mask, config)
+        retrain(mlp.requires_grad_(False), vectors, mask, config)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_bad_configs(values, error, words):
 
 def test_what_a_failed_step_leaves(convnet, images, monkeypatch):
     """Statistics of batch-norm as the step found them; after a stopped optimizer step the masks hold all the same."""
-    mask = magnitude(convnet, None, None, 0.5)
+    mask = magnitude(convnet, 0.5)
     twin, bad = copy.deepcopy(convnet), [*images[:2], (images[2][0] * float("nan"), images[2][1])]
-    retrain(twin, None, images[:2], mask, RetrainConfig(1, lr=1e-9))
+    retrain(twin, images[:2], mask, RetrainConfig(1, lr=1e-9))
     with pytest.raises(FloatingPointError):
-        retrain(convnet, None, bad, mask, RetrainConfig(1, lr=1e-9))
+        retrain(convnet, bad, mask, RetrainConfig(1, lr=1e-9))
     for name, buffer in convnet.named_buffers():
         assert torch.equal(buffer, twin.get_buffer(name)), name
     step, left = torch.optim.SGD.step, iter([False, True])
@@ -162,7 +162,7 @@ def test_what_a_failed_step_leaves(convnet, images, monkeypatch):
 
     monkeypatch.setattr(torch.optim.SGD, "step", torch.optim.Optimizer.profile_hook_step(stopped))
     with pytest.raises(KeyboardInterrupt) as caught:
-        retrain(convnet, None, images, mask, RetrainConfig(1))
+        retrain(convnet, images, mask, RetrainConfig(1))
     if sys.version_info >= (3, 11):
         assert "in step 2 of 10 of retraining; the model keeps" in caught.value.__notes__[-1]
     assert MaskSet.from_model(convnet) == mask
@@ -182,11 +182,11 @@ class Endless(torch.utils.data.IterableDataset):
 def test_loaders_without_a_length(mlp, vectors):
     """Everything that reads batches: it works, or says what is wanted instead, before anything is trained."""
     streams = DataLoader(Endless(vectors), 16)
-    config = SFPKConfig(0.5, n_particles=2, n_steps=6, energy_mode="sequential")
-    listed = prune(mlp, None, vectors, config)
-    assert prune(mlp, None, streams, config).mask == listed.mask
-    assert prune(mlp, None, DataLoader(Endless(vectors), 16, num_workers=1), config).mask == listed.mask
-    assert prune(mlp, None, (batch for batch in vectors * 2), config).mask == listed.mask
+    config = SFPKConfig(0.5, n_particles=2, n_steps=6)
+    listed = prune(mlp, vectors, config=config)
+    assert prune(mlp, streams, config=config).mask == listed.mask
+    assert prune(mlp, DataLoader(Endless(vectors), 16, num_workers=1), config=config).mask == listed.mask
+    assert prune(mlp, (batch for batch in vectors * 2), config=config).mask == listed.mask
     before = copy.deepcopy(mlp.state_dict())
     for loader, what in (
         (streams, "DataLoader over a Endless"), (iter(vectors), "list_iterator"), ((b for b in vectors), "generator"),
@@ -194,23 +194,23 @@ def test_loaders_without_a_length(mlp, vectors):
     ):  # fmt: skip
         for search in (vectors, loader):
             with pytest.raises(TypeError, match=f"^loader: wanted one with a length, .* got {what}: .*retrain_loader="):
-                GradualPruner(mlp, None, search, config, shots=2, retrain=1, retrain_loader=loader)
+                GradualPruner(mlp, search, config=config, shots=2, retrain=1, retrain_loader=loader)
     with pytest.raises(ValueError, match="^loader: wanted batches, got a loader of length 0"):
-        GradualPruner(mlp, None, vectors, config, shots=2, retrain=1, retrain_loader=[])
+        GradualPruner(mlp, vectors, config=config, shots=2, retrain=1, retrain_loader=[])
     assert all(torch.equal(value, before[name]) for name, value in mlp.state_dict().items())
     twin = copy.deepcopy(mlp)
-    found = GradualPruner(mlp, None, streams, config, shots=2, retrain=1, retrain_loader=vectors).run()
-    assert found.masks == GradualPruner(twin, None, vectors, config, shots=2, retrain=1).run().masks
-    assert len(retrain(mlp, None, streams, found.mask, RetrainConfig(1), steps=13)) == 13
+    found = GradualPruner(mlp, streams, config=config, shots=2, retrain=1, retrain_loader=vectors).run()
+    assert found.masks == GradualPruner(twin, vectors, config=config, shots=2, retrain=1).run().masks
+    assert len(retrain(mlp, streams, found.mask, RetrainConfig(1), steps=13)) == 13
     with pytest.raises(
         ValueError, match=r"^loader: wanted 99 batches \(steps of retraining\), got a one-shot iterator"
     ):
-        retrain(mlp, None, iter(vectors), found.mask, RetrainConfig(1), steps=99)
+        retrain(mlp, iter(vectors), found.mask, RetrainConfig(1), steps=99)
     read = DataLoader(Endless(vectors, again=False), 16)
     with pytest.raises(ValueError, match="yields nothing: its IterableDataset should open its source in __iter__"):
-        prune(mlp, None, read, config)
+        prune(mlp, read, config=config)
     with pytest.raises(ValueError, match="got an empty iterable: its IterableDataset should open"):
-        prune(mlp, None, read, config)
+        prune(mlp, read, config=config)
     spent = iter(vectors[:0])
     with pytest.raises(ValueError, match="got a one-shot iterator that is empty, or was read to its end before"):
-        prune(mlp, None, spent, config)
+        prune(mlp, spent, config=config)

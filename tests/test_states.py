@@ -12,11 +12,12 @@ from sfpk_kernels.search.particles import ParticleSystem
 from sfpk_kernels.utils.files import load_state, save_state
 
 from .altered import alter, places
+from .settings import both
 from .snapshot import Snapshot
 
 
 def quick(**overrides):
-    options = {"n_particles": 3, "n_steps": 5, "energy_mode": "sequential", **overrides}
+    options = {"n_particles": 3, "n_steps": 5, **overrides}
     return SFPKConfig(0.8, **options)
 
 
@@ -65,7 +66,7 @@ def entry(words):
 
 VARIANTS = [
     {"momentum": 0.1, "vote": "hard"},
-    {"dtype": "fp16", "particle_dtype": "bfloat16", "kernel": "weighted_rbf", "memory": "lean"},
+    {"dtype": "fp16", "particle_dtype": "bfloat16", "kernel": "weighted_rbf", "update": "gauss_seidel"},
     {"nonfinite": "skip_particle", "energy_mode": "auto", "settle": True},
 ]
 
@@ -73,10 +74,10 @@ VARIANTS = [
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 @pytest.mark.parametrize("count", [300, pytest.param(4000, marks=pytest.mark.slow)])
 def test_altered_states_of_a_run(mlp, vectors, options, count):
-    config = quick(**options)
+    settings = both(quick, **options)
 
     def make():
-        return SFPKPruner(mlp, None, config, checkpoints=[0.3, 0.6], keep_scores=True)
+        return SFPKPruner(mlp, **settings, waypoints=[0.3, 0.6], keep_scores=True)
 
     pruner = make()
     for k in range(3):
@@ -127,7 +128,7 @@ def test_altered_states_of_shots(convnet, images, finished, count):
     def make():
         convnet.load_state_dict(dense.state_dict())
         retrain = RetrainConfig(0.2, label_smoothing=0.1)
-        return GradualPruner(convnet, None, images, quick(n_steps=4), shots=2, retrain=retrain)
+        return GradualPruner(convnet, images, config=quick(n_steps=4), shots=2, retrain=retrain)
 
     pruner = make()
     for _ in range(finished):
@@ -146,9 +147,9 @@ def test_altered_states_of_shots(convnet, images, finished, count):
 
 def test_every_entry_is_missed_and_named(mlp, vectors):
     """At every depth: a state without it is refused and says so."""
-    pruner = SFPKPruner(mlp, None, quick(momentum=0.1), checkpoints=[0.3])
+    pruner = SFPKPruner(mlp, config=quick(momentum=0.1), waypoints=[0.3])
     pruner.step(vectors[:3])
-    state, fresh = pruner.state_dict(), SFPKPruner(mlp, None, quick(momentum=0.1), checkpoints=[0.3])
+    state, fresh = pruner.state_dict(), SFPKPruner(mlp, config=quick(momentum=0.1), waypoints=[0.3])
     free = ("seconds", "transient", "parts", "model_parts", "ways_out")  # of the plan: what was tried and measured
     for path in places(state):
         if not isinstance(path[-1], str) or (path[-2:-1] and path[-2] in free):
@@ -171,7 +172,7 @@ def test_a_file_whose_content_is_no_state(tmp_path):
 
 
 def test_an_interruption_while_loading_is_said(mlp, vectors, monkeypatch):
-    pruner = SFPKPruner(mlp, None, quick())
+    pruner = SFPKPruner(mlp, config=quick())
     pruner.step(vectors[:3])
     state = pruner.state_dict()
     pruner.step(vectors[3:6])

@@ -58,8 +58,8 @@ def outcome(result):
     return result.mask, result.particles.tolist(), [record.energies for record in result.history]
 
 
-@pytest.mark.parametrize("memory", ["fast", "lean"])
-def test_runs_do_not_depend_on_each_other(convnet, images, memory):
+@pytest.mark.parametrize("update", ["jacobi", "gauss_seidel"])
+def test_runs_do_not_depend_on_each_other(convnet, images, update):
     """Dropout, drawn order, augmentation; of one model and of several; and torch's own state afterwards."""
     data = Noisy(images)
 
@@ -70,7 +70,7 @@ def test_runs_do_not_depend_on_each_other(convnet, images, memory):
             drawn.append(float(torch.rand(())))
 
         loader = DataLoader(data, 16, shuffle=True)
-        return lambda: (*outcome(prune(model, None, loader, quick(seed=seed, memory=memory), callbacks=[draw])), drawn)
+        return lambda: (*outcome(prune(model, loader, config=quick(seed=seed, update=update), callbacks=[draw])), drawn)
 
     models = [convnet, convnet, copy.deepcopy(convnet), convnet]
     alone = [search(model, seed)() for seed, model in enumerate(models)]
@@ -85,18 +85,18 @@ def test_steps_and_shots_beside_runs(convnet, images):
     loader, dense = DataLoader(Noisy(images), 16, shuffle=True), copy.deepcopy(convnet)
 
     def steps():
-        pruner = SFPKPruner(convnet, None, quick())
+        pruner = SFPKPruner(convnet, config=quick())
         while not pruner.done:
             pruner.step(images[:2])
         return outcome(pruner.result())
 
     def shots():
         model = copy.deepcopy(dense)
-        result = GradualPruner(model, None, loader, quick(), shots=2, retrain=RetrainConfig(0.4)).run()
+        result = GradualPruner(model, loader, config=quick(), shots=2, retrain=RetrainConfig(0.4)).run()
         return result.masks, result.particles.tolist(), [record.losses for record in result.history]
 
     def run():
-        return outcome(prune(convnet, None, loader, quick()))
+        return outcome(prune(convnet, loader, config=quick()))
 
     works = (steps, shots, run, shots)
     alone = [work() for work in works]
@@ -110,15 +110,15 @@ def test_exports_beside_runs(convnet, images, tmp_path):
         return export(twin, tmp_path / "file", example=images[0], runs=2).verified
 
     def run():
-        return outcome(prune(convnet, None, images, quick()))
+        return outcome(prune(convnet, images, config=quick()))
 
     assert at_once(write, run) == [write(), run()]
 
 
 def test_one_pruner_runs_once_at_a_time(mlp, vectors):
     entered, leave = threading.Event(), threading.Event()
-    pruner = SFPKPruner(mlp, None, quick(), callbacks=[lambda record: (entered.set(), leave.wait(60))])
-    expected = prune(mlp, None, vectors, quick())
+    pruner = SFPKPruner(mlp, config=quick(), callbacks=[lambda record: (entered.set(), leave.wait(60))])
+    expected = prune(mlp, vectors, config=quick())
     found = []
     thread = threading.Thread(target=lambda: found.append(pruner.run(vectors)), daemon=True, name="first")
     thread.start()
@@ -147,11 +147,12 @@ def caught(pruner, batches):
 def test_a_callback_may_prune(mlp, vectors):
     """In the same thread nobody waits."""
     inner = []
-    expected, other = outcome(prune(mlp, None, vectors, quick())), outcome(prune(mlp, None, vectors, quick(seed=1)))
-    result = prune(
-        mlp, None, vectors, quick(),
-        callbacks=[lambda record: inner.append(outcome(prune(mlp, None, vectors, quick(seed=1))))],
-    )  # fmt: skip
+    expected, other = outcome(prune(mlp, vectors, config=quick())), outcome(prune(mlp, vectors, config=quick(seed=1)))
+
+    def callback(record):
+        inner.append(outcome(prune(mlp, vectors, config=quick(seed=1))))
+
+    result = prune(mlp, vectors, config=quick(), callbacks=[callback])
     assert outcome(result) == expected
     assert all(each == other for each in inner)
 
@@ -177,7 +178,7 @@ def test_a_one_shot_iterator_is_not_read_on(mlp, vectors):
         if next(left, False):
             raise KeyboardInterrupt
 
-    pruner, batches = SFPKPruner(mlp, None, quick(), callbacks=[stop]), iter(vectors * 3)
+    pruner, batches = SFPKPruner(mlp, config=quick(), callbacks=[stop]), iter(vectors * 3)
     with pytest.raises(KeyboardInterrupt):
         pruner.run(batches)
     with pytest.raises(
@@ -185,15 +186,15 @@ def test_a_one_shot_iterator_is_not_read_on(mlp, vectors):
     ):
         pruner.run(batches)
     assert len(pruner.history) == 2
-    assert pruner.run(iter(vectors * 3)).mask == prune(mlp, None, vectors, quick()).mask
+    assert pruner.run(iter(vectors * 3)).mask == prune(mlp, vectors, config=quick()).mask
 
 
 def test_a_lock_that_nobody_inside_holds_is_not_waited_for(mlp, vectors):
     lock().acquire()  # and never released
-    expected = prune(mlp, None, vectors, quick())
-    (found,) = at_once(lambda: prune(mlp, None, vectors, quick()))
+    expected = prune(mlp, vectors, config=quick())
+    (found,) = at_once(lambda: prune(mlp, vectors, config=quick()))
     assert found.mask == expected.mask
-    assert prune(mlp, None, vectors, quick()).mask == expected.mask
+    assert prune(mlp, vectors, config=quick()).mask == expected.mask
 
 
 def test_who_is_inside_is_told_by_the_whole_package():

@@ -62,7 +62,7 @@ def trainer(folder, model, *callbacks, **options):
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_exact_sparsity_saved_reloaded_resumed(tmp_path, accumulate):
     model = tiny()
-    masks = magnitude(model, None, None, 0.7)
+    masks = magnitude(model, 0.7)
     dense = copy.deepcopy(model.state_dict())
     callback = Watch(masks)
     trainer(tmp_path, model, callback, gradient_accumulation_steps=accumulate).train()
@@ -87,14 +87,14 @@ def test_exact_sparsity_saved_reloaded_resumed(tmp_path, accumulate):
 
 def test_without_the_callback_weights_return(tmp_path):
     model = tiny()
-    masks = magnitude(model, None, None, 0.7)
+    masks = magnitude(model, 0.7)
     masks.apply_(model)
     trainer(tmp_path, model).train()
     assert MaskSet.from_model(model).kept > masks.kept
 
 
 def test_callback_states_restored_by_the_trainer(tmp_path):
-    masks = magnitude(tiny(), None, None, 0.7)
+    masks = magnitude(tiny(), 0.7)
     trainer(tmp_path, tiny(), SFPKTrainerCallback(masks)).train()
     model = tiny(1)
     options = {"max_steps": 6, "restore_callback_states_from_checkpoint": True}
@@ -103,7 +103,7 @@ def test_callback_states_restored_by_the_trainer(tmp_path):
 
 
 def test_masks_lost_to_the_option_that_restores_callbacks(tmp_path):
-    masks = magnitude(tiny(), None, None, 0.7)
+    masks = magnitude(tiny(), 0.7)
     trainer(tmp_path / "a", tiny(), SFPKTrainerCallback(masks)).train()
     options = {"max_steps": 6, "restore_callback_states_from_checkpoint": True}
     callback = SFPKTrainerCallback.from_checkpoint(tmp_path / "a" / "checkpoint-4")
@@ -113,7 +113,7 @@ def test_masks_lost_to_the_option_that_restores_callbacks(tmp_path):
 
 def test_the_folder_of_another_run_is_not_read(tmp_path):
     """A checkpoint of the same step lies in output_dir, of a run with other masks."""
-    masks, others = (magnitude(tiny(), None, None, share) for share in (0.7, 0.3))
+    masks, others = (magnitude(tiny(), share) for share in (0.7, 0.3))
     trainer(tmp_path / "dense", tiny()).train()
     trainer(tmp_path / "pruned", tiny(), SFPKTrainerCallback(masks)).train()
     trainer(tmp_path / "here", tiny(), SFPKTrainerCallback(others)).train()
@@ -130,7 +130,7 @@ def test_the_folder_of_another_run_is_not_read(tmp_path):
 
 def test_two_callbacks_are_refused(tmp_path):
     model = tiny()
-    masks = magnitude(model, None, None, 0.7)
+    masks = magnitude(model, 0.7)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="callbacks: wanted one SFPKTrainerCallback in a Trainer, got a second one"):
         trainer(tmp_path, model, Watch(masks), SFPKTrainerCallback(masks))
@@ -147,7 +147,7 @@ def test_two_callbacks_are_refused(tmp_path):
 
 def test_refusals(tmp_path):
     model = tiny()
-    masks, others = magnitude(model, None, None, 0.7), magnitude(model, None, None, 0.5)
+    masks, others = magnitude(model, 0.7), magnitude(model, 0.5)
     with pytest.raises(TypeError, match="masks: wanted a MaskSet or None, got str"):
         SFPKTrainerCallback("masks")
     with pytest.raises(ValueError, match="masks: wanted a MaskSet, or a checkpoint with masks"):
@@ -186,7 +186,7 @@ def test_weights_written_between_steps_are_said_once(tmp_path, caplog):
             self.started.append(MaskSet.from_model(kwargs["model"]) == self.masks)
 
     model = tiny()
-    callback = Writing(magnitude(model, None, None, 0.7))
+    callback = Writing(magnitude(model, 0.7))
     callback.started = []
     trainer(tmp_path, model, callback).train()
     assert callback.exact == [True] * 4

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sfpk_kernels import SFPKConfig, SFPKPruner, prune
+from sfpk_kernels import Execution, SFPKConfig, SFPKPruner, prune
 from sfpk_kernels.baselines import snip
 from sfpk_kernels.search.unreached import in_words
+
+from .settings import both
 
 
 def quick(**overrides):
@@ -55,8 +57,9 @@ class Cached(nn.Module):
 
 KINDS = {Frozen: ["body.weight"], Auxiliary: ["aux.weight"], Cached: ["body.weight"]}
 WAYS = [
-    {"energy_mode": "vmap"}, {"energy_mode": "sequential"}, {"memory": "lean"}, {"offload": "cpu"},
-    {"nonfinite": "skip_particle"}, {"memory": "lean", "nonfinite": "skip_particle"}, {"particle_dtype": "float16"},
+    {"energy_mode": "vmap"}, {"energy_mode": "sequential"}, {"update": "gauss_seidel"}, {"offload": "cpu"},
+    {"nonfinite": "skip_particle"}, {"update": "gauss_seidel", "nonfinite": "skip_particle"},
+    {"particle_dtype": "float16"},
 ]  # fmt: skip
 
 
@@ -69,7 +72,7 @@ def said(result):
 def test_tensors_without_a_gradient_are_named_once(kind, options, vectors, caplog):
     torch.manual_seed(0)
     with caplog.at_level(logging.WARNING, logger="sfpk_kernels"):
-        result = prune(kind(), None, vectors, quick(**options))
+        result = prune(kind(), vectors, **both(quick, **options))
     (words,) = said(result)
     assert words.startswith(f"step 1: no gradient reaches {', '.join(KINDS[kind])}: ")
     assert "ignored_layers" in words
@@ -77,10 +80,10 @@ def test_tensors_without_a_gradient_are_named_once(kind, options, vectors, caplo
 
 
 def test_what_has_a_gradient_is_not_named(mlp, convnet, vectors, images):
-    assert said(prune(mlp, None, vectors, quick())) == []
-    assert said(prune(convnet, None, images, quick())) == []
-    assert said(prune(Auxiliary(), None, vectors, quick(model_mode="train"))) == []
-    assert said(prune(Frozen(), None, vectors, quick(), ignored_layers=["body"])) == []
+    assert said(prune(mlp, vectors, config=quick())) == []
+    assert said(prune(convnet, images, config=quick())) == []
+    assert said(prune(Auxiliary(), vectors, config=quick(model_mode="train"))) == []
+    assert said(prune(Frozen(), vectors, config=quick(), ignored_layers=["body"])) == []
 
 
 def test_one_particle_is_enough(vectors):
@@ -94,17 +97,17 @@ def test_one_particle_is_enough(vectors):
     torch.manual_seed(0)
     model = nn.Sequential()
     model.body, model.head = nn.Linear(8, 16), nn.Linear(16, 4)
-    assert said(prune(model, loss_fn, vectors, quick())) == []
-    assert len(said(prune(model, loss_fn, [vectors[0]], quick()))) == 1
+    assert said(prune(model, vectors, loss_fn=loss_fn, config=quick())) == []
+    assert len(said(prune(model, [vectors[0]], loss_fn=loss_fn, config=quick()))) == 1
 
 
 def test_a_resumed_run_does_not_say_it_again(vectors, tmp_path):
     torch.manual_seed(0)
     model = Frozen()
-    pruner = SFPKPruner(model, None, quick())
+    pruner = SFPKPruner(model, config=quick())
     pruner.step(vectors[:4])
     pruner.save(tmp_path / "run")
-    result = SFPKPruner(model, None, quick()).run(vectors, resume=tmp_path / "run")
+    result = SFPKPruner(model, config=quick()).run(vectors, resume=tmp_path / "run")
     assert len(said(result)) == 1
 
 
@@ -122,7 +125,7 @@ def constant(model, batch):
 @pytest.mark.parametrize("options", WAYS, ids=str)
 def test_gradients_that_are_all_zero_raise(options, n_steps, mlp, vectors):
     before = {name: tensor.clone() for name, tensor in mlp.state_dict().items()}
-    pruner, alike = (SFPKPruner(mlp, constant, quick(n_steps=n_steps, **options)) for _ in range(2))
+    pruner, alike = (SFPKPruner(mlp, loss_fn=constant, config=quick(n_steps=n_steps, **options)) for _ in range(2))
     last = min(n_steps, 2)
     words = f"loss_fn: wanted a loss that changes .* zero for every weight and particle in step {last}"
     with pytest.raises(ValueError, match=words):
@@ -147,16 +150,16 @@ def test_a_loss_that_is_flat_at_the_dense_model(options, mlp, vectors):
     def drift(model, batch):
         return (model(batch[0]) - batch[1]).square().mean()
 
-    result = prune(mlp, drift, batches, quick(**options))
+    result = prune(mlp, batches, loss_fn=drift, **both(quick, **options))
     assert result.alarms == []
     assert result.history[0].energies == pytest.approx([0.0] * 4, abs=1e-9)
     assert result.history[-1].energy > 0
-    assert said(prune(Frozen(), lambda m, b: m(b[0]).square().mean(), batches, quick(**options)))
+    assert said(prune(Frozen(), batches, loss_fn=lambda m, b: m(b[0]).square().mean(), **both(quick, **options)))
 
 
 def test_snip_wants_a_gradient_too(mlp, vectors):
     with pytest.raises(ValueError, match="gradients of zero for every weight and batch"):
-        snip(mlp, constant, vectors, 0.5)
+        snip(mlp, vectors, 0.5, loss_fn=constant)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -171,7 +174,9 @@ def test_errors_of_a_loss_name_the_mode_of_the_model(mlp, vectors, mode, when):
         return F.cross_entropy(model(batch[0]), batch[1])
 
     with pytest.raises(KeyError) as caught:
-        prune(mlp, loss_fn, vectors, quick(model_mode=mode, energy_mode="sequential"))
+        prune(
+            mlp, vectors, loss_fn=loss_fn, config=quick(model_mode=mode), execution=Execution(energy_mode="sequential")
+        )
     assert set(calls) == {mode == "train"}
     other = "eval" if mode == "train" else "train"
     if hasattr(caught.value, "__notes__"):  # Python ≥ 3.11

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfpk_kernels.config import SFPKConfig
+from sfpk_kernels.execution import Execution
 from sfpk_kernels.naive import naive_sfpk
 from sfpk_kernels.search.pruner import SFPKPruner
 
@@ -59,8 +60,7 @@ def build_run(shape: Shape, device: torch.device) -> Case:
          torch.randint(10, (BATCH,), generator=generator, dtype=torch.int64, device="cpu").to(device))
         for _ in range(PARTICLES * steps)
     ]  # fmt: skip
-    config = SFPKConfig.preset("paper", sparsity=SPARSITY, n_particles=PARTICLES, n_steps=steps,
-                               energy_mode="sequential")  # fmt: skip
+    config = SFPKConfig.preset("paper", sparsity=SPARSITY, n_particles=PARTICLES, n_steps=steps)
     d = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     wanted = round((1 - SPARSITY) * d)
 
@@ -75,7 +75,9 @@ def _our_run(case: Case) -> Call:
     run: Run = case.inputs
 
     def prune() -> int:
-        pruner = SFPKPruner(run.model, loss_fn, run.config)
+        pruner = SFPKPruner(
+            run.model, loss_fn=loss_fn, config=run.config, execution=Execution(energy_mode="sequential")
+        )
         n = run.config.n_particles
         for k in range(run.config.n_steps):
             pruner.step(run.batches[k * n : (k + 1) * n])

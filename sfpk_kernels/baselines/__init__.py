@@ -1,4 +1,8 @@
-"""Baselines with one signature: ``(model, loss_fn, loader, sparsity) -> MaskSet``."""
+"""Baselines: ``name(model, sparsity)``, or ``name(model, loader, sparsity, loss_fn=None)`` for those that read data.
+
+All return a :class:`~sfpk_kernels.MaskSet` of round((1 - sparsity)·d) weights and take the options of
+:class:`~sfpk_kernels.Coordinates`.
+"""
 
 from .magnitude import magnitude
 from .snip import snip

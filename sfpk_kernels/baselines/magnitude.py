@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from ..coordinates.flat import Coordinates
 from ..masks.maskset import MaskSet
-from ..search.energy import LossFn
+from ..utils.arguments import called
 from ._select import select
 
 
+@called("magnitude(model, sparsity)")
 def magnitude(
     model: nn.Module,
-    loss_fn: LossFn | None,  # not used: all baselines share one signature
-    loader: Iterable[Any] | None,  # not used
     sparsity: float,
     **coordinate_options: Any,
 ) -> MaskSet:

@@ -15,16 +15,18 @@ from ..modeling.batches import default_loss, move_to
 from ..modeling.state import autograd_allowed, check_no_inference_tensors, guarded
 from ..search.energy import LossFn, ParticleEnergy
 from ..search.unreached import NoGradientError
+from ..utils.arguments import called, check_loader, check_loss_fn
 from ._select import check_sparsity, select
 
 
+@called("snip(model, loader, sparsity, loss_fn=…)")
 @autograd_allowed()
 def snip(
     model: nn.Module,
-    loss_fn: LossFn | None,
     loader: Iterable[Any],
     sparsity: float,
     *,
+    loss_fn: LossFn | None = None,
     max_batches: int | None = None,
     **coordinate_options: Any,
 ) -> MaskSet:
@@ -36,9 +38,9 @@ def snip(
 
     Args:
         model: the trained model.
-        loss_fn: ``loss_fn(model, batch) -> scalar``; ``None`` for the default loss.
         loader: batches; one pass over it.
         sparsity: fraction removed, in (0, 1).
+        loss_fn: ``loss_fn(model, batch) -> scalar``; ``None`` for the default loss.
         max_batches: use only the first ones; ``None`` for all.
         coordinate_options: those of :class:`~sfpk_kernels.Coordinates`.
 
@@ -46,6 +48,8 @@ def snip(
         ValueError: an empty loader, a sparsity outside (0, 1), nothing prunable, or gradients that are all zero.
         FloatingPointError: a loss that is not finite.
     """
+    check_loader(loader)
+    check_loss_fn(loss_fn)
     check_sparsity(sparsity)
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: wanted ≥ 1 or None, got {max_batches}")

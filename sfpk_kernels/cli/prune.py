@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..config import CHOICES, PRESETS, SFPKConfig, described_fields
+from ..compat.fields import separated
+from ..config import PRESETS, SFPKConfig
+from ..execution import Execution
 from ..modeling.batchnorm import recalibrate_batchnorm
-from ..search.waypoints import check_checkpoints
+from ..search.waypoints import check_waypoints
+from ..utils.settings import kind_of, meaning_of
 from ._settings import read_settings
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
 from ._words import FAILED, Aside, make_folder, refuse, say, to_json
@@ -23,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 _KINDS = ("embeddings", "biases", "norms")
 _OPTIONS = {
-    "ignored_layers": "--ignore", "checkpoints": "--checkpoints", "sparsity": "--sparsity", "settle": "--settle",
-    "n_steps": "--n-steps",
+    "ignored_layers": "--ignore", "waypoints": "--waypoints", "sparsity": "--sparsity", "settle": "--settle",
+    "n_steps": "--n-steps", "energy_mode": "--energy-mode", "microbatch": "--microbatch",
 }  # by argument  # fmt: skip
 _NOTHING = "model: wanted at least one prunable tensor"
 
 
 def add_command(commands: Any) -> None:
-    """Add ``prune``, with an option for every field of :class:`SFPKConfig`."""
+    """Add ``prune``, with an option for every field of :class:`SFPKConfig` and :class:`Execution`."""
     prune = commands.add_parser(
         "prune",
         help="prune the model that a function of yours returns",
@@ -43,15 +46,11 @@ def add_command(commands: Any) -> None:
         "--preset", choices=sorted(PRESETS), help="what the other settings start from (default: default)"
     )
     prune.add_argument("--config", type=Path, metavar="FILE",
-                       help="settings in a TOML or JSON file: fields of SFPKConfig, and preset; options go before "
-                       "them")  # fmt: skip
-    prune.add_argument("--out", type=Path, default=Path("sfpk-out"), metavar="DIR", help="default: sfpk-out")
+                       help="settings in a TOML or JSON file: preset, and the names of the groups method and "
+                       "execution; options go before them")  # fmt: skip
     prune.add_argument("--plan", action="store_true", help="only print memory and time of the run")
-    prune.add_argument("--checkpoints", type=float, nargs="+", default=(), metavar="S",
+    prune.add_argument("--waypoints", type=float, nargs="+", default=(), metavar="S",
                        help="sparsities at which to write a mask on the way; -- ends the list")  # fmt: skip
-    prune.add_argument("--save-every", type=int, metavar="STEPS", help="write DIR/run.sfpk after so many steps")
-    prune.add_argument("--resume", nargs="?", const=True, metavar="FILE",
-                       help="go on from FILE (default: DIR/run.sfpk, if it exists)")  # fmt: skip
     prune.add_argument("--ignore", action="append", default=[], metavar="NAME",
                        help="leave this module or parameter alone, or re:PATTERN; may be repeated")  # fmt: skip
     for kind in _KINDS:
@@ -62,28 +61,29 @@ def add_command(commands: Any) -> None:
     prune.add_argument("--traceback", action="store_true", help="show where an error came from in full")
     prune.add_argument("--json", action="store_true", help="the outcome as JSON on stdout")
     prune.add_argument("--quiet", action="store_true", help="no progress, no text (what TASK prints goes to stderr)")
-    settings = prune.add_argument_group("settings", "fields of SFPKConfig; without the option the preset's value")
-    words = described_fields()
-    for field in dataclasses.fields(SFPKConfig):
-        _add_field(settings, field, words[field.name])
+    files = prune.add_argument_group("files")
+    files.add_argument("--out", type=Path, default=Path("sfpk-out"), metavar="DIR", help="default: sfpk-out")
+    files.add_argument("--save-every", type=int, metavar="STEPS", help="write DIR/run.sfpk after so many steps")
+    files.add_argument("--resume", nargs="?", const=True, metavar="FILE",
+                       help="go on from FILE (default: DIR/run.sfpk, if it exists)")  # fmt: skip
+    method = prune.add_argument_group("method", "what decides the mask; without the option the preset's value")
+    execution = prune.add_argument_group("execution", "how it is computed; decides nothing of the mask but rounding")
+    for group, settings in ((method, SFPKConfig), (execution, Execution)):
+        for field in dataclasses.fields(settings):
+            _add_field(group, field)
     prune.set_defaults(run=_prune)
 
 
-def _add_field(settings: Any, field: dataclasses.Field[Any], words: str) -> None:
-    option, words = f"--{field.name.replace('_', '-')}", words.replace("%", "%%")
+def _add_field(group: Any, field: dataclasses.Field[Any]) -> None:
+    option, meaning = f"--{field.name.replace('_', '-')}", meaning_of(field)
+    (kind, optional), words = kind_of(field), meaning.plain.replace("%", "%%")
     common = {"dest": f"config_{field.name}", "default": argparse.SUPPRESS, "help": words}
-    if field.type == "bool":
-        settings.add_argument(option, action=argparse.BooleanOptionalAction, **common)
-        return
-    optional = str(field.type).endswith("| None")
-    kind = {"int": int, "float": float, "str": str}[str(field.type).removesuffix(" | None")]
-    choices = CHOICES.get(field.name)
-    if choices is not None:
-        settings.add_argument(option, choices=[c or "none" for c in choices], **common)
+    if kind is bool:
+        group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+    elif meaning.choices is not None:
+        group.add_argument(option, choices=[c or "none" for c in meaning.choices], **common)
     else:
-        settings.add_argument(
-            option, type=_or_none(kind) if optional else kind, metavar=kind.__name__.upper(), **common
-        )
+        group.add_argument(option, type=_or_none(kind) if optional else kind, metavar=kind.__name__.upper(), **common)
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -109,6 +109,7 @@ def _prune(options: argparse.Namespace) -> int:
             "prune", "--sparsity: wanted a fraction in (0, 1), as an option or in the file of --config, got none"
         )
     try:
+        values, execution = separated(values)
         config = SFPKConfig.preset(preset, **values)
     except (TypeError, ValueError) as error:
         field, _, words = str(error).partition(":")
@@ -123,7 +124,7 @@ def _prune(options: argparse.Namespace) -> int:
             return refuse("prune", f"--{name.replace('_', '-')}: wanted ≥ {least}, got {value}")
     try:
         with contextlib.redirect_stdout(Aside()):  # what the task prints is not the outcome
-            code, text = _run(call_task(find_task(options.task)), config, options)
+            code, text = _run(call_task(find_task(options.task)), config, execution, options)
     except WrongTask as error:
         return refuse("prune", f"TASK: {error}")
     except _WrongOption as error:
@@ -156,24 +157,22 @@ def _as_options(ignores: bool) -> Iterator[None]:
         raise _WrongOption(f"{_OPTIONS[argument]}:{words}") from error
 
 
-def _run(task: Task, config: SFPKConfig, options: argparse.Namespace) -> tuple[int, str]:
+def _run(task: Task, config: SFPKConfig, execution: Execution, options: argparse.Namespace) -> tuple[int, str]:
     """Exit code, and what to print."""
     from ..search.planning import plan
     from ..search.pruner import SFPKPruner
 
     which = {f"include_{kind}": getattr(options, f"include_{kind}") for kind in _KINDS}
     which["ignored_layers"] = options.ignore
+    how: dict[str, Any] = {"loss_fn": task.loss_fn, "config": config, "execution": execution}
     if options.plan:
-        batch = next(iter(task.loader), None)
-        if batch is None:
-            raise WrongTask("loader: wanted batches, got an empty iterable")
         with _as_options(bool(options.ignore)):
-            check_checkpoints(options.checkpoints, config)
-            found = plan(task.model, config, batch, task.loss_fn, **which)
+            check_waypoints(options.waypoints, config)
+            found = plan(task.model, task.loader, **how, **which)
         text = to_json(found.to_dict()) if options.json else "" if options.quiet else str(found)
         return 0 if found.fits else FAILED, text
     with _as_options(bool(options.ignore)):
-        pruner = SFPKPruner(task.model, task.loss_fn, config, checkpoints=options.checkpoints, **which)
+        pruner = SFPKPruner(task.model, waypoints=options.waypoints, **how, **which)
     saved = options.out / "run.sfpk"
     start = options.resume if isinstance(options.resume, str) else saved if options.resume and saved.exists() else None
     if start is not None:

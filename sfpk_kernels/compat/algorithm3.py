@@ -10,6 +10,7 @@ from torch import nn
 from ..config import SFPKConfig
 from ..search.energy import LossFn
 from ..search.pruner import PruneResult, prune
+from .fields import renamed, separated
 
 
 def SFPK_prune(
@@ -35,8 +36,8 @@ def SFPK_prune(
         r: localization radius > 1, RELATIVE: the paper's r_t is r / ‖∇s‖.
         loss_fn: the energy, ``loss_fn(model, batch) -> scalar``; ``None`` for cross-entropy on batches (x, y).
         progress: show a bar; ``None`` for only on a terminal.
-        fields: any other field of :class:`~sfpk_kernels.SFPKConfig`, over preset ``"paper"``; ``preset="default"``
-            for what this package recommends.
+        fields: any other field of :class:`~sfpk_kernels.SFPKConfig` or :class:`~sfpk_kernels.Execution`, over preset
+            ``"paper"``; ``preset="default"`` for what this package recommends.
 
     Returns:
         The result of the run; ``.mask`` is the algorithm's m̂, ``.apply_(model)`` prunes.
@@ -51,13 +52,8 @@ def SFPK_prune(
         raise TypeError(f"{twice[0]}: given twice, it is {next(a for a, b in names.items() if b == twice[0])} here")
     preset = fields.pop("preset", "paper")
     try:
+        fields, execution = separated(fields)
         config = SFPKConfig.preset(preset, **{names[name]: value for name, value in given.items()}, **fields)
     except (TypeError, ValueError) as error:
         raise type(error)(renamed(str(error), names)) from None
-    return prune(model, loss_fn, dataloader, config, progress=progress)
-
-
-def renamed(message: str, names: dict[str, str]) -> str:
-    """The message with the argument's name of this function."""
-    field, colon, rest = message.partition(":")
-    return next((name for name, of in names.items() if of == field), field) + colon + rest
+    return prune(model, dataloader, loss_fn=loss_fn, config=config, execution=execution, progress=progress)

@@ -15,7 +15,7 @@ from ..coordinates.flat import Coordinates, named_parameters
 from ..modeling.batchnorm import recalibrate_batchnorm
 from ..search.energy import LossFn
 from ..search.pruner import PruneResult, SFPKPruner
-from .algorithm3 import renamed
+from .fields import renamed, separated
 from .utils import masked_params, without_mask_hooks
 
 _BN_BATCHES = 2  # after a mask, as in the authors' code
@@ -63,8 +63,8 @@ class SFPK:
         vote_mode: ``"soft"`` or ``"hard"``.
         start: only ``None`` or 1.
         save_dir, save_ckpt: not used: nothing is written.
-        fields: fields of :class:`~sfpk_kernels.SFPKConfig` that go over all this (``seed``, ``memory``,
-            ``energy_mode``, ``selection="exact"`` for exact counts, …).
+        fields: fields of :class:`~sfpk_kernels.SFPKConfig` and :class:`~sfpk_kernels.Execution` that go over all this
+            (``seed``, ``update``, ``energy_mode``, ``selection="exact"`` for exact counts, …).
 
     Attributes:
         scores: by parameter name, the score behind the last mask, in the mask's shape.
@@ -136,6 +136,7 @@ class SFPK:
             "seed": torch.initial_seed() % 2**63,
         }
         try:
+            fields, self._execution = separated(fields)
             self._config = SFPKConfig.preset("authors", sparsity=0.5, **{**given, **fields})  # 0.5 until mask() says
         except (TypeError, ValueError) as error:
             arguments = {name: field for name, field in _FIELDS.items() if field not in fields}
@@ -217,7 +218,14 @@ class SFPK:
     def _search(self, loss: LossFn, loader: Iterable[Any], removed: float) -> PruneResult:
         config = self._config.replace(sparsity=removed)
         try:
-            pruner = SFPKPruner(self.model, loss, config, start=self._particles(), **self._options)
+            pruner = SFPKPruner(
+                self.model,
+                loss_fn=loss,
+                config=config,
+                execution=self._execution,
+                start=self._particles(),
+                **self._options,
+            )
         except ValueError as error:
             if str(error).startswith("start:"):
                 raise ValueError(f"sparsity: {config.target_density:g} cannot be reached: {error}") from None

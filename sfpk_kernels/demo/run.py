@@ -111,10 +111,8 @@ class Demo:
     def _methods(self, digits: Digits) -> list[tuple[str, Callable[[nn.Module, float, int], MaskSet]]]:
         def sfpk(preset: str) -> Callable[[nn.Module, float, int], MaskSet]:
             def search(model: nn.Module, sparsity: float, seed: int) -> MaskSet:
-                # One way of computing energies, not the fastest in a trial: figures that repeat bit for bit.
-                settings = {"seed": seed, "energy_mode": "sequential", **self.overrides}
-                config = SFPKConfig.preset(preset, sparsity=sparsity, **settings)
-                result = prune(model, None, digits.loader(seed), config, progress=self.progress)
+                config = SFPKConfig.preset(preset, sparsity=sparsity, **{"seed": seed, **self.overrides})
+                result = prune(model, digits.loader(seed), config=config, progress=self.progress)
                 if preset == "default":
                     self.runs.setdefault(sparsity, result)
                 return result.mask
@@ -122,8 +120,8 @@ class Demo:
             return search
 
         return [
-            ("magnitude", lambda model, sparsity, seed: magnitude(model, None, None, sparsity)),
-            ("snip", lambda model, sparsity, seed: snip(model, None, digits.loader(seed), sparsity)),
+            ("magnitude", lambda model, sparsity, seed: magnitude(model, sparsity)),
+            ("snip", lambda model, sparsity, seed: snip(model, digits.loader(seed), sparsity)),
             *((_method(preset), sfpk(preset)) for preset in self.presets),
         ]
 

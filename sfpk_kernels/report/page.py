@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..config import described_fields
+from ..config import SFPKConfig
+from ..utils.settings import meanings
 from . import words
 from .markup import STYLE, Fact, Name, Number, explained, facts, table
 
@@ -147,8 +148,10 @@ def _left_alone(model: Mapping[str, Any] | None) -> str:
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    meanings = described_fields()
-    listed = facts([Fact(name, str(value), meanings.get(name, "")) for name, value in config.items()])
+    known = meanings(SFPKConfig)
+    listed = facts([
+        Fact(name, str(value), known[name].plain if name in known else "") for name, value in config.items()
+    ])  # fmt: skip
     return f"<details><summary>Settings, and what they mean</summary>{listed}</details>"
 
 

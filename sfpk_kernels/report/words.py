@@ -22,7 +22,7 @@ KNEE = (
     "The sparsity at which the loss turns up: where its smoothed curve lies farthest below the straight line between "
     "its ends. Until there removing weights costs little, from there on more and more. None is named for fewer than "
     "8 steps, for a rise within what batches differ by, for a curve that only flattens, and for a run that settles at "
-    "its checkpoints."
+    "its waypoints."
 )
 EFFECTIVE = (
     "How many different binary masks the particles stand for, n² / Σ IoU²: 1 where all are alike, all of them where "

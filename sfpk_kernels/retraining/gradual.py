@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
+from ..execution import Execution
 from ..masks.maskset import MaskSet
 from ..modeling.state import seeded
 from ..modeling.turns import alone, end_contexts
@@ -26,11 +27,14 @@ from ..search.polarizer import budget
 from ..search.pruner import SFPKPruner
 from ..search.records import StepRecord
 from ..search.result import PruneResult
+from ..search.settings import check_together, chosen
+from ..utils.arguments import called, check_loader, check_loss_fn
 from ..utils.files import check_writable, load_state, save_state
 from .loop import RetrainConfig, check_label_smoothing, retrain, trained_parameters
 
 logger = logging.getLogger(__name__)
 
+_CALL = "GradualPruner(model, loader, sparsity, loss_fn=…, retrain=…)"
 FORMAT = "sfpk-gradual-2"
 
 _PARTS = {"settings", "model", "particles", "values", "masks", "history"}
@@ -143,10 +147,13 @@ class GradualPruner:
 
     Args:
         model: the trained model, on one device.
-        loss_fn: ``loss_fn(model, batch) -> scalar``, for search and retraining; ``None`` for the default loss.
         loader: batches of the search, as for :meth:`SFPKPruner.run`; every shot begins at its first batch. A one-shot
             iterator has to last for all of them.
-        config: final sparsity, search steps of all shots together, everything else of the search.
+        sparsity: the final one; everything else of the search at its default.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, for search and retraining; ``None`` for the default loss.
+        config: instead of ``sparsity``: final sparsity, search steps of all shots together, everything else of the
+            search.
+        execution: how the search is computed.
         shots: T.
         retrain: epochs over all shots together; or a :class:`RetrainConfig`, whose ``epochs`` are those; or a function
             ``retrain(model, masks, shot)``, which trains in place, to spend ``shot.share`` of its budget, with masks
@@ -162,13 +169,16 @@ class GradualPruner:
         TypeError, ValueError: a bad argument; as for :class:`SFPKPruner`.
     """
 
+    @called(_CALL)
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: LossFn | None,
         loader: Iterable[Any],
-        config: SFPKConfig,
+        sparsity: float | None = None,
         *,
+        loss_fn: LossFn | None = None,
+        config: SFPKConfig | None = None,
+        execution: Execution | None = None,
         shots: int = 10,
         retrain: float | RetrainConfig | RetrainFn,
         retrain_loader: Iterable[Any] | None = None,
@@ -176,8 +186,9 @@ class GradualPruner:
         progress: bool | None = None,
         **coordinate_options: Any,
     ):
-        if not isinstance(config, SFPKConfig):
-            raise TypeError(f"config: wanted an SFPKConfig, got {type(config).__name__}")
+        config, execution = chosen(_CALL, sparsity, config, execution)
+        check_loader(loader)
+        check_loss_fn(loss_fn)
         if isinstance(retrain, numbers.Real) and not isinstance(retrain, bool):
             retrain = RetrainConfig(epochs=float(retrain))
         if not isinstance(retrain, RetrainConfig) and not callable(retrain):
@@ -185,8 +196,9 @@ class GradualPruner:
         if config.settle:
             raise ValueError("config: wanted settle=False: every shot slows down towards its own density, got True")
         self.plan = plan_shots(config, shots, growth)
-        self.config = config
+        self.config, self.execution = config, execution
         self.coordinates = Coordinates(model, **coordinate_options)
+        check_together(config, execution, model)
         budget(config.sparsity, self.coordinates.d)
         self._steps: list[int] | None = None  # of the built-in retraining
         self._retrain_loader = loader if retrain_loader is None else retrain_loader
@@ -225,9 +237,9 @@ class GradualPruner:
             save: a file written after every shot, atomically: a run killed at any moment finds there the last finished
                 shot.
             resume: a file written so, to go on from (True: ``save``, if it exists); the model takes over the weights in
-                it. With a named ``energy_mode``, and loaders that draw their order from torch's global generator (or
-                have a fixed one) without ``persistent_workers``, the outcome is that of an uninterrupted run, bit for
-                bit.
+                it. With any ``energy_mode`` but ``"timed"``, and loaders that draw their order from torch's global
+                generator (or have a fixed one) without ``persistent_workers``, the outcome is that of an uninterrupted
+                run, bit for bit.
 
         Raises:
             FileNotFoundError: ``resume`` is no file, or ``save`` in no folder.
@@ -335,7 +347,14 @@ class GradualPruner:
         held = self.coordinates.flatten(self._model)
         try:
             self._write(self._done.values)
-            pruner = SFPKPruner(self._model, self._loss_fn, config, start=self._done.particles, **self._options)
+            pruner = SFPKPruner(
+                self._model,
+                loss_fn=self._loss_fn,
+                config=config,
+                execution=self.execution,
+                start=self._done.particles,
+                **self._options,
+            )
         finally:
             self._write(held)
         return pruner.run(self._loader, progress=self._progress)
@@ -351,10 +370,10 @@ class GradualPruner:
             steps = None if self._steps is None else self._steps[shot.number - 1]
             return retrain(
                 self._model,
-                self._loss_fn,
                 self._retrain_loader,
                 masks,
                 self._retrain,
+                loss_fn=self._loss_fn,
                 steps=steps,
                 seed=seed,
                 progress=self._progress,
@@ -413,6 +432,7 @@ class GradualPruner:
         mine, theirs = self._settings(), state["settings"]
         if not isinstance(theirs, Mapping):
             raise TypeError(f"state: settings: wanted a dict, got {check.got(theirs)}")
+        theirs = {**theirs, "config": checkpoint.settings_of_this_version(theirs.get("config"))}
         differing = [key for key in {**mine, **theirs} if not check.same(mine.get(key, ""), theirs.get(key, ""))]
         if differing:
             of = "; ".join(f"{key}: {mine.get(key)!r} here, {theirs.get(key)!r} there" for key in differing)
@@ -524,7 +544,7 @@ class GradualPruner:
         """What must be the same to go on."""
         how = self._retrain
         return {
-            "config": self.config.to_dict(),
+            "config": {**self.config.to_dict(), **self.execution.to_dict()},
             "plan": [dataclasses.asdict(shot) for shot in self.plan],
             "retrain": dataclasses.asdict(how) if isinstance(how, RetrainConfig) else "function",
             "retraining steps": self._steps,

@@ -19,6 +19,7 @@ from ..modeling.state import seeded
 from ..modeling.turns import end_contexts, lock
 from ..modeling.whole_model import Buffers
 from ..search.energy import LossFn
+from ..utils.arguments import called, check_loss_fn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +119,14 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
+@called("retrain(model, loader, masks, config, loss_fn=…)")
 def retrain(
     model: nn.Module,
-    loss_fn: LossFn | None,
     loader: Iterable[Any],
     masks: MaskSet,
     config: RetrainConfig,
     *,
+    loss_fn: LossFn | None = None,
     steps: int | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -136,11 +138,11 @@ def retrain(
 
     Args:
         model: to be trained; masked first.
-        loss_fn: ``loss_fn(model, batch) -> scalar``; ``None`` for the default loss.
         loader: batches, with a length unless ``steps`` is given; cycled. Its order is drawn under ``seed`` where it
             uses torch's global generator.
         masks: of ``model``.
         config: learning rate and the rest.
+        loss_fn: ``loss_fn(model, batch) -> scalar``; ``None`` for the default loss.
         steps: optimizer steps, 0 for none; ``None`` for ``config.epochs`` passes over the loader.
         seed: of data order and dropout.
         progress: show a bar; ``None`` for only on a terminal.
@@ -154,6 +156,7 @@ def retrain(
             of a forward or backward pass. An interruption in the optimizer's step may leave a part of that step in the
             weights; the masks hold then, too.
     """
+    check_loss_fn(loss_fn)
     check_label_smoothing(loss_fn, config)
     total = config.total_steps(loader) if steps is None else steps
     masks.apply_(model)

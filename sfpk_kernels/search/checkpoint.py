@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ENERGY_MODES, SFPKConfig
+from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates, unwrapped
+from ..execution import ENERGY_MODES, Execution
 from ..masks.maskset import MaskSet
 from ..ops import unpack_mask
 from ..utils.files import check_writable
@@ -57,7 +58,43 @@ def _dense_parts(value: torch.Tensor) -> list[torch.Tensor]:
     return list(parts(value).values()) if is_sparse(value) else [value.to_dense()]
 
 
-def check_same(state: Mapping[str, Any], config: SFPKConfig, fingerprint: str, names: list[str]) -> None:
+def settings(config: SFPKConfig, execution: Execution) -> str:
+    """All settings of a run, as JSON."""
+    return json.dumps({**config.to_dict(), **execution.to_dict()}, indent=2)
+
+
+def settings_of_this_version(settings: Any, kept: str | None = None) -> Any:
+    """Settings by name in the words of this version: what was called ``memory`` once is ``update`` now.
+
+    Args:
+        settings: those of a file; what is no dict is returned as it is.
+        kept: what the run's plan says of ``memory``.
+    """
+    if not isinstance(settings, dict) or "memory" not in settings:
+        return settings
+    kept = kept or settings["memory"]
+    others = {name: value for name, value in settings.items() if name != "memory"}
+    return {**others, "update": "gauss_seidel" if kept == "lean" else "jacobi"}
+
+
+def of_this_version(state: Any) -> Any:
+    """A state in the words of this version; what is none, or is damaged, as it is: who reads it says what is wrong."""
+    if not isinstance(state, Mapping) or not isinstance(state.get("config"), str):
+        return state
+    plan = state.get("plan")
+    kept = plan.get("memory") if isinstance(plan, Mapping) else None
+    try:
+        config = settings_of_this_version(json.loads(state["config"]), kept)
+    except json.JSONDecodeError:
+        return state
+    if isinstance(plan, Mapping) and "memory" in plan and isinstance(config, dict):
+        plan = {**{name: value for name, value in plan.items() if name != "memory"}, "update": config.get("update")}
+    return {**state, "config": json.dumps(config, indent=2), "plan": plan}
+
+
+def check_same(
+    state: Mapping[str, Any], config: SFPKConfig, execution: Execution, fingerprint: str, names: list[str]
+) -> None:
     """That a state belongs to this model and this run.
 
     Raises:
@@ -85,7 +122,7 @@ def check_same(state: Mapping[str, Any], config: SFPKConfig, fingerprint: str, n
             f"({state['model'][:12]})"
         )
     try:
-        saved, now = json.loads(check.text("state: config", state["config"])), json.loads(config.to_json())
+        saved, now = json.loads(check.text("state: config", state["config"])), json.loads(settings(config, execution))
     except json.JSONDecodeError as error:
         raise ValueError(f"state: config: wanted settings as JSON, got what is none: {error}") from error
     if not isinstance(saved, dict):
@@ -186,9 +223,9 @@ def plan(name: str, value: Any, config: SFPKConfig, d: int) -> Plan:
     check.entries(name, value, [field.name for field in dataclasses.fields(Plan)])
     for field, wanted in (("particles", config.n_particles), ("coordinates", d), ("steps", config.n_steps)):
         check.integer(f"{name}.{field}", value[field], wanted, wanted)
-    check.text(f"{name}.memory", value["memory"], ("fast", "lean") if config.memory == "auto" else (config.memory,))
+    check.text(f"{name}.update", value["update"], (config.update,))
     choice = check.entries(f"{name}.choice", value["choice"], ("mode", "reason", "seconds", "transient"))
-    check.text(f"{name}.choice.mode", choice["mode"], [mode for mode in ENERGY_MODES if mode != "auto"])
+    check.text(f"{name}.choice.mode", choice["mode"], [mode for mode in ENERGY_MODES if mode not in ("auto", "timed")])
     check.text(f"{name}.choice.reason", choice["reason"])
     seconds = check.numbers_by_name(f"{name}.choice.seconds", choice["seconds"], whole=False)
     transient = check.numbers_by_name(f"{name}.choice.transient", choice["transient"], whole=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._dispatch import where_present
 from ..config import SFPKConfig
+from ..execution import Execution
 from ..ops import TransitionStats, transition_
 from . import state_checks as check
 from .schedule import density_schedule
@@ -35,6 +36,7 @@ class ParticleSystem:
     Args:
         d: number of coordinates.
         config: schedule, transition and particle count.
+        execution: where particles are kept, and which backend moves them.
         theta: dense weights (d,); gives dtype and device.
         saliency: a_e (d,) for the weighted kernel, else None.
         start: (n, d) particles to go on from, copied; None for all at 1. The schedule begins at their mean density.
@@ -52,14 +54,23 @@ class ParticleSystem:
         schedule: K + 1 soft densities, ρ_0 = 1 (or that of ``start``) … ρ_K = 1 - sparsity.
     """
 
-    def __init__(self, d: int, config: SFPKConfig, theta: Tensor, saliency: Tensor | None, start: Tensor | None = None):
+    def __init__(
+        self,
+        d: int,
+        config: SFPKConfig,
+        execution: Execution,
+        theta: Tensor,
+        saliency: Tensor | None,
+        start: Tensor | None = None,
+    ):
         dtype = theta.dtype if config.particle_dtype == "float32" else getattr(torch, config.particle_dtype)
-        pinned = config.offload == "cpu" and theta.device.type == "cpu" and torch.cuda.is_available()
+        pinned = execution.offload == "cpu" and theta.device.type == "cpu" and torch.cuda.is_available()
         self.masks = torch.ones(config.n_particles, d, dtype=dtype, device=theta.device, pin_memory=pinned)
         # What rounding took from bf16 particles.
         self._residual = torch.zeros_like(self.masks) if dtype == torch.bfloat16 else None
         self.step = self.moves = 0
         self._config = config
+        self._backend = where_present(execution.backend)
         self._theta = theta
         self._saliency = saliency
         self._stats: TransitionStats | None = None
@@ -164,7 +175,7 @@ class ParticleSystem:
             step_index=self.step,
             row=row,
             nonfinite="skip" if config.nonfinite == "skip_particle" else "hold",
-            backend=where_present(config.backend),
+            backend=self._backend,
         )
         self._stats, self._version = stats, self.masks._version
         return stats

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._dispatch import where_present
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
-from ..modeling.batches import default_loss, move_to
-from ..modeling.state import autograd_allowed, check_no_inference_tensors, guarded
+from ..execution import Execution
+from ..modeling.batches import BatchStream
+from ..modeling.state import autograd_allowed, check_no_inference_tensors, guarded, seeded
+from ..utils.arguments import called, check_loader, check_loss_fn
 from ..utils.memory import available_bytes, in_words
-from .energy import Choice, LossFn, ParticleEnergy
+from .energy import Choice, LossFn, ParticleEnergy, energy_of
 from .polarizer import budget, score_kinds
+from .settings import check_together, chosen
+
+CALL = "plan(model, loader, sparsity, loss_fn=…)"
 
 _SHARE = 0.9  # of what is available: allocators and operators take a little more than tensors do
 # Passes over the particles, in particles read or written, of everything but forward and backward.
-_PASSES = {"fast": 8.0, "lean": 4.0}  # lean: and two readings of all particles for each of them
+_PASSES = {"jacobi": 8.0, "gauss_seidel": 4.0}  # the latter: and two readings of all particles for each of them
 _COPIED = 1 << 21  # elements copied to learn the bandwidth
 # Bytes of tensors to bytes of the process, for passes on the CPU: operators' scratch memory and holes in the heap.
 _CPU_OVERHEAD = 1.25
@@ -41,7 +45,7 @@ class Plan:
     particles: int  # n
     coordinates: int  # d
     steps: int
-    memory: str  # "fast" or "lean"
+    update: str  # "jacobi" or "gauss_seidel": how many gradients are kept
     choice: Choice  # how particles go through the model
     parts: dict[str, int]  # bytes on the device of the particles (and of the model, where it is the same)
     model_parts: dict[str, int]  # bytes on the model's device, where it is another
@@ -91,7 +95,7 @@ class Plan:
             f"{self.seconds_per_step:.3g} s a step, {_duration(self.seconds_per_step * self.steps)} for {self.steps}",
         ))  # fmt: skip
         width = max(len(name) for name, _ in rows)
-        head = f"{self.particles} particles of {self.coordinates:,} weights, memory={self.memory!r}"
+        head = f"{self.particles} particles of {self.coordinates:,} weights, update={self.update!r}"
         how = f"energies: {self.choice.mode} ({self.choice.reason})"
         return "\n".join([head, how, *(f"  {name:<{width}}  {text}" for name, text in rows)])
 
@@ -106,13 +110,17 @@ class Plan:
         return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits}
 
 
+@called(CALL)
 @autograd_allowed()
 def plan(
     model: nn.Module,
-    config: SFPKConfig,
-    example_batch: Any,
+    loader: Iterable[Any],
+    sparsity: float | None = None,
+    *,
     loss_fn: LossFn | None = None,
-    **options: Any,
+    config: SFPKConfig | None = None,
+    execution: Execution | None = None,
+    **coordinate_options: Any,
 ) -> Plan:
     """Predict memory by part and time per step of pruning ``model``, from a few passes over one batch.
 
@@ -120,68 +128,56 @@ def plan(
 
     Args:
         model: the trained, dense model.
-        config: of the run.
-        example_batch: one batch as the loader will give.
-        loss_fn: as for :class:`~sfpk_kernels.SFPKPruner`.
-        options: those of :class:`~sfpk_kernels.Coordinates`.
+        loader: batches, of which the first is read (from a one-shot iterator it is gone then).
+        sparsity, config, execution, loss_fn: as for :func:`~sfpk_kernels.prune`.
+        coordinate_options: those of :class:`~sfpk_kernels.Coordinates`.
 
     Raises:
-        RuntimeError: ``config.energy_mode`` names a way that cannot run this model.
-        ValueError: a sparsity that keeps no weight, or a model made under ``torch.inference_mode()``.
+        TypeError: an argument of the wrong type.
+        RuntimeError: ``execution.energy_mode`` names a way that cannot run this model.
+        ValueError: an empty loader, a sparsity that keeps no weight, or a model made under
+            ``torch.inference_mode()``.
     """
-    coordinates = Coordinates(model, **options)
+    config, execution = chosen(CALL, sparsity, config, execution)
+    coordinates = Coordinates(model, **coordinate_options)
+    check_loader(loader)
+    check_loss_fn(loss_fn)
+    check_together(config, execution, model)
     budget(config.sparsity, coordinates.d)
     check_no_inference_tensors(model)
-    theta = coordinates.flatten(model).to(state_device(coordinates, config))
-    energy = make_energy(model, loss_fn, coordinates, theta, config)
+    with seeded(config.seed, coordinates.device):  # what the loader draws is not missing afterwards
+        (batch,) = BatchStream(loader, coordinates.device, 1, "one of the run").take(1)
+    theta = coordinates.flatten(model).to(state_device(coordinates, execution))
+    energy = energy_of(model, loss_fn, coordinates, theta, execution)
     taken = theta.numel() * theta.element_size()
     with guarded(model, bn=config.bn, training=config.model_mode == "train"):
-        return plan_run(energy, config, move_to(example_batch, coordinates.device), taken)
+        return plan_run(energy, config, execution, batch, taken)
 
 
-def state_device(coordinates: Coordinates, config: SFPKConfig) -> torch.device:
+def state_device(coordinates: Coordinates, execution: Execution) -> torch.device:
     """Where the particles live."""
-    return torch.device("cpu") if config.offload == "cpu" else coordinates.device
+    return torch.device("cpu") if execution.offload == "cpu" else coordinates.device
 
 
-def make_energy(
-    model: nn.Module, loss_fn: LossFn | None, coordinates: Coordinates, theta: torch.Tensor, config: SFPKConfig
-) -> ParticleEnergy:
-    """The energies of a run."""
-    return ParticleEnergy(
-        model,
-        loss_fn or default_loss,
-        coordinates,
-        theta,
-        mode=config.energy_mode,
-        chunk_size=config.chunk_size,
-        backend=where_present(config.backend),
-        precision=config.dtype,
-        microbatch=config.microbatch,
-        compiled=config.compile,
-    )
-
-
-def check_state(coordinates: Coordinates, config: SFPKConfig) -> None:
+def check_state(coordinates: Coordinates, config: SFPKConfig, execution: Execution) -> None:
     """Refuse a run whose particles and weights alone will not fit, before anything is allocated.
 
     Raises:
         MemoryError: they will not.
     """
-    device = state_device(coordinates, config)
-    limit = config.memory_limit or available_bytes(device)
-    memory = "fast" if config.memory == "fast" else "lean"
-    parts = _state(coordinates, config, memory)
+    limit = execution.memory_limit or available_bytes(state_device(coordinates, execution))
+    parts = _state(coordinates, config)
     if not _within(parts, limit):
-        choice = Choice(config.energy_mode, "not tried")
-        ways = _ways_out(coordinates, config, memory, choice)
+        choice = Choice(execution.energy_mode, "not tried")
+        ways = _ways_out(coordinates, config, execution, choice)
         n, d = config.n_particles, coordinates.d
-        Plan(n, d, config.n_steps, memory, choice, parts, {}, limit, None, 0.0, ways).check()
+        Plan(n, d, config.n_steps, config.update, choice, parts, {}, limit, None, 0.0, ways).check()
 
 
 def plan_run(
     energy: ParticleEnergy,
     config: SFPKConfig,
+    execution: Execution,
     batch: Any,
     taken: int = 0,
 ) -> Plan:
@@ -190,65 +186,58 @@ def plan_run(
     Args:
         energy: of the run.
         config: of the run.
+        execution: of the run.
         batch: on the model's device.
         taken: bytes of the run's parts that are allocated already, on the device of the particles.
     """
     problem = energy.problem
     coordinates, device = problem.coordinates, problem.theta.device
     split = device != problem.device
-    limit = config.memory_limit
+    limit = execution.memory_limit
     if limit is None:
         free = available_bytes(device)
         limit = None if free is None else free + taken
-    fast = _state(coordinates, config, "fast")
-    memory = config.memory
-    if memory == "auto":
-        memory = "fast" if _within(fast, limit) else "lean"
-    room = 0 if memory == "lean" or split else _TRIAL_BYTES
-    if room and limit is not None:
+    together = config.update == "jacobi" and not split
+    room = _TRIAL_BYTES
+    if limit is not None:
         if problem.device.type == "cuda":
             room = max(room, int(_TRIAL_SHARE * limit))
-        room = max(0, min(room, int(_SHARE * limit) - sum(_state(coordinates, config, "lean").values())))
-    choice = energy.choose(batch, config.n_particles, room)
-    parts, model_parts = _parts(coordinates, config, memory, choice, split)
-    if memory == "fast" and config.memory == "auto" and not _within(parts, limit):
-        memory = "lean"
-        if choice.mode == "vmap":
-            choice = dataclasses.replace(choice, mode="sequential", reason=f"{choice.reason}; vmap would not fit")
-            energy.choice = choice
-        parts, model_parts = _parts(coordinates, config, memory, choice, split)
+        room = max(0, min(room, int(_SHARE * limit) - sum(_state(coordinates, config).values())))
+    choice = energy.choose(batch, config.n_particles, together, room)
+    parts, model_parts = _parts(coordinates, config, execution, choice, split)
     n, d = config.n_particles, coordinates.d
-    touched = (_PASSES[memory] + (2.0 * n if memory == "lean" else 0.0)) * n * d * _SIZES[config.particle_dtype]
+    passes = _PASSES[config.update] + (0.0 if config.update == "jacobi" else 2.0 * n)
     return Plan(
         particles=n,
         coordinates=d,
         steps=config.n_steps,
-        memory=memory,
+        update=config.update,
         choice=choice,
         parts=parts,
         model_parts=model_parts,
         available=limit,
         model_available=available_bytes(problem.device) if split else None,
-        seconds_per_step=n * choice.seconds[choice.mode] + touched / _bytes_per_second(device),
-        ways_out=_ways_out(coordinates, config, memory, choice),
+        seconds_per_step=n * choice.seconds[choice.mode]
+        + passes * n * d * _SIZES[config.particle_dtype] / _bytes_per_second(device),
+        ways_out=_ways_out(coordinates, config, execution, choice),
     )
 
 
-def _state(coordinates: Coordinates, config: SFPKConfig, memory: str) -> dict[str, int]:
+def _state(coordinates: Coordinates, config: SFPKConfig) -> dict[str, int]:
     """What lives as long as the run, and the gradients."""
     d, size = coordinates.d, coordinates.dtype.itemsize
     particle = size if config.particle_dtype == "float32" else _SIZES[config.particle_dtype]
     return {
         "particles": config.n_particles * d * particle,
         "dense weights, saliency": d * size * (1 + len(score_kinds(config) - {"mask"})),
-        "gradients": d * size * (1 if memory == "lean" else config.n_particles),
+        "gradients": d * size * (config.n_particles if config.update == "jacobi" else 1),
     }
 
 
 def _parts(
-    coordinates: Coordinates, config: SFPKConfig, memory: str, choice: Choice, split: bool
+    coordinates: Coordinates, config: SFPKConfig, execution: Execution, choice: Choice, split: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
-    parts = _state(coordinates, config, memory)
+    parts = _state(coordinates, config)
     d, size = coordinates.d, coordinates.dtype.itemsize
     overhead = _CPU_OVERHEAD if coordinates.device.type == "cpu" else 1.0
     transient = {mode: int(overhead * size) for mode, size in choice.transient.items()}
@@ -259,7 +248,7 @@ def _parts(
         passing["gradient row"] = d * size
     # The trial before, and the vote at the end (score, a part of it, a mask), take the place of gradients and passes.
     vote = (2 * size + 1) * d
-    trial = transient.get("vmap", 0) + d * size * min(config.chunk_size or config.n_particles, config.n_particles)
+    trial = transient.get("vmap", 0) + d * size * min(execution.chunk_size or config.n_particles, config.n_particles)
     if split:
         return {**parts, "crossing": d * size}, passing
     spare = parts["gradients"] + sum(passing.values())
@@ -269,21 +258,22 @@ def _parts(
     return {**parts, "held by the allocator": heap}, {}
 
 
-def _ways_out(coordinates: Coordinates, config: SFPKConfig, memory: str, choice: Choice) -> dict[str, int]:
+def _ways_out(coordinates: Coordinates, config: SFPKConfig, execution: Execution, choice: Choice) -> dict[str, int]:
     """Peak bytes of smaller runs."""
     ways: dict[str, dict[str, Any]] = {}
     one_by_one = dataclasses.replace(choice, mode="sequential") if choice.mode == "vmap" else choice
-    mode = "auto" if config.energy_mode == "vmap" else config.energy_mode
-    lean: dict[str, Any] = {"memory": "lean", "energy_mode": mode}
-    if memory == "fast":
-        ways["memory='lean'"] = lean
+    if choice.mode == "vmap":
+        ways["energy_mode='sequential'"] = {}
+    lean = {"update": "gauss_seidel"}
+    if config.update == "jacobi":
+        ways["update='gauss_seidel'"] = lean
     if config.particle_dtype != "float16":
-        ways["memory='lean', particle_dtype='float16'"] = {**lean, "particle_dtype": "float16"}
+        ways["update='gauss_seidel', particle_dtype='float16'"] = {**lean, "particle_dtype": "float16"}
     if config.n_particles > 1:
         half = config.n_particles // 2
-        ways[f"memory='lean', n_particles={half}"] = {**lean, "n_particles": half}
+        ways[f"update='gauss_seidel', n_particles={half}"] = {**lean, "n_particles": half}
     return {
-        way: sum(_parts(coordinates, config.replace(**changes), "lean", one_by_one, False)[0].values())
+        way: sum(_parts(coordinates, config.replace(**changes), execution, one_by_one, False)[0].values())
         for way, changes in ways.items()
     }
 

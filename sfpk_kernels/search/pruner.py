@@ -19,30 +19,35 @@ from tqdm.auto import tqdm
 from .._dispatch import where_present
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates, Ignored
+from ..execution import Execution
 from ..masks.maskset import MaskSet
 from ..modeling.batches import BatchStream, move_to
 from ..modeling.state import autograd_allowed, check_no_inference_tensors, guarded, mode_note, seeded
 from ..modeling.turns import Turns, alone, end_contexts, lock
 from ..modeling.whole_model import Registered
 from ..ops import pack_mask
+from ..utils.arguments import called, check_loader, check_loss_fn
 from ..utils.files import load_state, save_state
 from . import checkpoint
 from . import state_checks as check
 from .diagnostics import Alarms, Diagnostics, layer_names
-from .energy import LossFn
+from .energy import LossFn, energy_of
 from .nonfinite import NonFiniteError, standing_still
 from .particles import ParticleSystem, SystemState
-from .planning import Plan, check_state, make_energy, plan_run, state_device
+from .planning import Plan, check_state, plan_run, state_device
 from .polarizer import Polarizer, budget
 from .reading import read_together
 from .records import StepRecord
 from .result import PruneResult
+from .settings import check_together, chosen
 from .step import gauss_seidel, jacobi
 from .unreached import NoGradientError, Reached
 from .vote import Vote
-from .waypoints import Waypoint, check_checkpoints
+from .waypoints import Waypoint, check_waypoints
 
 logger = logging.getLogger(__name__)
+
+_COLUMNS = 80  # of the progress bar
 
 
 class SFPKPruner:
@@ -60,15 +65,17 @@ class SFPKPruner:
     Args:
         model: the trained, dense model, on one device. Its weights are copied now; make a new pruner if they
             change.
+        sparsity: fraction of the prunable weights that is REMOVED, in (0, 1); everything else at its default.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``; ``None`` for cross-entropy on batches (x, y) and
             the output's ``.loss`` on dict batches.
-        config: hyper-parameters; see :class:`SFPKConfig`.
+        config: instead of ``sparsity``: all that decides the mask, see :class:`SFPKConfig`.
+        execution: how it is computed, see :class:`Execution`.
         ignored_layers, include_embeddings, include_biases, include_norms: what is prunable, see
             :class:`Coordinates`.
         callbacks: called with the :class:`StepRecord` of every step. They must not wait for another thread's pruner.
         start: (n, d) particles to go on from, such as those of an earlier run; the schedule begins at their mean
             density. ``None``: at 1, nothing removed.
-        checkpoints: sparsities at which to take an exact mask on the way (``result.waypoints``, ``result.mask_at``).
+        waypoints: sparsities at which to take an exact mask on the way (``result.waypoints``, ``result.mask_at``).
             Taking them does not change the run, unless ``config.settle`` is set.
         keep_scores: keep the scores behind them, too (d numbers each), for the masks of sparsities in between.
 
@@ -79,27 +86,28 @@ class SFPKPruner:
         MemoryError: particles and weights alone will not fit.
     """
 
+    @called("SFPKPruner(model, sparsity, loss_fn=…)", checkpoints="waypoints=[…]")
     @alone
     @autograd_allowed()
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: LossFn | None,
-        config: SFPKConfig,
+        sparsity: float | None = None,
         *,
+        loss_fn: LossFn | None = None,
+        config: SFPKConfig | None = None,
+        execution: Execution | None = None,
         ignored_layers: Iterable[Ignored] = (),
         include_embeddings: bool = False,
         include_biases: bool = False,
         include_norms: bool = False,
         callbacks: Sequence[Callable[[StepRecord], None]] = (),
         start: Tensor | None = None,
-        checkpoints: Iterable[float] = (),
+        waypoints: Iterable[float] = (),
         keep_scores: bool = False,
     ):
-        if not isinstance(config, SFPKConfig):
-            raise TypeError(f"config: wanted an SFPKConfig, got {type(config).__name__}")
-        if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(f"loss_fn: wanted a function (model, batch) -> scalar, got {type(loss_fn).__name__}")
+        config, execution = chosen("SFPKPruner(model, sparsity, loss_fn=…)", sparsity, config, execution)
+        check_loss_fn(loss_fn)
         self.coordinates = Coordinates(
             model,
             ignored_layers=ignored_layers,
@@ -109,18 +117,19 @@ class SFPKPruner:
         )
         budget(config.sparsity, self.coordinates.d)
         check_no_inference_tensors(model)
-        check_state(self.coordinates, config)
-        self.config = config
+        check_together(config, execution, model)
+        check_state(self.coordinates, config, execution)
+        self.config, self.execution = config, execution
         self.history: list[StepRecord] = []
         self._model = model
         self._callbacks = _functions(callbacks)
         self.plan: Plan | None = None  # made on the first batch
-        self._theta = self.coordinates.flatten(model).to(state_device(self.coordinates, config))
-        backend = where_present(config.backend)
+        self._theta = self.coordinates.flatten(model).to(state_device(self.coordinates, execution))
+        backend = where_present(execution.backend)
         self._polarizer = Polarizer(self.coordinates, self._theta, config.selection, backend)
         saliency = self._polarizer.saliency if config.kernel == "weighted_rbf" else None
-        self._system = ParticleSystem(self.coordinates.d, config, self._theta, saliency, start)
-        self._energy = make_energy(model, loss_fn, self.coordinates, self._theta, config)
+        self._system = ParticleSystem(self.coordinates.d, config, execution, self._theta, saliency, start)
+        self._energy = energy_of(model, loss_fn, self.coordinates, self._theta, execution)
         self._vote = Vote(
             self._polarizer,
             config.final_score or config.polarizer,
@@ -132,10 +141,10 @@ class SFPKPruner:
         self._diagnostics = Diagnostics(self.coordinates, config, self._theta.device)
         self._alarms = Alarms(config, layer_names(self.coordinates))
         first = 1.0 - self._system.schedule[0]
-        self._checkpoints = check_checkpoints(checkpoints, config, first, keep_scores)
+        self._wanted = check_waypoints(waypoints, config, first, keep_scores)
         if config.settle:
-            self._system.settle_at([1.0 - sparsity for sparsity in self._checkpoints if sparsity < config.sparsity])
-        self._due = list(self._checkpoints)  # those still to be passed
+            self._system.settle_at([1.0 - sparsity for sparsity in self._wanted if sparsity < config.sparsity])
+        self._due = list(self._wanted)  # those still to be passed
         self._keep_scores = keep_scores
         self._waypoints: list[Waypoint] = []
         self._last_energies: Tensor | None = None
@@ -223,7 +232,8 @@ class SFPKPruner:
         n, remaining = self.config.n_particles, self.config.n_steps - self._system.step
         # Its own random stream from step to step, because a loader draws its order when it begins, and more on the way.
         turns = Turns(self._step_seed(0), self.coordinates.device)
-        with tqdm(total=remaining, desc="SFPK", disable=None if progress is None else not progress) as bar:
+        hidden = None if progress is None else not progress
+        with tqdm(total=remaining, desc="SFPK", ncols=_COLUMNS, disable=hidden) as bar:
             with turns.turn():
                 stream = BatchStream(loader, self.coordinates.device, self._taken + n * remaining)
                 if self.done:
@@ -285,8 +295,8 @@ class SFPKPruner:
         Raises:
             RuntimeError: the run is over, or an error or an interruption has left a step half done.
             ValueError: another number of batches.
-            FloatingPointError: a loss that is not finite. The particles have not moved then (``memory="lean"``: those
-                before it have, as the message says).
+            FloatingPointError: a loss that is not finite. The particles have not moved then (with
+                ``update="gauss_seidel"`` those before it have, as the message says).
             MemoryError: as for :meth:`run`.
         """
         self._check_whole("step")
@@ -314,7 +324,8 @@ class SFPKPruner:
         The run counts as broken from the beginning, until all of the step is done or nothing of it was.
         """
         self._check_whole("step")
-        plan = self.plan or self._make_plan(batches[0])
+        if self.plan is None:
+            self._make_plan(batches[0])
         started = time.perf_counter()
         system, number = self._system, self._system.step + 1
         before, measured, energy = system.moves, system.measured(), self._energy_state()
@@ -328,7 +339,7 @@ class SFPKPruner:
             seen = self._diagnostics.see(keep)
             # 2. energies, each particle on its own batch; 3.-7. repulsion, transition, retraction, consensus
             with seeded(self._step_seed(number), self.coordinates.device):
-                if plan.memory == "fast":
+                if self.config.update == "jacobi":
                     energies, stats = jacobi(self._energy, system, keep, batches, reached)
                 else:
                     energies, stats = gauss_seidel(self._energy, system, keep, batches, skips, reached)
@@ -366,8 +377,8 @@ class SFPKPruner:
             end_contexts(error)
             # Found at the end of the step, and by the transition, which has moved nothing then.
             if isinstance(error, NonFiniteError):
-                system.moves = before + (error.moved if plan.memory == "lean" else 0)
-            elif isinstance(error, NoGradientError) and plan.memory != "lean":
+                system.moves = before + (error.moved if self.config.update == "gauss_seidel" else 0)
+            elif isinstance(error, NoGradientError) and self.config.update == "jacobi":
                 system.moves = before
             moved = system.moves - before
             who = f"particles 0 … {moved - 1} have moved" if moved else "the particles have not moved"
@@ -478,15 +489,17 @@ class SFPKPruner:
         Raises:
             TypeError: no dict, or an entry of another type.
             ValueError: a state of another model, of other settings, or not of a run (an entry of another shape or
-                range, missing or unknown: the message names it); one of ``checkpoints`` that the saved run has passed
+                range, missing or unknown: the message names it); one of ``waypoints`` that the saved run has passed
                 without taking a mask.
         """
         config, tensors = self.config, self.coordinates.tensors
-        checkpoint.check_same(state, config, self._fingerprint, [tensor.name for tensor in tensors])
+        state = checkpoint.of_this_version(state)
+        names = [tensor.name for tensor in tensors]
+        checkpoint.check_same(state, config, self.execution, self._fingerprint, names)
         particles = check.entries("state: particles", state["particles"], SystemState._fields)
         if config.settle and not check.same(particles["schedule"], self._system.schedule):
             raise ValueError(
-                "checkpoints, start: wanted those of the saved run, which settles, got others (particles.schedule)"
+                "waypoints, start: wanted those of the saved run, which settles, got others (particles.schedule)"
             )
         system = self._system.checked(particles, "state: particles.")
         if check.integer("state: step", state["step"]) != system.step:
@@ -512,11 +525,11 @@ class SFPKPruner:
         if state["plan"] is not None or system.step:
             plan = checkpoint.plan("state: plan", state["plan"], config, self.coordinates.d)
         density = system.schedule[system.step]
-        due = [sparsity for sparsity in self._checkpoints if sparsity not in {w.sparsity for w in waypoints}]
+        due = [sparsity for sparsity in self._wanted if sparsity not in {w.sparsity for w in waypoints}]
         passed = [sparsity for sparsity in due if checkpoint.reached(sparsity, density)]
         if passed:
             raise ValueError(
-                f"checkpoints: wanted sparsities that the saved run took or has yet to pass (now {1 - density:.4g}), "
+                f"waypoints: wanted sparsities that the saved run took or has yet to pass (now {1 - density:.4g}), "
                 f"got {passed[0]:g}, which is not among its waypoints"
             )
         # All of it has been looked at. An interruption from here on leaves a pruner that says so.
@@ -569,7 +582,7 @@ class SFPKPruner:
         vote, energies, scale = self._vote.score, self._last_energies, self._energy.scale
         return {
             "model": self._fingerprint,
-            "config": self.config.to_json(),
+            "config": checkpoint.settings(self.config, self.execution),
             "names": [tensor.name for tensor in self.coordinates.tensors],
             "step": self._system.step,
             "particles": self._system.state_dict(copy=copy),
@@ -590,7 +603,7 @@ class SFPKPruner:
         """Measure the first batch, decide what is left to decide, refuse what will not fit."""
         taken = sum(t.numel() * t.element_size() for t in (self._theta, self._system.masks))
         try:
-            plan = plan_run(self._energy, self.config, batch, taken)
+            plan = plan_run(self._energy, self.config, self.execution, batch, taken)
         except BaseException as error:
             if hasattr(error, "add_note"):  # Python ≥ 3.11
                 error.add_note("sfpk_kernels: in the trial pass before step 1; the particles have not moved")
@@ -641,12 +654,15 @@ def _place(path: str | os.PathLike[str], step: int) -> tuple[str, int]:
     return os.path.realpath(path), step
 
 
+@called("prune(model, loader, sparsity, loss_fn=…)", checkpoints="waypoints=[…]")
 def prune(
     model: nn.Module,
-    loss_fn: LossFn | None,
     loader: Iterable[Any],
-    config: SFPKConfig,
+    sparsity: float | None = None,
     *,
+    loss_fn: LossFn | None = None,
+    config: SFPKConfig | None = None,
+    execution: Execution | None = None,
     progress: bool | None = None,
     save_every: int | None = None,
     save_path: str | os.PathLike[str] | None = None,
@@ -655,8 +671,10 @@ def prune(
 ) -> PruneResult:
     """Search a mask for ``model`` in one run; the model itself is not changed.
 
-    ``options`` are those of :class:`SFPKPruner` (``checkpoints``, ``ignored_layers``, ``callbacks``, …);
-    arguments and errors as there and in :meth:`SFPKPruner.run`.
+    ``prune(model, loader, 0.9)`` is the simple case; ``options`` are the others of :class:`SFPKPruner` (``waypoints``,
+    ``ignored_layers``, ``callbacks``, …). Arguments and errors as there and in :meth:`SFPKPruner.run`.
     """
-    pruner = SFPKPruner(model, loss_fn, config, **options)
+    settings = chosen("prune(model, loader, sparsity, loss_fn=…)", sparsity, config, execution)
+    check_loader(loader)
+    pruner = SFPKPruner(model, loss_fn=loss_fn, config=settings[0], execution=settings[1], **options)
     return pruner.run(loader, progress=progress, save_every=save_every, save_path=save_path, resume=resume)

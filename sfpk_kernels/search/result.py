@@ -79,12 +79,12 @@ class PruneResult:
 
         The count is exact (with ``selection="threshold"``, preset ``"authors"``, what their threshold keeps).
 
-        For one of ``checkpoints`` that taken on the way. For any other, where the run kept scores
+        For one of ``waypoints`` that taken on the way. For any other, where the run kept scores
         (``keep_scores=True``), the exact selection from the score nearest in sparsity, the final one included.
 
         Raises:
             TypeError: no number.
-            ValueError: a sparsity the run has not passed, or one between checkpoints without kept scores.
+            ValueError: a sparsity the run has not passed, or one between waypoints without kept scores.
         """
         _check_number("sparsity", sparsity)
         if math.isclose(sparsity, self.config.sparsity, rel_tol=1e-9):
@@ -103,7 +103,7 @@ class PruneResult:
         if not scores:
             raise ValueError(
                 f"sparsity: wanted one of {', '.join(f'{value:g}' for value in known)}, got {sparsity!r}; for others "
-                "run with checkpoints=[…], keep_scores=True"
+                "run with waypoints=[…], keep_scores=True"
             )
         scores.append((self.config.sparsity, self.score))
         _, score = min(scores, key=lambda pair: abs(pair[0] - sparsity))
@@ -185,7 +185,7 @@ class PruneResult:
         None for too few points, for a rise within what batches differ by (the standard deviation of the particles'
         energies; for one particle that of its energies around the smoothed curve, twice, as one batch says less), and
         for a curve that lies above its chord or less than half of that noise below it: that one flattens. None, too,
-        where the run settles at checkpoints (``config.settle``): its loss rises and falls between them.
+        where the run settles at waypoints (``config.settle``): its loss rises and falls between them.
 
         The curve is smoothed by a running median of five steps first; batches differ.
         """

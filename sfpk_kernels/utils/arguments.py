@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-_ORDER = "the order is prune(model, loss_fn, loader, config)"
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+_ORDER = "the call is prune(model, loader, sparsity, loss_fn=…)"
 _OUTPUTS = {
     "input", "inputs", "output", "outputs", "out", "o", "pred", "preds", "prediction", "predictions", "p", "logits",
     "logit", "scores", "score", "y_pred", "y_hat", "yhat", "y_predicted", "x", "x1", "estimate", "log_probs",
@@ -18,6 +21,33 @@ _TARGETS = {
     "target", "targets", "label", "labels", "y", "t", "y_true", "ytrue", "true", "truth", "gt", "gold", "expected",
     "reference", "x2", "tgt", "answer", "answers",
 }  # fmt: skip
+
+
+def called(call: str, **renamed: str) -> Callable[[_Call], _Call]:
+    """Have calls in the order of earlier versions, or with their names, told how it is called now.
+
+    Args:
+        call: as in "prune(model, loader, sparsity, loss_fn=…)".
+        renamed: keywords of earlier versions, and what they are now.
+    """
+
+    def decorate(function: _Call) -> _Call:
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        most = sum(parameter.kind in kinds for parameter in inspect.signature(function).parameters.values())
+
+        @functools.wraps(function)
+        def checked(*arguments: Any, **keywords: Any) -> Any:
+            if len(arguments) > most:
+                own = most - (1 if "self" in inspect.signature(function).parameters else 0)
+                got = len(arguments) - (most - own)
+                raise TypeError(f"wanted {call}, with at most {own} arguments without a name, got {got}")
+            for name in keywords.keys() & renamed.keys():
+                raise TypeError(f"{name}: wanted {renamed[name]}; the call is {call}")
+            return function(*arguments, **keywords)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
 
 
 def check_loss_fn(loss_fn: Any) -> None:
@@ -56,18 +86,6 @@ def check_loss_fn(loss_fn: Any) -> None:
     except TypeError as error:
         hint = f": {_ORDER}" if isinstance(loss_fn, nn.Module) else ""
         raise TypeError(f"{wanted}, got {name}{signature}, which cannot be called so ({error}){hint}") from error
-
-
-def check_config(config: Any, wanted: type) -> None:
-    """That it is of the class ``wanted``.
-
-    Raises:
-        TypeError: it is something else, such as another argument.
-    """
-    if not isinstance(config, wanted):
-        made = f': make one with {wanted.__name__}.preset("default", …)' if isinstance(config, Mapping | type) else ""
-        hint = made or ("" if config is None else f": {_ORDER}")
-        raise TypeError(f"config: wanted an {wanted.__name__}, got {_named(config)}{hint}")
 
 
 def check_loader(loader: Any) -> None:

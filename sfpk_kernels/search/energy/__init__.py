@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._dispatch import where_present
 from ...coordinates.flat import Coordinates
+from ...execution import Execution
+from ...modeling.batches import default_loss
 from ...modeling.state import seeded
 from ..polarizer import Polarized
 from ._problem import AUTOCAST, CannotRunError, LossFn, Problem
 from ._scale import LossScale
 from .batched import Batched, FlatError, RaggedError
-from .choice import Choice, choose
+from .choice import UNDECIDED, Choice, choose
 from .graphed import Graphed
 from .sequential import OneByOne
 
-__all__ = ["AUTOCAST", "Choice", "LossFn", "ParticleEnergy"]
+__all__ = ["AUTOCAST", "Choice", "LossFn", "ParticleEnergy", "energy_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +41,9 @@ class ParticleEnergy:
         coordinates: of ``model``.
         theta: the dense weights (d,), on the device of the particles.
         mode: ``"vmap"``: a chunk of particles in one batched pass; ``"sequential"``: one by one; ``"cudagraph"``: one
-            by one, the pass captured once and replayed; ``"auto"``: the fastest in a short trial (:meth:`choose`),
-            and one by one, with a logged reason, where vmap fails.
+            by one, the pass captured once and replayed; ``"auto"``: by the rule of :func:`.choice.by_rule`;
+            ``"timed"``: the fastest in a short trial. The last two go one by one, with a logged reason, where vmap
+            fails.
         chunk_size: particles per vmap pass, ``None`` for all.
         backend: of the masked-weights op.
         precision: ``"bf16"`` or ``"fp16"``: forward and backward under autocast; losses, gradients and weights stay
@@ -64,7 +68,7 @@ class ParticleEnergy:
     ):
         self.problem = Problem(model, loss_fn, coordinates, theta, backend, precision, microbatch, compiled)
         self.scale = LossScale(precision == "fp16")
-        self.choice: Choice | None = None if mode == "auto" else Choice(mode, "as asked for")
+        self.choice: Choice | None = None if mode in UNDECIDED else Choice(mode, "as asked for")
         self._mode = mode
         self._chunk_size = chunk_size
         self._said_ragged = False
@@ -76,24 +80,26 @@ class ParticleEnergy:
 
     @property
     def mode(self) -> str:
-        """The way in use; ``"auto"`` while it is not chosen."""
+        """The way in use; ``"auto"`` or ``"timed"`` while it is not chosen."""
         return self._mode if self.choice is None else self.choice.mode
 
     def choose(
         self,
         batch: Any,
         n: int,
+        together: bool = True,
         room: int | None = None,
     ) -> Choice:
-        """Measure the ways that come into question on one batch; decides ``mode="auto"``.
+        """Measure the ways that come into question on one batch; decides ``"auto"`` and ``"timed"``.
 
         Args:
             batch: of one particle.
             n: particles.
-            room: bytes the trial of a batched pass may take.
+            together: whether all of a chunk may go through the model at once.
+            room: bytes that the trial of a batched pass may take with ``"timed"``.
         """
         with seeded(0, self.problem.device):
-            self.choice = choose(self.problem, self._mode, batch, min(self._chunk_size or n, n), room)
+            self.choice = choose(self.problem, self._mode, batch, min(self._chunk_size or n, n), together, room)
         return self.choice
 
     def __call__(
@@ -172,7 +178,7 @@ class ParticleEnergy:
             with self._inside.ready() if self._fell_back else nullcontext():
                 return self._inside.run(keep, batch, grad)
         except CannotRunError as error:
-            if self._mode != "auto":
+            if self._mode not in UNDECIDED:
                 raise RuntimeError(f"energy_mode={self.mode!r} cannot run this model: {error}") from error
             why = str(error)
         except BaseException as error:
@@ -218,3 +224,21 @@ class ParticleEnergy:
             self.choice = Choice("sequential", str(error))
             return False
         return True
+
+
+def energy_of(
+    model: nn.Module, loss_fn: LossFn | None, coordinates: Coordinates, theta: Tensor, execution: Execution
+) -> ParticleEnergy:
+    """The energies of a run."""
+    return ParticleEnergy(
+        model,
+        loss_fn or default_loss,
+        coordinates,
+        theta,
+        mode=execution.energy_mode,
+        chunk_size=execution.chunk_size,
+        backend=where_present(execution.backend),
+        precision=execution.dtype,
+        microbatch=execution.microbatch,
+        compiled=execution.compile,
+    )

@@ -1,4 +1,4 @@
-"""Which way of computing energies is fastest for a model: a short trial, not a guess."""
+"""Which way of computing energies a run takes: as named, by a written rule, or the fastest in a short trial."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...utils.memory import in_words, peak_bytes
 from ._problem import CannotRunError, Problem
@@ -15,6 +16,9 @@ from ._scale import LossScale
 from .batched import Batched, stack
 from .graphed import Graphed
 from .sequential import OneByOne
+
+UNDECIDED = ("auto", "timed")
+VMAP_WEIGHTS = 1 << 20  # up to which "auto" runs particles at once
 
 _MARGIN = 0.9  # another way must take less than this share of the time of one by one
 _TRIALS = 3
@@ -32,53 +36,77 @@ class Choice:
     transient: dict[str, int] = field(default_factory=dict)  # peak bytes of one pass (vmap: of a chunk)
 
 
+def by_rule(problem: Problem, together: bool) -> tuple[str, str]:
+    """The way that ``"auto"`` takes, and why: by kinds of layers and sizes alone, so that runs repeat.
+
+    At once where launching is a large part of a pass and batching costs nothing: matrix products of small models.
+    Convolutions become grouped ones under vmap and attention's backward loops: 1.3 to 2.1 x slower than one by one.
+    """
+    if not together:
+        return "sequential", "one gradient is kept"
+    if problem.compiled:
+        return "sequential", "the loss is compiled"
+    weights = 0
+    for module in problem.model.modules():
+        own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        weights += own
+        if isinstance(module, nn.MultiheadAttention) or (own and not isinstance(module, nn.Linear)):
+            return "sequential", f"a model with {type(module).__name__}"
+    if weights > VMAP_WEIGHTS:
+        return "sequential", f"a model of {weights:,} weights, more than {VMAP_WEIGHTS:,}"
+    return "vmap", f"linear layers alone, of {weights:,} weights"
+
+
 def choose(
     problem: Problem,
     mode: str,
     batch: Any,
     chunk: int,
+    together: bool,
     room: int | None,
 ) -> Choice:
     """Try ``batch`` at the dense weights, only as much as the question needs; the model must be guarded.
 
     Args:
         problem: model, loss and the rest.
-        mode: ``"auto"``, or the one that is wanted and only measured.
+        mode: ``"auto"``, ``"timed"``, or the one that is wanted and only measured.
         batch: of one particle.
         chunk: particles in one vmap pass.
-        room: bytes that the trial of a batched pass may take.
+        together: whether vmap is allowed.
+        room: bytes that the trial of a batched pass may take with ``"timed"``.
     """
     single = _time_one_by_one(OneByOne(problem, LossScale(problem.precision == "fp16")), batch)
     seconds, transient = {"sequential": single[0]}, {"sequential": single[1]}
-    if mode == "sequential":
-        return Choice(mode, "as asked for", seconds, transient)
-    if mode == "auto" and torch.are_deterministic_algorithms_enabled():
-        return Choice(
-            "sequential", "no timed choice under torch.use_deterministic_algorithms(True)", seconds, transient
-        )
-    why_not: dict[str, str] = {}
-    for name in ("vmap", "cudagraph"):
-        if mode not in ("auto", name):
-            continue
+    timed, reason, why_not = mode == "timed", "as asked for", ""
+    wanted = [mode]
+    if mode == "auto":
+        named, reason = by_rule(problem, together)
+        wanted = [named]
+    elif timed and torch.are_deterministic_algorithms_enabled():
+        reason, wanted = "no timed choice under torch.use_deterministic_algorithms(True)", []
+    elif timed:
+        graphs = problem.device.type == "cuda" and not problem.compiled
+        wanted = [*(["vmap"] if together else []), *(["cudagraph"] if graphs else [])]
+    for name in wanted:
         try:
             if name == "vmap":
-                seconds[name], transient[name] = _time_batched(problem, batch, chunk, single, room, mode == "auto")
-            elif mode == name or (problem.device.type == "cuda" and not problem.compiled):
+                seconds[name], transient[name] = _time_batched(problem, batch, chunk, single, room, timed)
+            elif name == "cudagraph":
                 seconds[name], transient[name] = _time_one_by_one(Graphed(problem, LossScale(False)), batch)
         except CannotRunError as error:
-            if mode == name:
+            if mode not in UNDECIDED:
                 raise RuntimeError(f"energy_mode={name!r} cannot run this model: {error}") from error
-            why_not[name] = str(error)
+            why_not += f"; not {name}: {error}"
         except Exception as error:  # whatever it is, one by one the model runs
-            if mode == name:
+            if mode not in UNDECIDED:
                 raise
-            why_not[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    if mode != "auto":
-        return Choice(mode, "as asked for", seconds, transient)
-    best = min(seconds, key=lambda name: seconds[name] * (_MARGIN if name == "sequential" else 1.0))
-    times = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items())
-    reasons = "".join(f"; not {name}: {reason}" for name, reason in why_not.items())
-    return Choice(best, f"per particle {times}{reasons}", seconds, transient)
+            why_not += f"; not {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if timed and wanted:
+        best = min(seconds, key=lambda name: seconds[name] * (_MARGIN if name == "sequential" else 1.0))
+        reason = "per particle " + ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items())
+    else:
+        best = next((name for name in wanted if name in seconds), "sequential")
+    return Choice(best, reason + why_not, seconds, transient)
 
 
 def _time_one_by_one(runner: OneByOne, batch: Any) -> tuple[float, int]:

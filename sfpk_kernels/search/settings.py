@@ -1,0 +1,71 @@
+"""``sparsity`` or ``config``, and ``execution``: what every entry takes them to mean."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..config import SFPKConfig
+from ..execution import Execution
+from ..modeling.state import BATCH_NORMS
+
+
+def chosen(
+    call: str,  # how the entry is called, for messages
+    sparsity: Any,
+    config: Any,
+    execution: Any,
+) -> tuple[SFPKConfig, Execution]:
+    """The settings of a run.
+
+    Raises:
+        TypeError: an argument of the wrong type, both ``sparsity`` and ``config``, or neither.
+        ValueError: a sparsity outside (0, 1).
+    """
+    if isinstance(sparsity, SFPKConfig):
+        raise TypeError(f"sparsity: wanted a number in (0, 1), got an SFPKConfig: pass config=…; the call is {call}")
+    if sparsity is not None and (isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real)):
+        got = getattr(sparsity, "__name__", type(sparsity).__name__)
+        raise TypeError(f"sparsity: wanted a number in (0, 1), got {got}; the call is {call}")
+    if config is not None and not isinstance(config, SFPKConfig):
+        wrong = isinstance(config, Mapping | type)
+        made = ": make one with SFPKConfig(sparsity=…)" if wrong else f"; the call is {call}"
+        name = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
+        raise TypeError(f"config: wanted an SFPKConfig, got {name}{made}")
+    if execution is not None and not isinstance(execution, Execution):
+        raise TypeError(f"execution: wanted an Execution, got {type(execution).__name__}: make one with Execution(…)")
+    if sparsity is not None and config is not None:
+        raise TypeError(
+            f"sparsity: wanted it in config alone, got {sparsity!r} beside config with sparsity={config.sparsity:g}"
+        )
+    if config is None:
+        if sparsity is None:
+            raise TypeError(
+                f"sparsity: wanted a number in (0, 1), or config=SFPKConfig(…), got neither; the call is {call}"
+            )
+        config = SFPKConfig(sparsity=float(sparsity))
+    return config, execution or Execution()
+
+
+def check_together(config: SFPKConfig, execution: Execution, model: nn.Module) -> None:
+    """Refuse what would decide the mask by how it is computed, or cannot be computed so.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+    if execution.energy_mode == "vmap" and config.update == "gauss_seidel":
+        raise ValueError(
+            "energy_mode: wanted another than 'vmap' with update='gauss_seidel', where particles go one by one"
+        )
+    if (
+        execution.microbatch is not None
+        and config.bn == "batch"
+        and any(isinstance(module, BATCH_NORMS) for module in model.modules())
+    ):
+        raise ValueError(
+            f"microbatch: wanted None, or bn='running' beside it, got {execution.microbatch} with bn='batch': "
+            "batch-norm would use the statistics of the micro-batch, and the mask depend on its size"
+        )
