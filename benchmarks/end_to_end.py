@@ -134,7 +134,7 @@ class _Stopwatch:
     def __init__(self, pruner: SFPKPruner):
         self.seconds = 0.0
         self._device = str(pruner.coordinates.device)
-        for runner in pruner._energy._runners.values():
+        for runner in pruner._run.energy._runners.values():
             runner.differentiate = self._timing(runner.differentiate)
 
     def _timing(self, work: Callable[..., Any]) -> Callable[..., Any]:

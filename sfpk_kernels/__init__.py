@@ -16,7 +16,8 @@ from .modeling.batchnorm import recalibrate_batchnorm
 from .retraining.gradual import GradualPruner, GradualResult
 from .retraining.loop import RetrainConfig, retrain
 from .search.planning import Plan, plan
-from .search.pruner import SFPKPruner, prune
+from .search.prune import prune
+from .search.pruner import SFPKPruner
 from .search.records import StepRecord
 from .search.result import PruneResult
 

@@ -20,7 +20,7 @@ def quick(**overrides):
 
 def measured_by_hand(pruner):
     """Binary masks as the energies see them, from the definition."""
-    keep = pruner._polarizer.polarize(pruner.particles, pruner._system.densities, pruner.config.polarizer)
+    keep = pruner._run.polarizer.polarize(pruner.particles, pruner._run.system.densities, pruner.config.polarizer)
     return keep.weights(torch.ones(pruner.coordinates.d)) != 0
 
 

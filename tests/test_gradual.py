@@ -432,7 +432,7 @@ def test_interrupted_anywhere_a_shot_is_undone_or_it_is_said(convnet, images, sh
         assert type(raised) is KeyboardInterrupt
         del raised
         assert torch.is_grad_enabled()
-        if pruner._broken is not None:
+        if pruner._attempt._broken is not None:
             counts["said"] += 1
             for further in (pruner.run, pruner.shot, pruner.result, pruner.state_dict):
                 with pytest.raises(RuntimeError, match="the model is not as after the last finished shot: "):

@@ -247,7 +247,7 @@ def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(mlp, vectors, ca
         del raised
         snapshot.check()
         assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), _nesting()) == (True, False, 0)
-        if pruner._broken is not None:
+        if pruner._attempt._broken is not None:
             counts["refused"] += 1
             refused = (
                 lambda: pruner.run(vectors), lambda: pruner.step(vectors[:3]), pruner.result, pruner.state_dict,
@@ -338,7 +338,7 @@ def test_signals_at_random_moments(convnet, images, tmp_path, count):
                 snapshot.check()
                 assert os.listdir(tmp_path) in ([], ["run"])
                 stopped.append(len(pruner.history) < 8)
-                if pruner._broken is not None:
+                if pruner._attempt._broken is not None:
                     with pytest.raises(RuntimeError, match="^run: this run cannot go on: step "):
                         pruner.run(images)
                     pruner = fresh()

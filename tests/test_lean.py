@@ -21,12 +21,12 @@ def test_lean_is_the_same_step_in_gauss_seidel_order(mlp, vectors):
     pruner = SFPKPruner(mlp, config=config)
     theta = pruner.coordinates.flatten(mlp)
     masks = torch.ones(3, 144, dtype=torch.float64)
-    schedule = pruner._system.schedule
+    schedule = pruner._run.system.schedule
     for k in range(4):
         batches = vectors[3 * k % 10 :][:3]
         batches += vectors[: 3 - len(batches)]
         with torch.no_grad():
-            keep = pruner._polarizer.polarize(pruner.particles, pruner._system.densities, config.polarizer)
+            keep = pruner._run.polarizer.polarize(pruner.particles, pruner._run.system.densities, config.polarizer)
             weights = keep.weights(theta).clone()
         moved = masks.clone()
         for i, (x, y) in enumerate(batches):

@@ -42,18 +42,18 @@ class Energy:
 def moved_to_the_device(pruner):
     """All that a step touches, as fake tensors; the model itself is not part of it."""
     config, d = pruner.config, pruner.coordinates.d
-    theta = pruner._theta = torch.empty(d, device=DEVICE)
-    pruner._polarizer = Polarizer(pruner.coordinates, theta, config.selection)
+    theta = pruner._run.theta = torch.empty(d, device=DEVICE)
+    pruner._run.polarizer = Polarizer(pruner.coordinates, theta, config.selection)
     saliency = theta if config.kernel == "weighted_rbf" else None
-    pruner._system = ParticleSystem(d, config, pruner.execution, theta, saliency)
-    pruner._vote = Vote(
-        pruner._polarizer, config.final_score or config.polarizer, config.vote, config.vote_ratio, config.momentum,
+    pruner._run.system = ParticleSystem(d, config, pruner.execution, theta, saliency)
+    pruner._run.vote = Vote(
+        pruner._run.polarizer, config.final_score or config.polarizer, config.vote, config.vote_ratio, config.momentum,
         config.sparsity,
     )  # fmt: skip
     for name in ("_places", "_ends", "_counts"):
-        tensor = getattr(pruner._diagnostics, name)
-        setattr(pruner._diagnostics, name, torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE))
-    pruner._energy, pruner.plan = Energy(d), SimpleNamespace()
+        tensor = getattr(pruner._run.diagnostics, name)
+        setattr(pruner._run.diagnostics, name, torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE))
+    pruner._run.energy, pruner.plan = Energy(d), SimpleNamespace()
 
 
 def filled(shape, value):
@@ -93,7 +93,7 @@ def test_one_read(mlp, vectors, name, monkeypatch):
         monkeypatch.setattr(module, "seeded", lambda seed, device: contextlib.nullcontext())
         moved_to_the_device(pruner)
         # The authors' rule and early stops need densities on the host: before the first step it would have to ask.
-        pruner._system._known = (pruner.particles._version, [1.0] * 4)
+        pruner._run.system._known = (pruner.particles._version, [1.0] * 4)
         recording.waits.clear()
         for step in range(1, 4):
             assert not pruner.done

@@ -375,7 +375,7 @@ def test_written_particles_are_measured_anew(mlp, vectors):
     pruner.particles.mul_(0.5)
     fresh = SFPKPruner(mlp, config=quick(retract=False))
     fresh.step(vectors[:3])
-    fresh._system.load_state_dict(pruner._system.state_dict())
+    fresh._run.system.load_state_dict(pruner._run.system.state_dict())
     pruner.step(vectors[:3])
     fresh.step(vectors[:3])
     assert torch.equal(pruner.particles, fresh.particles)

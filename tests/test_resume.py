@@ -76,7 +76,7 @@ def test_the_timed_choice_is_kept(mlp, vectors, tmp_path):
     other = SFPKPruner(mlp, **settings)
     other.load(tmp_path / "run")
     assert other.plan == pruner.plan
-    assert other._energy.mode == pruner._energy.mode
+    assert other._run.energy.mode == pruner._run.energy.mode
     pruner.step(vectors[3:6])
     other.step(vectors[3:6])
     assert torch.equal(pruner.particles, other.particles)
@@ -322,9 +322,9 @@ def test_a_way_given_up_on_the_way_is_remembered(vectors, tmp_path):
     model, config = Odd(), quick()
     pruner = SFPKPruner(model, config=config)
     pruner.step(vectors[:3])
-    pruner._energy.choice = dataclasses.replace(pruner._energy.choice, mode="vmap")
+    pruner._run.energy.choice = dataclasses.replace(pruner._run.energy.choice, mode="vmap")
     pruner.step([(x[:9], y[:9]) for x, y in vectors[:3]])
     pruner.save(tmp_path / "run")
     other = SFPKPruner(model, config=config)
     other.load(tmp_path / "run")
-    assert other._energy.mode == other.plan.choice.mode == pruner.result().plan.choice.mode == "sequential"
+    assert other._run.energy.mode == other.plan.choice.mode == pruner.result().plan.choice.mode == "sequential"

@@ -9,7 +9,8 @@ from torch import nn
 
 from ..config import SFPKConfig
 from ..search.energy import LossFn
-from ..search.pruner import PruneResult, prune
+from ..search.prune import prune
+from ..search.result import PruneResult
 from .fields import renamed, separated
 
 

@@ -14,7 +14,8 @@ from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates, named_parameters
 from ..modeling.batchnorm import recalibrate_batchnorm
 from ..search.energy import LossFn
-from ..search.pruner import PruneResult, SFPKPruner
+from ..search.pruner import SFPKPruner
+from ..search.result import PruneResult
 from .fields import renamed, separated
 from .utils import masked_params, without_mask_hooks
 

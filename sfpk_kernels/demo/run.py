@@ -16,7 +16,7 @@ from ..baselines import magnitude, snip
 from ..config import SFPKConfig
 from ..masks.maskset import MaskSet
 from ..modeling.batchnorm import recalibrate_batchnorm
-from ..search.pruner import prune
+from ..search.prune import prune
 from ..search.result import PruneResult
 from ..utils.files import atomic_write, check_place
 from .task import TRAINING_BATCH, Digits, accuracy, load_digits, train

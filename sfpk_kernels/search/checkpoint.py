@@ -1,29 +1,20 @@
-"""The file a run is resumed from: which model, which settings, and everything that decides what follows."""
+"""What a saved run holds beside its parts: settings, records, the plan, in the words of every version."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import SFPKConfig
-from ..coordinates.flat import Coordinates, unwrapped
 from ..execution import ENERGY_MODES, Execution
-from ..masks.maskset import MaskSet
-from ..ops import unpack_mask
-from ..utils.files import check_writable
-from ..utils.tensors import as_numpy, is_sparse, parts
 from . import state_checks as check
 from .planning import Plan
 from .records import StepRecord
-from .waypoints import Waypoint
 
 KIND = "sfpk-run-2"  # format and version
 
@@ -34,28 +25,6 @@ _PARTS = {
     "model", "config", "names", "step", "particles", "vote", "energies", "history", "waypoints", "alarms", "taken",
     "scale", "plan",
 }  # fmt: skip
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and values of all parameters and buffers, the same inside a wrapper."""
-    digest = hashlib.sha256()
-    for name, value in unwrapped(model).state_dict().items():
-        if not isinstance(value, torch.Tensor):
-            continue
-        value = value.detach().cpu()
-        digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
-        for part in _dense_parts(value):
-            digest.update(as_numpy(part.contiguous().reshape(-1).view(torch.uint8)).data)
-    return digest.hexdigest()
-
-
-def _dense_parts(value: torch.Tensor) -> list[torch.Tensor]:
-    """What a tensor is made of: itself, or indices and values of a sparse one."""
-    if value.layout == torch.strided:
-        return [value]
-    if value.layout == torch.sparse_coo:
-        value = value.coalesce()
-    return list(parts(value).values()) if is_sparse(value) else [value.to_dense()]
 
 
 def settings(config: SFPKConfig, execution: Execution) -> str:
@@ -176,44 +145,6 @@ def history(name: str, value: Any, config: SFPKConfig, tensors: int, steps: int 
     return [record(f"{name}[{i}]", item, i + 1, config, tensors) for i, item in enumerate(items)]
 
 
-def waypoints(
-    name: str,
-    value: Any,
-    coordinates: Coordinates,
-    schedule: Sequence[float],
-    step: int,  # done
-    dtypes: Sequence[torch.dtype],  # that scores may have
-) -> list[Waypoint]:
-    """The masks taken on the way, by rising sparsity.
-
-    Raises:
-        TypeError, ValueError: they are none.
-    """
-    found: list[Waypoint] = []
-    for i, item in enumerate(check.sequence(name, value)):
-        where = f"{name}[{i}]"
-        check.entries(where, item, ("sparsity", "step", "bits", "score"))
-        sparsity = check.real(f"{where}.sparsity", item["sparsity"], 0.0, 1.0)
-        if found and sparsity <= found[-1].sparsity:
-            raise ValueError(f"{where}.sparsity: wanted more than {found[-1].sparsity:g}, got {sparsity:g}")
-        at = check.integer(f"{where}.step", item["step"], 1, step)
-        if not reached(sparsity, schedule[at]) or reached(sparsity, schedule[at - 1]):
-            raise ValueError(f"{where}.step: wanted that in which the schedule passes {sparsity:g}, got {at}")
-        d = coordinates.d
-        bits = check.tensor(f"{where}.bits", item["bits"], (-(-d // 8),), torch.uint8).cpu()
-        mask = MaskSet.from_flat(unpack_mask(bits, d), coordinates)
-        score = item["score"]
-        if score is not None:
-            score = check.tensor(f"{where}.score", score, (d,), *dtypes).to("cpu", copy=True)
-        found.append(Waypoint(sparsity, at, mask, score))
-    return found
-
-
-def reached(sparsity: float, density: float) -> bool:
-    """Whether a schedule that stands at this density has passed that sparsity."""
-    return density <= 1.0 - sparsity + 1e-12
-
-
 def plan(name: str, value: Any, config: SFPKConfig, d: int) -> Plan:
     """The plan from its fields.
 
@@ -260,44 +191,3 @@ def energies(name: str, value: Any, records: Sequence[StepRecord], device: torch
     ):
         raise ValueError(f"{name}: wanted those of the last step of history, got others")
     return found
-
-
-def scale(name: str, value: Any, active: bool) -> tuple[float, int]:
-    """The factor on fp16 losses, and passes since it changed.
-
-    Raises:
-        TypeError, ValueError: they are none.
-    """
-    pair = check.sequence(name, value, 2)
-    factor, calm = check.real(f"{name}[0]", pair[0], 1.0), check.integer(f"{name}[1]", pair[1])
-    if not active and (factor, calm) != (1.0, 0):
-        raise ValueError(f"{name}: wanted (1.0, 0) where no loss is scaled, got ({factor:g}, {calm})")
-    if math.frexp(factor)[0] != 0.5:
-        raise ValueError(f"{name}[0]: wanted a power of two, got {factor!r}")
-    return factor, calm
-
-
-def save_path(
-    every: int | None,
-    path: str | os.PathLike[str] | None,
-    resume: str | os.PathLike[str] | bool | None,
-) -> str | os.PathLike[str] | None:
-    """Where a run is saved: the arguments of :meth:`~sfpk_kernels.SFPKPruner.run`, checked.
-
-    Raises:
-        TypeError, ValueError: a bad ``every``, nothing to write to, or a file that would never be written.
-        OSError: the file cannot be written there.
-    """
-    if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
-        raise TypeError(f"save_every: wanted a number of steps or None, got {every!r}")
-    if every is not None and every < 1:
-        raise ValueError(f"save_every: wanted ≥ 1, got {every}")
-    if path is None and not isinstance(resume, bool):
-        path = resume
-    if path is None and (every is not None or resume is True):
-        raise ValueError("save_path: wanted a file to write, got None")
-    if path is not None and every is None and not resume:
-        raise ValueError(f"save_every: wanted a number of steps beside save_path={os.fspath(path)!r}, got None")
-    if path is not None and every is not None:
-        check_writable(path, "save_path")
-    return path

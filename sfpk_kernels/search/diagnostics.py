@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
 from ..ops import TransitionStats, mask_iou, pack_mask
+from . import state_checks as check
 from .polarizer import Polarized
 from .records import StepRecord
 from .unreached import in_words
@@ -127,7 +128,7 @@ class Alarms:
     def __init__(self, config: SFPKConfig, names: Sequence[str | None]):
         self._config = config
         self._names = names
-        self.said: set[str] = set()  # keys of alarms given
+        self._said: set[str] = set()  # keys of alarms given
 
     def check(self, history: Sequence[StepRecord], record: StepRecord, unreached: Sequence[str] = ()) -> list[str]:
         """What is new in this step, and the tensors without a gradient; also logged as warnings."""
@@ -138,11 +139,27 @@ class Alarms:
             **self._falling([*history, record]),
             **{f"skipped {i}": f"particle {i} had no finite loss and gradient and stood still" for i in record.skipped},
         }
-        new = [words for key, words in found.items() if key not in self.said]
-        self.said.update(found)
+        new = [words for key, words in found.items() if key not in self._said]
+        self._said.update(found)
         for words in new:
             logger.warning("step %d: %s", record.step, words)
         return new
+
+    def state_dict(self) -> list[str]:
+        """Keys of the alarms given."""
+        return sorted(self._said)
+
+    def checked(self, name: str, state: Any) -> set[str]:
+        """What :meth:`state_dict` gave.
+
+        Raises:
+            TypeError, ValueError: something else.
+        """
+        return set(check.texts(name, state))
+
+    def take_over(self, said: set[str]) -> None:
+        """Go on from what was checked."""
+        self._said = said
 
     def _collapse(self, record: StepRecord) -> dict[str, str]:
         """Particles on top of each other explore nothing. The pull to their mean does not make them so."""

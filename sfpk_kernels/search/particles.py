@@ -185,6 +185,10 @@ class ParticleSystem:
         self.step += 1
         self._known = (self.masks._version, densities)
 
+    def count_moves(self, moves: int) -> None:
+        """So many have begun: fewer than was thought where a move found that it must not."""
+        self.moves = moves
+
     def measured(self) -> tuple[TransitionStats | None, list[float] | None]:
         """Statistics and densities as they stand, for :meth:`put_back`."""
         return self.stats, self.known_densities

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 import os
@@ -23,6 +24,8 @@ from .polarizer import Polarizer, budget
 from .records import StepRecord
 from .vote import Vote
 from .waypoints import Waypoint
+
+logger = logging.getLogger(__name__)
 
 VOTES = ("mean", "soft", "hard", "best", "top_ratio")
 
@@ -73,6 +76,11 @@ class PruneResult:
             words = dying({name: densities[name] for name in names}, 1.0 - sparsity).values()
             found += [f"mask at {sparsity:g}: {text}" for text in words]
         return found
+
+    def warn_of_dead_layers(self) -> None:
+        """Log :attr:`dead_layers`."""
+        for words in self.dead_layers:
+            logger.warning("%s", words)
 
     def mask_at(self, sparsity: float) -> MaskSet:
         """The mask of round((1 - sparsity)·d) weights for a sparsity the run has passed.

@@ -11,12 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import SFPKConfig
 from ..ops import TransitionStats
 from .energy import ParticleEnergy
 from .nonfinite import not_finite, spoil_
 from .particles import ParticleSystem
 from .polarizer import Polarized
 from .unreached import Reached
+
+
+def move_particles(
+    config: SFPKConfig,
+    energy: ParticleEnergy,
+    system: ParticleSystem,
+    keep: Polarized,
+    batches: Sequence[Any],  # one per particle
+    reached: Reached | None = None,
+) -> tuple[Tensor, TransitionStats]:  # energies (n,) fp64
+    """In the order that ``config.update`` says."""
+    if config.update == "jacobi":
+        return jacobi(energy, system, keep, batches, reached)
+    return gauss_seidel(energy, system, keep, batches, config.nonfinite == "skip_particle", reached)
 
 
 def jacobi(

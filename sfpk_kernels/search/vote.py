@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import state_checks as check
 from .polarizer import Polarizer
 
 
@@ -74,3 +76,31 @@ class Vote:
         if self.remembers and self.score is not None:
             return self.score
         return self.update(masks, densities, energies)
+
+    def state_dict(self, copy: bool = True) -> Tensor | None:
+        """The score that later steps add to; the last one where none do."""
+        return self.score.clone() if copy and self.remembers and self.score is not None else self.score
+
+    def checked(self, name: str, state: Any, like: Tensor, steps: int, dtypes: Sequence[torch.dtype]) -> Tensor | None:
+        """What :meth:`state_dict` gave.
+
+        Args:
+            name: in messages.
+            state: it.
+            like: (d,) on the device of the particles.
+            steps: done by the saved run.
+            dtypes: that scores may have.
+
+        Raises:
+            TypeError, ValueError: something else.
+        """
+        score = state
+        if score is not None:
+            score = check.tensor(name, score, tuple(like.shape), *dtypes).to(like.device, copy=True)
+        if self.remembers and (score is None) != (steps == 0):
+            raise ValueError(f"{name}: wanted one score of all {steps} steps, got {check.got(score)}")
+        return score
+
+    def take_over(self, score: Tensor | None) -> None:
+        """Go on from what was checked."""
+        self.score = score

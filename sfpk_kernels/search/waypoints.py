@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import SFPKConfig
+from ..coordinates.flat import Coordinates
 from ..masks.maskset import MaskSet
+from ..ops import pack_mask, unpack_mask
+from . import state_checks as check
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,115 @@ class Waypoint:
     step: int  # after which it was taken
     mask: MaskSet  # exactly round((1 - sparsity)·d) weights, one bit each
     score: Tensor | None  # (d,) the vote behind it, on the CPU, where kept
+
+
+class Waypoints:
+    """The masks a run takes on its way.
+
+    Args:
+        wanted: sparsities, in any order.
+        config: of the run.
+        first: soft density at its start.
+        keep_scores: keep the scores behind the masks.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_waypoints`.
+
+    Attributes:
+        taken: by rising sparsity.
+    """
+
+    def __init__(self, wanted: Iterable[float], config: SFPKConfig, first: float, keep_scores: bool):
+        self._wanted = check_waypoints(wanted, config, 1.0 - first, keep_scores)
+        self._last = config.sparsity
+        self._keeps = keep_scores
+        self._due = list(self._wanted)
+        self.taken: list[Waypoint] = []
+
+    @property
+    def stops(self) -> list[float]:
+        """Densities of those before the end, falling."""
+        return [1.0 - sparsity for sparsity in self._wanted if sparsity < self._last]
+
+    def passed(
+        self,
+        number: int,  # of the step
+        density: float,  # of the schedule after it
+        score: Callable[[], Tensor],
+        mask: Callable[[Tensor, float], MaskSet],  # of a score and a sparsity
+    ) -> list[Waypoint]:
+        """The masks of the sparsities that the schedule passes in a step; :meth:`take` them once it is done."""
+        found = []
+        for sparsity in self._due:
+            if not reached(sparsity, density):
+                break
+            current = score()
+            kept = current.to("cpu", copy=True) if self._keeps else None
+            found.append(Waypoint(sparsity, number, mask(current, sparsity), kept))
+        return found
+
+    def take(self, passed: list[Waypoint]) -> None:
+        """They belong to the run."""
+        self.taken, self._due = [*self.taken, *passed], self._due[len(passed) :]
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The masks taken, one bit a weight."""
+        return [
+            {"sparsity": w.sparsity, "step": w.step, "bits": pack_mask(w.mask.flat()), "score": w.score}
+            for w in self.taken
+        ]
+
+    def checked(
+        self,
+        name: str,
+        state: Any,
+        coordinates: Coordinates,
+        schedule: Sequence[float],
+        step: int,  # done
+        dtypes: Sequence[torch.dtype],  # that scores may have
+    ) -> list[Waypoint]:
+        """What :meth:`state_dict` gave.
+
+        Raises:
+            TypeError, ValueError: something else, or one of those wanted that the saved run passed without taking it.
+        """
+        found: list[Waypoint] = []
+        for i, item in enumerate(check.sequence(name, state)):
+            where = f"{name}[{i}]"
+            check.entries(where, item, ("sparsity", "step", "bits", "score"))
+            sparsity = check.real(f"{where}.sparsity", item["sparsity"], 0.0, 1.0)
+            if found and sparsity <= found[-1].sparsity:
+                raise ValueError(f"{where}.sparsity: wanted more than {found[-1].sparsity:g}, got {sparsity:g}")
+            at = check.integer(f"{where}.step", item["step"], 1, step)
+            if not reached(sparsity, schedule[at]) or reached(sparsity, schedule[at - 1]):
+                raise ValueError(f"{where}.step: wanted that in which the schedule passes {sparsity:g}, got {at}")
+            d = coordinates.d
+            bits = check.tensor(f"{where}.bits", item["bits"], (-(-d // 8),), torch.uint8).cpu()
+            mask = MaskSet.from_flat(unpack_mask(bits, d), coordinates)
+            score = item["score"]
+            if score is not None:
+                score = check.tensor(f"{where}.score", score, (d,), *dtypes).to("cpu", copy=True)
+            found.append(Waypoint(sparsity, at, mask, score))
+        passed = [sparsity for sparsity in self._without(found) if reached(sparsity, schedule[step])]
+        if passed:
+            raise ValueError(
+                "waypoints: wanted sparsities that the saved run took or has yet to pass (now "
+                f"{1 - schedule[step]:.4g}), got {passed[0]:g}, which is not among its waypoints"
+            )
+        return found
+
+    def take_over(self, taken: list[Waypoint]) -> None:
+        """Go on from what was checked."""
+        self.taken, self._due = taken, self._without(taken)
+
+    def _without(self, taken: list[Waypoint]) -> list[float]:
+        sparsities = {waypoint.sparsity for waypoint in taken}
+        return [sparsity for sparsity in self._wanted if sparsity not in sparsities]
+
+
+def reached(sparsity: float, density: float) -> bool:
+    """Whether a schedule that stands at this density has passed that sparsity."""
+    return density <= 1.0 - sparsity + 1e-12
 
 
 def check_waypoints(

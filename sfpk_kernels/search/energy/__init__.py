@@ -151,6 +151,15 @@ class ParticleEnergy:
         self._grads = None
         self._runners.clear()
 
+    def state(self) -> tuple[Choice | None, tuple[float, int]]:
+        """What computing energies changes for later passes: the way it is done, and the scale of fp16 losses."""
+        return self.choice, self.scale.state_dict()
+
+    def put_back(self, state: tuple[Choice | None, tuple[float, int]]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.choice, scale = state
+        self.scale.take_over(scale)
+
     @contextmanager
     def one_by_one(self) -> Iterator[None]:
         """The model ready for :meth:`single`."""

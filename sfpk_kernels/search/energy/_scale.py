@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from torch import Tensor
+
+from .. import state_checks as check
 
 _FIRST = 2.0**16
 _CALM = 1000  # passes without overflow before the factor is doubled
@@ -47,3 +52,25 @@ class LossScale:
         if self.calm >= _CALM:
             self.value, self.calm = self.value * 2, 0
         return True
+
+    def state_dict(self) -> tuple[float, int]:
+        """The factor, and passes since it changed."""
+        return self.value, self.calm
+
+    def checked(self, name: str, state: Any) -> tuple[float, int]:
+        """What :meth:`state_dict` gave.
+
+        Raises:
+            TypeError, ValueError: something else.
+        """
+        pair = check.sequence(name, state, 2)
+        factor, calm = check.real(f"{name}[0]", pair[0], 1.0), check.integer(f"{name}[1]", pair[1])
+        if not self.active and (factor, calm) != (1.0, 0):
+            raise ValueError(f"{name}: wanted (1.0, 0) where no loss is scaled, got ({factor:g}, {calm})")
+        if math.frexp(factor)[0] != 0.5:
+            raise ValueError(f"{name}[0]: wanted a power of two, got {factor!r}")
+        return factor, calm
+
+    def take_over(self, state: tuple[float, int]) -> None:
+        """Go on from what was checked, with no pass under way."""
+        (self.value, self.calm), self._before = state, None
