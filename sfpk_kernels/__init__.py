@@ -13,8 +13,9 @@ from .export.export import ExportReport, export
 from .masks.maskset import MaskSet
 from .modeling.batches import default_loss
 from .modeling.batchnorm import recalibrate_batchnorm
-from .retraining.gradual import GradualPruner, GradualResult
+from .retraining.gradual import GradualPruner
 from .retraining.loop import RetrainConfig, retrain
+from .retraining.shots import GradualResult
 from .search.planning import Plan, plan
 from .search.prune import prune
 from .search.pruner import SFPKPruner

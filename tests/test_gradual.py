@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sfpk_kernels
 from sfpk_kernels import GradualPruner, MaskSet, RetrainConfig, SFPKConfig, SFPKPruner, prune, retrain
-from sfpk_kernels.retraining.gradual import plan_shots
+from sfpk_kernels.retraining.shots import schedule_shots
 from sfpk_kernels.search.particles import ParticleSystem
 
 from .interruptions import every_moment
@@ -40,7 +40,7 @@ def same(model, values):
 
 
 def test_shots_follow_the_formulas():
-    plan = plan_shots(quick(0.98, n_steps=103), 10)
+    plan = schedule_shots(quick(0.98, n_steps=103), 10)
     assert [shot.density for shot in plan] == pytest.approx([0.02 ** (i / 10) for i in range(1, 11)])
     assert [shot.start_density for shot in plan] == [1.0, *(shot.density for shot in plan[:-1])]
     assert plan[-1].density == quick(0.98).target_density
@@ -49,10 +49,10 @@ def test_shots_follow_the_formulas():
     assert sum(shot.share for shot in plan) == pytest.approx(1)
     ratios = [b.share / a.share for a, b in itertools.pairwise(plan)]
     assert ratios == pytest.approx([50**0.1] * 9), "inversely proportional to the density"
-    plan = plan_shots(quick(), 3, 2.0)
+    plan = schedule_shots(quick(), 3, 2.0)
     assert [shot.share for shot in plan] == pytest.approx([1 / 7, 2 / 7, 4 / 7])
-    assert [shot.share for shot in plan_shots(quick(), 4, 1)] == [0.25] * 4
-    assert plan_shots(quick(0.9999, n_steps=1000), 1000, 10.0)[-1].share == pytest.approx(0.9)
+    assert [shot.share for shot in schedule_shots(quick(), 4, 1)] == [0.25] * 4
+    assert schedule_shots(quick(0.9999, n_steps=1000), 1000, 10.0)[-1].share == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("preset", ["default", "paper", "authors"])

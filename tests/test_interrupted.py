@@ -17,6 +17,7 @@ import sfpk_kernels
 from sfpk_kernels import GradualPruner, MaskSet, SFPKPruner, prune
 from sfpk_kernels.modeling.whole_model import _nesting
 from sfpk_kernels.retraining.gradual import FORMAT
+from sfpk_kernels.search.run import Run
 from sfpk_kernels.utils.files import load_state
 
 from .interruptions import every_moment
@@ -52,7 +53,7 @@ def test_a_stopped_pruner_goes_on(mlp, vectors, tmp_path):
 def test_an_interruption_between_two_steps_counts_its_batches(mlp, vectors, monkeypatch):
     whole = prune(mlp, vectors, config=quick())
     pruner = SFPKPruner(mlp, config=quick())
-    guard, left = SFPKPruner._guard, iter([False, False, True])
+    guard, left = Run.guard, iter([False, False, True])
 
     @contextlib.contextmanager
     def interrupted(self):
@@ -61,7 +62,7 @@ def test_an_interruption_between_two_steps_counts_its_batches(mlp, vectors, monk
         if next(left, False):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(SFPKPruner, "_guard", interrupted)
+    monkeypatch.setattr(Run, "guard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pruner.run(vectors)
     assert len(pruner.history) == 3
@@ -207,7 +208,8 @@ SETTINGS = [
 ]  # fmt: skip
 # What a step passes through.
 MODULES = (
-    "search/pruner", "search/step", "search/particles", "search/vote", "search/polarizer", "search/diagnostics",
+    "search/pruner", "search/attempt", "search/loop", "search/run", "search/resumable", "search/saving", "search/state",
+    "search/one_run", "search/waypoints", "search/step", "search/particles", "search/vote", "search/polarizer", "search/diagnostics",
     "search/nonfinite", "search/reading", "masks/maskset", "modeling/turns", "modeling/batches", "modeling/state",
     "modeling/whole_model", "search/energy/__init__", "search/energy/sequential", "search/energy/batched",
     "search/energy/_swap", "search/energy/_scale", "search/energy/_problem",
@@ -289,7 +291,10 @@ def test_interrupted_while_saving_the_old_file_is_whole(mlp, vectors, tmp_path, 
             "utils/files",
             "masks/maskset",
             "masks/files",
-            "search/pruner",
+            "masks/masked_parameters",
+            "retraining/gradual_state",
+            "search/resumable",
+            "search/saving",
             "retraining/gradual",
             "modeling/turns",
         )

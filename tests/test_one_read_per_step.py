@@ -24,13 +24,16 @@ class Energy:
     """Losses and gradients out of nowhere, on the device."""
 
     def __init__(self, d):
-        self.d, self.choice, self.scale = d, None, SimpleNamespace(value=1.0, calm=0)
+        self.d = d
 
     def __call__(self, keep, batches):
         return torch.empty(len(keep), dtype=torch.float64, device=DEVICE), self.buffer(len(keep))
 
     def buffer(self, rows):
         return torch.empty(rows, self.d, device=DEVICE)
+
+    def state(self):
+        return None
 
     def one_by_one(self):
         return contextlib.nullcontext()
@@ -53,7 +56,7 @@ def moved_to_the_device(pruner):
     for name in ("_places", "_ends", "_counts"):
         tensor = getattr(pruner._run.diagnostics, name)
         setattr(pruner._run.diagnostics, name, torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE))
-    pruner._run.energy, pruner.plan = Energy(d), SimpleNamespace()
+    pruner._run.energy, pruner._run.plan = Energy(d), SimpleNamespace()
 
 
 def filled(shape, value):

@@ -131,7 +131,7 @@ def test_particles_that_cannot_fit_are_refused_before_anything_is_allocated(monk
     def fail(*args, **kwargs):
         raise AssertionError("allocated")
 
-    monkeypatch.setattr("sfpk_kernels.search.pruner.ParticleSystem", fail)
+    monkeypatch.setattr("sfpk_kernels.search.run.ParticleSystem", fail)
     with pytest.raises(MemoryError, match="this run will not fit") as caught:
         SFPKPruner(model, config=SFPKConfig(0.9, n_particles=16), execution=Execution(memory_limit=1_000_000))
     assert "n_particles=8" in str(caught.value)

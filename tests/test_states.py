@@ -90,7 +90,11 @@ def test_altered_states_of_a_run(mlp, vectors, options, count):
         pruner.state_dict()
 
     def read(pruner):
-        return {**pruner.state_dict(), "scale": vars(pruner._run.energy.scale).copy(), "due": list(pruner._run.waypoints._due)}
+        return {
+            **pruner.state_dict(),
+            "scale": vars(pruner._run.energy.scale).copy(),
+            "due": list(pruner._run.waypoints._due),
+        }
 
     refused_or_whole(state, make, SFPKPruner.load_state_dict, read, check, seed=count, count=count)
     fresh = make()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..coordinates.flat import named_parameters
-from ..masks.enforce import MaskedParameters, Watch
+from ..masks.masked_parameters import MaskedParameters, Watch
 from ..masks.maskset import MaskSet
 from ..utils.extras import missing
 from ._restore import check_masks

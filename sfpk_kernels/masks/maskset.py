@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..coordinates.flat import Coordinates, named_parameters
+from ..coordinates.flat import Coordinates
 from ..ops import popcount
 from ..utils.files import atomic_write
 from ..utils.tensors import as_numpy
+from .apply import apply_masks_, check_fits
 from .enforce import MaskEnforcer
 from .files import decode, encode, json_dict
 from .torch_prune import to_torch_prune
@@ -220,39 +221,8 @@ class MaskSet:
                 already under torch.nn.utils.prune, which have no values here (meta device), and what is prunable in
                 the model but has no mask (which alone is no error: layers may have been ignored).
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
-        parameters = named_parameters(model)
-        handed_over = {id(p): n.removesuffix("_orig") for n, p in parameters.items() if n.endswith("_orig")}
-        problems = []
-        for name, shape in self._shapes.items():
-            parameter = parameters.get(name, parameters.get(f"{name}_orig"))
-            pruned_as = handed_over.get(id(parameter))
-            if parameter is None:
-                problems.append(f"{name} is not in the model")
-            elif pruned_as is not None:
-                tied = "" if pruned_as == name else f", tied to {name},"
-                problems.append(f"{pruned_as}{tied} is under torch.nn.utils.prune: call prune.remove first")
-            elif tuple(parameter.shape) != shape:
-                problems.append(f"{name} is {tuple(parameter.shape)} in the model, {shape} in the masks")
-            elif parameter.is_meta:
-                problems.append(f"{name} has no values here (meta device): it is offloaded, or not loaded yet")
-        if problems:
-            raise ValueError(
-                f"model: wanted the model these masks were made for, got another: {_some(problems, '; ')}"
-                f"{self._unmasked(model)}"
-            )
+        check_fits(self, model)
 
-    def _unmasked(self, model: nn.Module) -> str:
-        """For the message: what could be pruned in the model but has no mask."""
-        try:
-            tensors = Coordinates(model).tensors
-        except ValueError:
-            return ""
-        extra = [tensor.name for tensor in tensors if not {tensor.name, *tensor.aliases} & set(self._shapes)]
-        return f"; prunable but without a mask: {_some(extra, ', ')}" if extra else ""
-
-    @torch.no_grad()
     def apply_(self, model: nn.Module) -> nn.Module:
         """Set the removed weights of ``model`` to exactly 0, in place, and return it.
 
@@ -261,12 +231,7 @@ class MaskSet:
         Raises:
             ValueError: the masks belong to another model.
         """
-        self.check(model)
-        parameters = named_parameters(model)
-        for name in self:
-            parameter = parameters[name]
-            parameter.masked_fill_(~self[name].to(parameter.device), 0)
-        return model
+        return apply_masks_(self, model)
 
     def enforce(
         self, optimizer: torch.optim.Optimizer, model: nn.Module | None = None, *, strict: bool = True
@@ -369,8 +334,3 @@ class MaskSet:
 
 def _count(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64))
-
-
-def _some(items: list[str], separator: str) -> str:
-    more = f" (and {len(items) - 5} more)" if len(items) > 5 else ""
-    return separator.join(items[:5]) + more

@@ -1,0 +1,65 @@
+"""Masks and a model: whether they fit, and the removed weights set to 0."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..coordinates.flat import Coordinates, named_parameters
+
+if TYPE_CHECKING:
+    from .maskset import MaskSet
+
+
+def check_fits(masks: MaskSet, model: nn.Module) -> None:
+    """What :meth:`MaskSet.check` does."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
+    parameters = named_parameters(model)
+    handed_over = {id(p): n.removesuffix("_orig") for n, p in parameters.items() if n.endswith("_orig")}
+    problems = []
+    for name, shape in masks.shapes.items():
+        parameter = parameters.get(name, parameters.get(f"{name}_orig"))
+        pruned_as = handed_over.get(id(parameter))
+        if parameter is None:
+            problems.append(f"{name} is not in the model")
+        elif pruned_as is not None:
+            tied = "" if pruned_as == name else f", tied to {name},"
+            problems.append(f"{pruned_as}{tied} is under torch.nn.utils.prune: call prune.remove first")
+        elif tuple(parameter.shape) != shape:
+            problems.append(f"{name} is {tuple(parameter.shape)} in the model, {shape} in the masks")
+        elif parameter.is_meta:
+            problems.append(f"{name} has no values here (meta device): it is offloaded, or not loaded yet")
+    if problems:
+        raise ValueError(
+            f"model: wanted the model these masks were made for, got another: {_some(problems, '; ')}"
+            f"{_unmasked(masks, model)}"
+        )
+
+
+@torch.no_grad()
+def apply_masks_(masks: MaskSet, model: nn.Module) -> nn.Module:
+    """What :meth:`MaskSet.apply_` does."""
+    check_fits(masks, model)
+    parameters = named_parameters(model)
+    for name in masks:
+        parameter = parameters[name]
+        parameter.masked_fill_(~masks[name].to(parameter.device), 0)
+    return model
+
+
+def _unmasked(masks: MaskSet, model: nn.Module) -> str:
+    """For the message: what could be pruned in the model but has no mask."""
+    try:
+        tensors = Coordinates(model).tensors
+    except ValueError:
+        return ""
+    extra = [tensor.name for tensor in tensors if not {tensor.name, *tensor.aliases} & set(masks)]
+    return f"; prunable but without a mask: {_some(extra, ', ')}" if extra else ""
+
+
+def _some(items: list[str], separator: str) -> str:
+    more = f" (and {len(items) - 5} more)" if len(items) > 5 else ""
+    return separator.join(items[:5]) + more

@@ -1,0 +1,101 @@
+"""The shots of gradual pruning: what each does, and what happened in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+
+from torch import Tensor
+
+from ..config import SFPKConfig
+from ..masks.maskset import MaskSet
+from ..search.records import StepRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class Shot:
+    """What one shot does."""
+
+    number: int  # 1 … T
+    shots: int  # T
+    start_density: float  # fraction kept before it
+    density: float  # fraction kept after it
+    n_steps: int  # of the search
+    share: float  # of the retraining budget; those of all shots add up to 1
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed after it."""
+        return 1.0 - self.density
+
+
+@dataclasses.dataclass(frozen=True)
+class ShotRecord:
+    """What happened in one shot."""
+
+    shot: Shot
+    kept: int  # weights
+    returned: int  # weights that an earlier shot had removed and this one kept
+    search: list[StepRecord]
+    losses: list[float]  # of every retraining step; empty where a function of your own retrains
+
+
+@dataclasses.dataclass(frozen=True)
+class GradualResult:
+    """Outcome of a gradual run; the model holds the retrained weights."""
+
+    mask: MaskSet  # the final mask
+    masks: list[MaskSet]  # after every shot; its weights were those retrained up to there
+    history: list[ShotRecord]
+    particles: Tensor  # (n, d), on the CPU
+    config: SFPKConfig
+
+
+def schedule_shots(
+    config: SFPKConfig,
+    shots: int,
+    growth: float | None = None,
+) -> list[Shot]:
+    """Densities, search steps and retraining shares of T shots to sparsity s.
+
+    Density after shot i: ρ_i = (1 - s)^(i/T), so every shot keeps the same fraction of what was left. Search steps: K
+    in all, spread evenly. Retraining: shot i gets g^(i-1)·(g - 1)/(g^T - 1) of the total budget, which rises
+    exponentially and adds up to 1; with the default g = (1 - s)^(-1/T) it is inversely proportional to the density.
+
+    Args:
+        config: of the whole run; K = ``n_steps``.
+        shots: T ≥ 1, at most K.
+        growth: g ≥ 1 (1: the same budget for every shot); ``None`` for the default.
+
+    Raises:
+        TypeError, ValueError: a bad ``shots`` or ``growth``.
+    """
+    if isinstance(shots, bool) or not isinstance(shots, numbers.Integral):
+        raise TypeError(f"shots: wanted an integer ≥ 1, got {shots!r}")
+    if not 1 <= shots <= config.n_steps:
+        raise ValueError(f"shots: wanted 1 … {config.n_steps} (at most config.n_steps), got {shots!r}")
+    if growth is not None and (isinstance(growth, bool) or not isinstance(growth, numbers.Real)):
+        raise TypeError(f"growth: wanted a number ≥ 1 or None, got {growth!r}")
+    if growth is not None and not 1 <= growth < float("inf"):
+        raise ValueError(f"growth: wanted a number ≥ 1 or None, got {growth!r}")
+    total, kept = int(shots), config.target_density
+    g = kept ** (-1 / total) if growth is None else float(growth)
+    densities = [kept ** (i / total) for i in range(total)] + [kept]
+    steps = [round(config.n_steps * i / total) for i in range(total + 1)]
+    weights = [g ** (i - total) for i in range(total)]
+    return [
+        Shot(i + 1, total, densities[i], densities[i + 1], steps[i + 1] - steps[i], weights[i] / sum(weights))
+        for i in range(total)
+    ]
+
+
+def config_of_shot(config: SFPKConfig, shot: Shot, seed: int) -> SFPKConfig:
+    """The search of one shot of the run that ``config`` describes."""
+    last = shot.number == shot.shots  # without the rounding of 1 - (1 - s)
+    return config.replace(sparsity=config.sparsity if last else shot.sparsity, n_steps=shot.n_steps, seed=seed)
+
+
+def spread_steps(total: int, shares: list[float]) -> list[int]:
+    """Whole numbers with the sum ``total``, cumulatively rounded."""
+    ends = [round(total * sum(shares[: i + 1])) for i in range(len(shares))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
