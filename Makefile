@@ -48,7 +48,7 @@ test: setup
 test-all: setup
 	$(PYTEST) -m ''
 
-# Measure on this machine, append to benchmarks/results, renew the report and the README's table.
+# Measure on this machine, append to benchmarks/results, renew the report and the tables of README and docs.
 bench: setup
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks --report
