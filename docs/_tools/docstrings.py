@@ -10,7 +10,7 @@ import inspect
 import re
 from typing import Any
 
-from griffe import Attribute, Class, Docstring, Extension, Function, Object
+from griffe import Attribute, Class, Docstring, ExprCall, Extension, Function, Object
 
 _ROLE = re.compile(r":[a-z]+:`(~?)([^`]+)`")
 _COMMENT = re.compile(r"^\s+(\w+)\s*:.*?,?\s+# (.+)$")  # "    masks: Tensor,  # (n, d)"
@@ -28,6 +28,9 @@ class Docstrings(Extension):
             # Settings: the fields' meanings are added when the module is imported.
             real = getattr(importlib.import_module(obj.module.path), obj.name)
             obj.docstring = Docstring(inspect.getdoc(real) or "", parent=obj)
+        elif isinstance(obj, Attribute) and isinstance(obj.value, ExprCall) and str(obj.value.function) == "setting":
+            default = obj.value.arguments[0]
+            obj.value = None if str(default).endswith("MISSING") else default
         elif isinstance(obj, Attribute) and obj.docstring is None and isinstance(obj.parent, Class):
             comment = re.search(r"\s# (.+)$", "\n".join(_lines(obj)))
             if comment and not comment[1].startswith(("type:", "noqa", "fmt:")):
