@@ -46,7 +46,7 @@ def test_a_sparsity_is_found_up_to_rounding_and_only_where_the_run_was(mlp, vect
     assert half_way.result().mask_at(0.35).kept == round(0.65 * 144)
     with pytest.raises(ValueError, match=f"that the run has passed, 0 to {reached:g}, got 0.7"):
         half_way.result().mask_at(0.7)
-    options = {"checkpoints": [0.9], "keep_scores": True, "start": result.particles}
+    options = {"waypoints": [0.9], "keep_scores": True, "start": result.particles}
     further = prune(mlp, vectors, config=quick().replace(sparsity=0.95), **options)
     assert further.mask_at(0.85).kept == round(0.15 * 144)
     with pytest.raises(ValueError, match="that the run has passed, 0.8 to 0.95, got 0.3"):
@@ -77,7 +77,7 @@ def test_kept_scores_give_every_sparsity_in_between(mlp, vectors):
 
 
 @pytest.mark.parametrize(
-    ("checkpoints", "error", "words"),
+    ("waypoints", "error", "words"),
     [
         ([0.9], ValueError, "up to the run's 0.8, got 0.9"),
         ([0.0], ValueError, "got 0.0"),
@@ -85,12 +85,12 @@ def test_kept_scores_give_every_sparsity_in_between(mlp, vectors):
         (0.5, TypeError, "wanted a list of sparsities"),
     ],
 )
-def test_bad_checkpoints(mlp, checkpoints, error, words):
-    with pytest.raises(error, match=f"checkpoints: .*{words}"):
-        SFPKPruner(mlp, config=quick(), waypoints=checkpoints)
+def test_bad_waypoints(mlp, waypoints, error, words):
+    with pytest.raises(error, match=f"waypoints: .*{words}"):
+        SFPKPruner(mlp, config=quick(), waypoints=waypoints)
 
 
-def test_settling_at_checkpoints(mlp, vectors, tmp_path, monkeypatch):
+def test_settling_at_waypoints(mlp, vectors, tmp_path, monkeypatch):
     """The schedule slows down towards each, and the pull begins half-way to the first."""
     pulls = []
 
@@ -110,9 +110,9 @@ def test_settling_at_checkpoints(mlp, vectors, tmp_path, monkeypatch):
     assert pulls == [0.0] * 8 + [0.3] * 32
     assert [w.mask.kept for w in result.waypoints] == [72, 43, 29]
     assert prune(mlp, vectors, config=config, waypoints=[0.5, 0.7, 0.8], resume=path).mask == result.mask
-    with pytest.raises(ValueError, match="^checkpoints, start: wanted those of the saved run, which settles"):
+    with pytest.raises(ValueError, match="^waypoints, start: wanted those of the saved run, which settles"):
         prune(mlp, vectors, config=config, waypoints=[0.6, 0.7], resume=path)
-    with pytest.raises(ValueError, match="^settle: wanted checkpoints=.* to settle at, got none"):
+    with pytest.raises(ValueError, match="^settle: wanted waypoints=.* to settle at, got none"):
         SFPKPruner(mlp, config=config)
     alone = prune(mlp, vectors, config=config, waypoints=[0.8])
     assert alone.mask == prune(mlp, vectors, config=quick(n_steps=40)).mask, "nothing to settle at before the end"
@@ -120,8 +120,8 @@ def test_settling_at_checkpoints(mlp, vectors, tmp_path, monkeypatch):
 
 def test_masked_votes_are_of_the_final_sparsity(mlp, vectors):
     for options, words in [
-        ({"checkpoints": [0.5, 0.8]}, "^checkpoints: wanted none below 0.8, got 0.5: the scores of vote='masked'"),
-        ({"checkpoints": [0.8], "keep_scores": True}, "^keep_scores: wanted False: the scores of vote='masked'"),
+        ({"waypoints": [0.5, 0.8]}, "^waypoints: wanted none below 0.8, got 0.5: the scores of vote='masked'"),
+        ({"waypoints": [0.8], "keep_scores": True}, "^keep_scores: wanted False: the scores of vote='masked'"),
     ]:
         with pytest.raises(ValueError, match=words):
             SFPKPruner(mlp, config=quick(vote="masked"), **options)
@@ -129,8 +129,8 @@ def test_masked_votes_are_of_the_final_sparsity(mlp, vectors):
     assert result.mask_at(0.8) == result.mask == result.waypoints[0].mask
 
 
-def test_scores_are_kept_at_checkpoints(mlp):
-    with pytest.raises(ValueError, match="^keep_scores: wanted checkpoints=.* beside it"):
+def test_scores_are_kept_at_waypoints(mlp):
+    with pytest.raises(ValueError, match="^keep_scores: wanted waypoints=.* beside it"):
         SFPKPruner(mlp, config=quick(), keep_scores=True)
 
 

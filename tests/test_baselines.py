@@ -46,7 +46,7 @@ def test_options_and_bad_input(mlp, vectors):
     with pytest.raises(ValueError, match="loader: wanted batches"):
         baselines.snip(mlp, [], 0.5)
     with pytest.raises(ValueError, match="sparsity: wanted"):
-        baselines.snip(mlp, None, 1.5)
+        baselines.snip(mlp, vectors, 1.5)
     with pytest.raises(ValueError, match="max_batches: wanted ≥ 1"):
         baselines.snip(mlp, vectors, 0.5, max_batches=0)
     with pytest.raises(FloatingPointError, match="in batch 0"):

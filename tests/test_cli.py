@@ -24,7 +24,7 @@ QUICK = ["--sparsity", "0.8", "--n-particles", "3", "--n-steps", "6", "--energy-
 def test_prune_writes_masks_report_and_says_what(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
-    assert main(["prune", TASK, *QUICK, "--out", str(out), "--json", "--checkpoints", "0.5"]) == 0
+    assert main(["prune", TASK, *QUICK, "--out", str(out), "--json", "--waypoints", "0.5"]) == 0
     found = json.loads(capsys.readouterr().out)
     model, loss_fn, batches, _ = small()
     config = SFPKConfig(0.8, n_particles=3, n_steps=6)
@@ -105,7 +105,7 @@ def test_output_that_cannot_be_written(tmp_path):
 
 
 def test_masks_of_an_earlier_run_are_named(tmp_path, capsys, caplog):
-    command = ["prune", "tests.cli_task:without_eval", *QUICK, "--out", str(tmp_path), "--quiet", "--checkpoints"]
+    command = ["prune", "tests.cli_task:without_eval", *QUICK, "--out", str(tmp_path), "--quiet", "--waypoints"]
     assert main([*command, "0.2", "0.4"]) == 0
     assert not caplog.records
     assert main([*command, "0.4", "0.6"]) == 0
@@ -155,7 +155,7 @@ def test_save_and_resume(tmp_path, capsys):
         (["--radius", "3", "--resume", str(tmp_path / "run.sfpk")], "config: wanted that of the saved run, got a "
          "difference in radius"),
         (["--resume", str(tmp_path / "no-run")], f"'{tmp_path / 'no-run'}': wanted a file of format sfpk-run"),
-        (["--checkpoints", "0.5", "--resume", str(tmp_path / "run.sfpk")], "checkpoints: wanted sparsities that the "
+        (["--waypoints", "0.5", "--resume", str(tmp_path / "run.sfpk")], "waypoints: wanted sparsities that the "
          "saved run took"),
         (["--ignore", "2", "--resume", str(tmp_path / "run.sfpk")], "state: wanted one over the same prunable tensors"),
     ):  # fmt: skip
@@ -211,14 +211,14 @@ def test_options_reach_the_config(tmp_path, capsys):
         ([TASK, *QUICK, "--out", "README.md/here"], 2, "--out: wanted a folder that can be written or made"),
         ([TASK, *QUICK, "--out", "/proc/here"], 2, "--out: wanted a folder that can be written or made"),
         ([TASK, *QUICK, "--ignore", "re:.*"], 2, "--ignore: wanted patterns that leave something to prune"),
-        ([TASK, *QUICK, "--settle"], 2, "--settle: wanted checkpoints"),
-        ([TASK, *QUICK, "--settle", "--plan"], 2, "--settle: wanted checkpoints"),
-        ([TASK, *QUICK, "--settle", "--checkpoints", "0.3", "0.5", "--n-steps", "2"], 2, "--n-steps: wanted ≥ 3"),
-        ([TASK, *QUICK, "--vote", "masked", "--checkpoints", "0.3"], 2, "--checkpoints: wanted none below 0.8"),
+        ([TASK, *QUICK, "--settle"], 2, "--settle: wanted waypoints"),
+        ([TASK, *QUICK, "--settle", "--plan"], 2, "--settle: wanted waypoints"),
+        ([TASK, *QUICK, "--settle", "--waypoints", "0.3", "0.5", "--n-steps", "2"], 2, "--n-steps: wanted ≥ 3"),
+        ([TASK, *QUICK, "--vote", "masked", "--waypoints", "0.3"], 2, "--waypoints: wanted none below 0.8"),
         (["tests.cli_task:lost_worker", *QUICK], 1, "BrokenPipeError: a worker has died"),
-        ([TASK, *QUICK, "--plan", "--checkpoints", "0.9"], 2, "--checkpoints: wanted sparsities above 0 and up to"),
+        ([TASK, *QUICK, "--plan", "--waypoints", "0.9"], 2, "--waypoints: wanted sparsities above 0 and up to"),
         ([TASK, *QUICK[:-1], "cudagraph"], 1, "energy_mode='cudagraph' cannot run this model: CUDA graphs need a CUDA"),
-        ([TASK, *QUICK, "--checkpoints", "0.9"], 2, "--checkpoints: wanted sparsities above 0 and up to the run's 0.8"),
+        ([TASK, *QUICK, "--waypoints", "0.9"], 2, "--waypoints: wanted sparsities above 0 and up to the run's 0.8"),
     ],
 )
 def test_wrong_input(arguments, code, words, tmp_path, capsys):

@@ -206,7 +206,7 @@ def test_same_seed_same_mask(convnet, images, energy_mode):
     torch.random.set_rng_state(state)
     assert torch.equal(first.particles, second.particles)
     assert first.mask.fingerprint() == second.mask.fingerprint()
-    other = prune(convnet, loader, **settings.replace(seed=1))
+    other = prune(convnet, loader, **both(quick, model_mode="train", energy_mode=energy_mode, seed=1))
     assert not torch.equal(first.particles, other.particles)
 
 
@@ -383,10 +383,10 @@ def test_written_particles_are_measured_anew(mlp, vectors):
 
 def test_particle_state_dict(mlp):
     theta = torch.rand(10)
-    system = ParticleSystem(10, quick(), theta, theta)
+    system = ParticleSystem(10, quick(), Execution(), theta, theta)
     system.end_step(system.move_(torch.randn(3, 10)).densities.tolist())
     state = system.state_dict()
-    other = ParticleSystem(10, quick(), theta, theta)
+    other = ParticleSystem(10, quick(), Execution(), theta, theta)
     other.load_state_dict(state)
     assert other.step == 1
     assert torch.equal(other.masks, system.masks)
@@ -453,7 +453,7 @@ def test_a_model_made_under_inference_mode_is_refused(vectors):
         model = nn.Sequential(nn.Linear(8, 4))
     for search in (
         lambda: prune(model, vectors, config=quick()),
-        lambda: plan(model, quick(), vectors[0]),
+        lambda: plan(model, vectors, config=quick()),
         lambda: snip(model, vectors, 0.8),
     ):
         with pytest.raises(ValueError, match=r"^model: wanted tensors that autograd can read, got 0.weight"):

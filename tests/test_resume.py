@@ -191,7 +191,7 @@ def test_masks_on_the_way_survive_going_back_and_are_not_lost_in_silence(mlp, ve
     again = pruner.run(vectors)
     assert [w.sparsity for w in again.waypoints] == [0.3, 0.75]
     fresh = SFPKPruner(mlp, config=quick(), waypoints=[0.3, 0.6])
-    with pytest.raises(ValueError, match=r"^checkpoints: wanted sparsities that the saved run took .* got 0.6"):
+    with pytest.raises(ValueError, match=r"^waypoints: wanted sparsities that the saved run took .* got 0.6"):
         fresh.load_state_dict(late)
     assert not fresh.history
     fresh.load_state_dict(early)

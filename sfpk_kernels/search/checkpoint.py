@@ -50,17 +50,19 @@ def of_this_version(state: Any) -> Any:
     """A state in the words of this version; what is none, or is damaged, as it is: who reads it says what is wrong."""
     if not isinstance(state, Mapping) or not isinstance(state.get("config"), str):
         return state
-    plan = state.get("plan")
-    kept = plan.get("memory") if isinstance(plan, Mapping) else None
     try:
-        config = settings_of_this_version(json.loads(state["config"]), kept)
+        config = json.loads(state["config"])
     except json.JSONDecodeError:
         return state
-    if isinstance(plan, Mapping) and "memory" in plan and isinstance(config, dict):
-        names = {"ways_out": "alternatives"}
-        plan = {names.get(name, name): value for name, value in plan.items() if name != "memory"}
-        plan["update"] = config.get("update")
-    return {**state, "config": json.dumps(config, indent=2), "plan": plan}
+    if not isinstance(config, dict) or "memory" not in config:
+        return state
+    plan = state.get("plan")
+    if not isinstance(plan, Mapping):
+        return {**state, "config": json.dumps(settings_of_this_version(config))}
+    config = settings_of_this_version(config, plan.get("memory"))
+    names = {"ways_out": "alternatives"}
+    plan = {names.get(name, name): value for name, value in plan.items() if name != "memory"}
+    return {**state, "config": json.dumps(config), "plan": {**plan, "update": config["update"]}}
 
 
 def check_same(
