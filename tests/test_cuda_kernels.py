@@ -182,8 +182,8 @@ def apply(
     borders = torch.tensor(borders or [0, blocks.groups])
     threshold, tie_end = cut if cut is not None else (None, None)
     kernels.emulated_masked_weights(
-        pointer(theta), KINDS[theta.dtype], *map(long, blocks), kind, pointer(values), KINDS.get(values.dtype, 0),
-        long(values.stride(0)), bits, score_code(score), pointer(saliency), pointer(threshold), pointer(tie_end),
+        pointer(theta), KINDS[theta.dtype], *map(long, blocks[:3]), long(blocks.first or 0), kind, pointer(values),
+        KINDS.get(values.dtype, 0), long(values.stride(0)), bits, score_code(score), pointer(saliency), pointer(threshold), pointer(tie_end),
         pointer(borders), long(borders.numel() - 1), long(n), pointer(out), KINDS[out_dtype], long(out.stride(0)),
     )  # fmt: skip
     assert (out[:, theta.numel() :] == -7).all()
@@ -222,7 +222,7 @@ def test_mask_gradient(kernels, blocks):
     theta, grads = torch.randn(blocks.numel), torch.randn(3, blocks.numel)
     out = torch.full((3, blocks.groups + 2), -7.0)
     kernels.emulated_mask_gradient(
-        pointer(theta), 0, *map(long, blocks), pointer(grads), 0, long(grads.stride(0)), long(3), pointer(out),
+        pointer(theta), 0, *map(long, blocks[:3]), long(0), pointer(grads), 0, long(grads.stride(0)), long(3), 0, pointer(out),
         long(out.stride(0)),
     )  # fmt: skip
     expected = mask_gradient(theta, grads, layout=blocks, backend="reference")
@@ -291,7 +291,7 @@ def test_masked_weights_behind_32_bits(kernels, window, kind):
     threshold, tie_end = cut
     borders, stride = torch.tensor([0, HUGE]), values.stride(0)
     kernels.emulated_masked_weights(
-        pointer(theta), 0, long(1), long(HUGE), long(1), code, pointer(values), 0, long(stride), bits, 0, None,
+        pointer(theta), 0, long(1), long(HUGE), long(1), long(0), code, pointer(values), 0, long(stride), bits, 0, None,
         pointer(threshold), pointer(tie_end), pointer(borders), long(1), long(2), pointer(out), 0, long(HUGE),
     )  # fmt: skip
     assert torch.equal(out[:, -4:], keep * weights)
@@ -305,11 +305,13 @@ def test_mask_gradient_behind_32_bits(kernels, window, blocks):
     kernels.emulated_mask_gradient(
         pointer(theta),
         0,
-        *map(long, blocks),
+        *map(long, blocks[:3]),
+        long(0),
         pointer(grads),
         0,
         long(count),
         long(2),
+        0,
         pointer(out),
         long(blocks.groups),
     )

@@ -50,20 +50,25 @@ void emulated_select(const void* values, int kind, int score, int64_t rows, int6
 }
 
 void emulated_masked_weights(const void* weights, int kind, int64_t outer, int64_t groups, int64_t inner,
-                             int mask_kind, const void* values, int values_kind, int64_t stride, int bits, int score,
-                             const float* saliency, const float* threshold, const int64_t* tie_end,
-                             const int64_t* borders, int64_t segments, int64_t rows, void* out, int out_kind,
-                             int64_t out_stride) {
-  const Weights w{weights, static_cast<FloatKind>(kind), outer, groups, inner, 0};
+                             int64_t first, int mask_kind, const void* values, int values_kind, int64_t stride,
+                             int bits, int score, const float* saliency, const float* threshold,
+                             const int64_t* tie_end, const int64_t* borders, int64_t segments, int64_t rows, void* out,
+                             int out_kind, int64_t out_stride) {
+  const Piece piece{weights, static_cast<FloatKind>(kind), outer, groups, inner, first};
   const Mask mask{static_cast<MaskKind>(mask_kind), {values, static_cast<FloatKind>(values_kind), stride}, bits,
                   static_cast<Score>(score), saliency, threshold, tie_end, borders, segments};
-  masked_weights(w, mask, rows, out, static_cast<FloatKind>(out_kind), out_stride, nullptr);
+  masked_weights(piece, mask, rows, out, static_cast<FloatKind>(out_kind), out_stride, nullptr);
 }
 
+// `out` is written, or with `adds` added to: then it is of fp64.
 void emulated_mask_gradient(const void* weights, int kind, int64_t outer, int64_t groups, int64_t inner,
-                            const void* grads, int grads_kind, int64_t stride, int64_t rows, float* out,
-                            int64_t out_stride) {
-  const Weights w{weights, static_cast<FloatKind>(kind), outer, groups, inner, 0};
-  mask_gradient(w, {grads, static_cast<FloatKind>(grads_kind), stride}, rows, out, out_stride, nullptr);
+                            int64_t first, const void* grads, int grads_kind, int64_t stride, int64_t rows, int adds,
+                            void* out, int64_t out_stride) {
+  const Piece piece{weights, static_cast<FloatKind>(kind), outer, groups, inner, first};
+  const Rows gradients{grads, static_cast<FloatKind>(grads_kind), stride};
+  if (adds)
+    mask_gradient<double>(piece, gradients, rows, {static_cast<double*>(out), out_stride}, nullptr);
+  else
+    mask_gradient<float>(piece, gradients, rows, {static_cast<float*>(out), out_stride}, nullptr);
 }
 }

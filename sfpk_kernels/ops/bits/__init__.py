@@ -15,8 +15,8 @@ from torch import Tensor
 from ..._dispatch import Backend, choose
 from .. import _checks as check
 from .. import _transforms as transforms
+from ..packing import BITS, PACKED, mask_shape, units
 from . import cpp, reference
-from ._shape import BITS, PACKED, mask_shape, units
 
 __all__ = ["mask_hamming", "mask_iou", "pack_mask", "popcount", "unpack_mask"]
 

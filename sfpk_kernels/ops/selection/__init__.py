@@ -11,10 +11,10 @@ from torch import Tensor
 from ..._dispatch import Backend, choose
 from .. import _checks as check
 from .. import _transforms as transforms
-from ..bits._shape import PACKED, mask_shape
+from ..packing import PACKED, mask_shape
 from . import _arguments, _device, cpp, cuda, reference, triton_backend
 from ._arguments import Cut
-from ._problem import Problem, check_values
+from ._selection import Selection, check_values
 
 __all__ = ["Cut", "topk_mask", "topk_threshold"]
 
@@ -27,11 +27,11 @@ _BACKENDS = {
 }
 
 
-def _for(problem: Problem) -> dict[str, Backend]:
+def _for(selection: Selection) -> dict[str, Backend]:
     """The backends, of which those of the GPU solve less than the others."""
 
     def covered(backend: Backend) -> Backend:
-        return Backend(backend.run, lambda values: backend.why_not(values) or _device.uncovered(problem))
+        return Backend(backend.run, lambda values: backend.why_not(values) or _device.uncovered(selection))
 
     return {name: covered(backend) if name in ("cuda", "triton") else backend for name, backend in _BACKENDS.items()}
 
@@ -233,7 +233,7 @@ def _solve(
     def aside(masks: Tensor | list[Tensor] | None) -> list[Tensor]:
         return [m.expand(k.shape[0], d) for m in listed(masks)] if by_rows else listed(masks)
 
-    problem = Problem(
+    selection = Selection(
         op=op,
         values=parts,
         by_rows=by_rows,
@@ -250,9 +250,9 @@ def _solve(
         guess=guess,
         output=output,
     )
-    check_values(problem)
-    run = choose(op, backend, _for(problem), parts[0])
-    return run(problem) if problem.rows else reference.select(problem)  # without rows there is nothing to launch
+    check_values(selection)
+    run = choose(op, backend, _for(selection), parts[0])
+    return run(selection) if selection.rows else reference.select(selection)  # without rows there is nothing to launch
 
 
 def _integers(op: str, sizes: Tensor) -> Tensor:
