@@ -6,9 +6,10 @@ from unittest import mock
 
 import torch
 
-from sfpk_kernels.ops import selection, transition
+from sfpk_kernels.ops import transition
 from sfpk_kernels.ops._named import by_name
 from sfpk_kernels.ops.masking import _ops as masking
+from sfpk_kernels.ops.selection import _ops as selection
 
 # (shape, options) of transition_: every tiling and what it can be asked for.
 TRANSITIONS = [
@@ -57,7 +58,9 @@ def rank(device, d, n=4, output="bool", values=None, backend="", **given):
     )
     arguments = {"score": "value", "saliency": None, "sizes": None, "segments": [], "min_keep": [], "max_keep": [],
                  "pattern": [], "protected": None, "removed": None, "guess": None, **given}  # fmt: skip
-    return selection._solve("topk_mask", values, k, *arguments.values(), output, backend)
+    op = "sfpk::topk_mask_list" if isinstance(values, list) else "sfpk::topk_mask"
+    run = by_name(op, lambda call: selection._select("topk_mask", call, call.pattern, call.packed))
+    return run(values, k, *arguments.values(), output, backend)
 
 
 def apply(device, d, n=10, kind="cut", segments=None, theta=None, layout=(), backend=""):

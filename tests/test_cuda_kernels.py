@@ -183,8 +183,9 @@ def apply(
     threshold, tie_end = cut if cut is not None else (None, None)
     kernels.emulated_masked_weights(
         pointer(theta), KINDS[theta.dtype], *map(long, blocks[:3]), long(blocks.first or 0), kind, pointer(values),
-        KINDS.get(values.dtype, 0), long(values.stride(0)), bits, score_code(score), pointer(saliency), pointer(threshold), pointer(tie_end),
-        pointer(borders), long(borders.numel() - 1), long(n), pointer(out), KINDS[out_dtype], long(out.stride(0)),
+        KINDS.get(values.dtype, 0), long(values.stride(0)), bits, score_code(score), pointer(saliency),
+        pointer(threshold), pointer(tie_end), pointer(borders), long(borders.numel() - 1), long(n), pointer(out),
+        KINDS[out_dtype], long(out.stride(0)),
     )  # fmt: skip
     assert (out[:, theta.numel() :] == -7).all()
     return out[:, : theta.numel()]
@@ -222,8 +223,8 @@ def test_mask_gradient(kernels, blocks):
     theta, grads = torch.randn(blocks.numel), torch.randn(3, blocks.numel)
     out = torch.full((3, blocks.groups + 2), -7.0)
     kernels.emulated_mask_gradient(
-        pointer(theta), 0, *map(long, blocks[:3]), long(0), pointer(grads), 0, long(grads.stride(0)), long(3), 0, pointer(out),
-        long(out.stride(0)),
+        pointer(theta), 0, *map(long, blocks[:3]), long(0), pointer(grads), 0, long(grads.stride(0)), long(3), 0,
+        pointer(out), long(out.stride(0)),
     )  # fmt: skip
     expected = mask_gradient(theta, grads, layout=blocks, backend="reference")
     torch.testing.assert_close(out[:, : blocks.groups], expected, rtol=1e-6, atol=1e-6)

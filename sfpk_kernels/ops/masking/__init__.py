@@ -139,8 +139,9 @@ def mask_gradient(
     """The gradient by the mask, straight through the polarizer: Σ_{w in e} θ_w · ∂L/∂W_w for every coordinate e.
 
     The sum is over all weights that e governs, in whichever tensors and :class:`Blocks` they are; 0 where it governs
-    none. Products in the result's dtype, sums in fp64, added in the order of the layout. Differentiable in both arguments, like :func:`masked_weights`. (For
-    single weights ``transition_(weights=θ)`` forms the same product without writing it.)
+    none. Products in the result's dtype, sums in fp64, added in the order of the layout. Differentiable in both
+    arguments, like :func:`masked_weights`. (For single weights ``transition_(weights=θ)`` forms the same product
+    without writing it.)
 
     Source: method step 2; the chain rule of W = P ⊙ θ with ∂P/∂m = 1.
 

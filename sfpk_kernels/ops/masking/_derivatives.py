@@ -1,8 +1,8 @@
 """The derivatives of the masking ops.
 
-θ ⊙ P, the gradient by the mask and that by the weights are the derivatives of one trilinear form, Σ_i θ ⊙ P_i ⊙ ∂L/∂W_i,
-where P_i has a coordinate's value at every weight it governs: the derivatives of each op are the other two. Through a
-cut the derivative by the values is the straight-through one.
+θ ⊙ P, the gradient by the mask and that by the weights are the derivatives of one trilinear form,
+Σ_i θ ⊙ P_i ⊙ ∂L/∂W_i, where P_i has a coordinate's value at every weight it governs: the derivatives of each op are the
+other two. Through a cut the derivative by the values is the straight-through one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _product_batch(call: Any, dims: Any, count: int) -> list[Tensor] | None:
     """Rows of all entries at once, where they share weights and saliency."""
     if any(dim is not None for dim in (*dims.weights, dims.saliency)):
         return None
-    rows = {
+    rows: dict[str, Any] = {
         name: t if t is None else _front(t, getattr(dims, name), count).flatten(0, 1)
         for name, t in (("mask", call.mask), ("threshold", call.threshold), ("tie_end", call.tie_end))
     }

@@ -162,10 +162,9 @@ def _weight_gradient(call: Any) -> list[Tensor]:  # (numel,) each, of weight_gra
     row = _new_rows(1, totals, wide)
     for i in range(call.mask.shape[0]):
         # The row's gradient takes the place of the weights.
-        cut = {
-            k: t if t is None else t[i : i + 1] for k, t in (("threshold", call.threshold), ("tie_end", call.tie_end))
-        }
-        _run([g[i] for g in call.weight_grads], call._replace(mask=call.mask[i : i + 1], **cut), row)
+        threshold, tie_end = (t if t is None else t[i : i + 1] for t in (call.threshold, call.tie_end))
+        of_row = call._replace(mask=call.mask[i : i + 1], threshold=threshold, tie_end=tie_end)
+        _run([g[i] for g in call.weight_grads], of_row, row)
         for total, part in zip(totals, row, strict=True):
             total += part[0]
     return [total.to(call.dtype) for total in totals]

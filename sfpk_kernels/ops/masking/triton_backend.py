@@ -50,7 +50,8 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
                 data.stride(0), segments, target.stride(0), part.begin, part.end, piece.first, piece.groups,
                 piece.inner, part.low, part.high,
                 KIND=mask.kind.value, SCORE=score_code(mask.score) if cuts else Score.VALUE.value,
-                SINGLE=piece.single, PART=not piece.single and len(parts) > 1, BITS=BITS.get(values.dtype, 1), BLOCK=_BLOCK,
+                SINGLE=piece.single, PART=not piece.single and len(parts) > 1, BITS=BITS.get(values.dtype, 1),
+                BLOCK=_BLOCK,
             )  # fmt: skip
         if target is not out:
             out.copy_(target)

@@ -25,39 +25,33 @@ class Cut(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The first arguments of the torch ops, in their order; ``values`` is (n, d) or a list."""
+    """The arguments of a selection, in the order of the torch ops: as a caller gives them, or normalized."""
 
-    values: Tensor | list[Tensor]
-    k: Tensor  # (rows,) int64
+    values: Any  # normalized: (n, d), or a list of tensors
+    k: Any  # (rows,) int64
     score: str
-    saliency: Tensor | list[Tensor] | None
-    sizes: Tensor | list[Tensor] | None
-    segments: list[int]  # (S + 1), or empty for one segment
-    min_keep: list[int]  # (S), or empty
-    max_keep: list[int]  # (S), or empty
-    pattern: list[int]  # N, M, or empty
-    protected: Tensor | list[Tensor] | None
-    removed: Tensor | list[Tensor] | None
-    guess: Tensor | None  # (rows, S)
+    saliency: Any  # like values: a tensor, a list, or None
+    sizes: Any
+    segments: Any  # (S + 1), or empty for one segment
+    min_keep: Any  # (S), or empty
+    max_keep: Any  # (S), or empty
+    pattern: Any  # N, M, or empty
+    protected: Any
+    removed: Any
+    guess: Any  # (rows, S), or None
+
+    def without_pattern(self) -> list[Any]:
+        """The arguments of the ops that give a cut."""
+        return [value for name, value in zip(self._fields, self, strict=True) if name != "pattern"]
 
 
-def normalize(
-    op: str,
-    values: Any,
-    k: Any,
-    *,
-    score: Any,
-    saliency: Any,
-    sizes: Any,
-    segments: Any,
-    min_keep: Any,
-    max_keep: Any,
-    pattern: Any,
-    protected: Any,
-    removed: Any,
-    guess: Any,
-) -> Call:
-    """The op's arguments from the caller's, or the error that says what is wrong with them."""
+def normalize(op: str, given: Call) -> Call:
+    """The op's arguments from the caller's.
+
+    Raises:
+        TypeError, ValueError: what is wrong with them, as far as it does not depend on values.
+    """
+    values, score, saliency = given.values, given.score, given.saliency
     check.is_one_of(op, "score", score, SCORES)
     tensors = _tensors(op, values, score)
     is_list = not isinstance(values, Tensor)
@@ -71,7 +65,8 @@ def normalize(
     shapes = [tuple(t.shape) for t in tensors] if is_list else [(d,)]
     whole = [tuple(values.shape)] if not is_list and score != "mean_abs_saliency" else []
 
-    def companion(name: str, value: Any, dtypes: tuple[torch.dtype, ...], rowwise: bool = False) -> Any:
+    def companion(name: str, dtypes: tuple[torch.dtype, ...], rowwise: bool = False) -> Any:
+        value = getattr(given, name)
         if value is None:
             return None
         if is_list != (not isinstance(value, Tensor)) or (is_list and not isinstance(value, Sequence)):
@@ -89,27 +84,28 @@ def normalize(
             check.same_device(op, label, part, device)
         return parts if is_list else value
 
-    if sizes is not None and any(x is not None for x in (segments, min_keep, max_keep, pattern)):
+    others = (given.segments, given.min_keep, given.max_keep, given.pattern)
+    if given.sizes is not None and any(x is not None for x in others):
         raise ValueError(f"{op}: sizes: wanted no segments, min_keep, max_keep or pattern beside them, got some")
-    borders = segment_borders(op, segments, tensors if is_list else None, d)
+    borders = segment_borders(op, given.segments, tensors if is_list else None, d)
     count = max(len(borders) - 1, 1)
-    floors, caps = (_limits(op, name, v, borders) for name, v in (("min_keep", min_keep), ("max_keep", max_keep)))
+    floors, caps = (_limits(op, name, getattr(given, name), borders) for name in ("min_keep", "max_keep"))
     for s, (low, high) in enumerate(zip(floors, caps, strict=False)):
         if low > high:
             raise ValueError(f"{op}: min_keep: wanted at most max_keep = {high} in segment {s}, got {low}")
     return Call(
         values=tensors if is_list else values.unsqueeze(0) if values.dim() == 1 else values,
-        k=_counts(op, k, rows),
+        k=_counts(op, given.k, rows),
         score=score,
-        saliency=companion("saliency", saliency, check.FLOATS),
-        sizes=companion("sizes", sizes, (*check.FLOATS, torch.int64)),
+        saliency=companion("saliency", check.FLOATS),
+        sizes=companion("sizes", (*check.FLOATS, torch.int64)),
         segments=borders,
         min_keep=floors,
         max_keep=caps,
-        pattern=_pattern(op, pattern, tensors),
-        protected=companion("protected", protected, (torch.bool,), rowwise=True),
-        removed=companion("removed", removed, (torch.bool,), rowwise=True),
-        guess=_guess(op, guess, rows, count),
+        pattern=_pattern(op, given.pattern, tensors),
+        protected=companion("protected", (torch.bool,), rowwise=True),
+        removed=companion("removed", (torch.bool,), rowwise=True),
+        guess=_guess(op, given.guess, rows, count),
     )
 
 

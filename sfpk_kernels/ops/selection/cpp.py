@@ -56,8 +56,8 @@ def select(selection: Selection) -> tuple[Cut, list[Tensor]]:
     wrong = torch.ops.sfpk_cpp.topk_(
         values, selection.by_rows, score, saliency, excluded, protected, [t.contiguous() for t in selection.sizes],
         torch.tensor(counts, dtype=torch.int64, device=device),
-        torch.tensor(selection.segments, dtype=torch.int64, device=device), limits, guess, packing, masks, cut.threshold,
-        cut.tie_end,
+        torch.tensor(selection.segments, dtype=torch.int64, device=device), limits, guess, packing, masks,
+        cut.threshold, cut.tie_end,
     )
     # fmt: on
     if wrong >= 0:
