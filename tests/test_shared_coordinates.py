@@ -31,7 +31,7 @@ LAYOUTS = {
         [Blocks(1, 40, 27, 0), Blocks(1, 40, 1, 0), Blocks(30, 40, 9, 0), Blocks(1, 30, 9, 40), Blocks(40, 30, 1, 40),
          Blocks(1, 40, 30, 0), Blocks(1, 40, 1, 0), Blocks(1, 2000, 1)], None),
     "not shared, spelled out": ([Blocks(1, 7, 1, 0), Blocks(2, 3, 4, 7), Blocks(5, 1, 2, 10)], None),
-    "one by three": ([Blocks(1, 1, 2500), Blocks(1, 1, 1, 0), Blocks(700, 1, 3, 0)], None),
+    "one by three": ([Blocks(1, 1, 2500), Blocks(1, 1, 1, 0), Blocks(40, 1, 3, 0)], None),
 }  # fmt: skip
 by_layout = pytest.mark.parametrize("name", list(LAYOUTS))
 
