@@ -44,8 +44,15 @@ int64_t sum(const std::vector<int64_t>& counts) {
   return std::accumulate(counts.begin(), counts.end(), int64_t{0});
 }
 
-// Narrows [low, high] to the bin that holds the wanted-th entry from above, and `wanted` to its place in
-// there. Returns how many are in the bin.
+uint64_t mixed(uint64_t x) {  // splitmix64
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+}  // namespace
+
 int64_t narrow(const std::vector<int64_t>& bins, int64_t& wanted, int32_t& low, int32_t& high) {
   const int shift = bin_shift(low, high);
   int64_t bin = kBins - 1;
@@ -55,15 +62,6 @@ int64_t narrow(const std::vector<int64_t>& bins, int64_t& wanted, int32_t& low, 
   low = static_cast<int32_t>(begin);
   return bins[bin];
 }
-
-uint64_t mixed(uint64_t x) {  // splitmix64
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-}  // namespace
 
 // The outcome of one pass for keys in [low, high], per chunk.
 struct Ranking::Scan {
@@ -293,41 +291,6 @@ KeyCut Ranking::cut(int64_t k, std::optional<float> guess) {
   if (nan_source_ >= 0) return kKeepNone;
   if (known.low == known.high) return cut_ties(known.low, k - known.above, scanned.inside);
   return settle(scanned, k, known.low, known.high);
-}
-
-KeyCut Ranking::budget_cut(int64_t budget) {
-  int32_t low = kLowestKey, high = kInfinityKey;
-  int64_t left = budget;
-  for (bool last = false; !last; last = low == high) {
-    const auto bins = histogram(low, high, true);
-    if (nan_source_ >= 0) return kKeepNone;
-    ++left;  // the first key at which the sum exceeds the budget
-    if (sum(bins) < left) return kKeepAll;
-    narrow(bins, left, low, high);
-    --left;
-  }
-  // Keys above `low` fit and those equal to it do not, not all of them: take the first ones.
-  int64_t tie_end = 0;
-  int32_t next = kInfinityKey;  // the smallest key above
-  bool any = false, full = false;
-  int32_t keys[kBlock];
-  for (const Chunk& chunk : chunks_) {
-    const Source& source = sources_[chunk.source];
-    for (int64_t b = 0; b < chunk.count && !(full && tie_end > 0); b += kBlock) {
-      const int64_t count = std::min(kBlock, chunk.count - b);
-      selection_kernels().load_keys(source, chunk.begin + b, count, keys);
-      for (int64_t e = 0; e < count; ++e) {
-        any |= keys[e] > low;
-        if (keys[e] > low) next = std::min(next, keys[e]);
-        if (keys[e] != low || full) continue;
-        left -= source.sizes[chunk.begin + b + e];
-        full = left < 0;
-        if (!full) tie_end = first(chunk) + b + e + 1;
-      }
-    }
-  }
-  if (tie_end > 0) return {low, tie_end};
-  return any ? KeyCut{next, kAllTies} : kKeepNone;
 }
 
 // Entries of the chunk with flat index < tie_end whose key is the cut's.

@@ -20,6 +20,10 @@ constexpr int64_t kAllTies = INT64_MAX;
 constexpr KeyCut kKeepNone{INT32_MAX, 0};
 constexpr KeyCut kKeepAll{kNotCandidate, 0};
 
+// Narrows [low, high] to the bin that holds the wanted-th entry from above, and `wanted` to its place in
+// there. Returns how many are in the bin.
+int64_t narrow(const std::vector<int64_t>& bins, int64_t& wanted, int32_t& low, int32_t& high);
+
 class Ranking {
  public:
   explicit Ranking(std::vector<Source> sources);  // flat indices rising from source to source

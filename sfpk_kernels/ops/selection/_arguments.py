@@ -40,9 +40,12 @@ class Call(NamedTuple):
     removed: Any
     guess: Any  # (rows, S), or None
 
-    def without_pattern(self) -> list[Any]:
+    def without_pattern(self) -> tuple[Any, ...]:
         """The arguments of the ops that give a cut."""
-        return [value for name, value in zip(self._fields, self, strict=True) if name != "pattern"]
+        return (*self[:_PATTERN], *self[_PATTERN + 1 :])
+
+
+_PATTERN = Call._fields.index("pattern")
 
 
 def normalize(op: str, given: Call) -> Call:
