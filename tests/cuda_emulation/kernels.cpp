@@ -13,8 +13,8 @@ extern "C" {
 
 void emulated_window(int64_t blocks) { emulation::window = blocks; }
 
-// One (problems, count) tensor, or `tensors` of a list that lie one after the other with the given counts.
-void emulated_select(const void* values, int kind, int score, int64_t rows, int64_t row_stride, int64_t problems,
+// One (rankings, count) tensor, or `tensors` of a list that lie one after the other with the given counts.
+void emulated_select(const void* values, int kind, int score, int64_t rows, int64_t row_stride, int64_t rankings,
                      int64_t tensors, const int64_t* counts, const float* saliency, const uint8_t* excluded,
                      const uint8_t* always, const int64_t* k, const int64_t* candidates, const float* guess, int unit,
                      void* mask, int64_t row_bytes, float* threshold, int64_t* tie_end) {
@@ -39,13 +39,13 @@ void emulated_select(const void* values, int kind, int score, int64_t rows, int6
     first += counts[i];
     chunks += ceil_div(counts[i], kChunk);
   }
-  std::vector<int64_t> state(problems * kStateColumns, 77), ties(problems * chunks + 1, emulation::window ? 0 : -7);
-  std::vector<unsigned long long> bins(problems * kCounters, 99);
+  std::vector<int64_t> state(rankings * kStateColumns, 77), ties(rankings * chunks + 1, emulation::window ? 0 : -7);
+  std::vector<unsigned long long> bins(rankings * kCounters, 99);
   const Workspace w{state.data(), bins.data(), ties.data(), chunks};
-  select(sources.data(), tensors, problems, k, candidates, guess, w, threshold, tie_end, nullptr);
+  select(sources.data(), tensors, rankings, k, candidates, guess, w, threshold, tie_end, nullptr);
   if (unit > 0)
     for (const Source& s : sources)
-      write_mask(s, problems, threshold, tie_end, unit, static_cast<char*>(mask) + (unit == 1 ? s.first : 0), row_bytes,
+      write_mask(s, rankings, threshold, tie_end, unit, static_cast<char*>(mask) + (unit == 1 ? s.first : 0), row_bytes,
                  nullptr);
 }
 
