@@ -208,11 +208,12 @@ SETTINGS = [
 ]  # fmt: skip
 # What a step passes through.
 MODULES = (
-    "search/pruner", "search/attempt", "search/loop", "search/run", "search/resumable", "search/saving", "search/state",
-    "search/one_run", "search/waypoints", "search/step", "search/particles", "search/vote", "search/polarizer", "search/diagnostics",
-    "search/nonfinite", "search/reading", "masks/maskset", "modeling/turns", "modeling/batches", "modeling/state",
-    "modeling/whole_model", "search/energy/__init__", "search/energy/sequential", "search/energy/batched",
-    "search/energy/_swap", "search/energy/_scale", "search/energy/_problem",
+    "search/pruner", "search/attempt", "search/loop", "search/run", "search/resumable", "search/saving",
+    "search/state", "search/one_run", "search/waypoints", "search/step", "search/particles", "search/vote",
+    "search/polarizer", "search/diagnostics", "search/nonfinite", "search/reading", "masks/maskset",
+    "modeling/turns", "modeling/batches", "modeling/state", "modeling/whole_model", "search/energy/__init__",
+    "search/energy/sequential", "search/energy/batched", "search/energy/_swap", "search/energy/_scale",
+    "search/energy/_problem",
 )  # fmt: skip
 
 

@@ -42,8 +42,8 @@ class GradualPruner:
     """Prunes a model in T shots and retrains it after each (gradual pruning of the SFPK paper).
 
     Shot i searches on from the particles of shot i - 1, from density ρ_{i-1} to ρ_i (:func:`schedule_shots`), applies
-    the mask and retrains with the mask enforced. Together the shots take the n · K forward/backward passes of a one-shot
-    run with the same config.
+    the mask and retrains with the mask enforced. Together the shots take the n · K forward/backward passes of a
+    one-shot run with the same config.
 
     Unlike :func:`~sfpk_kernels.prune` this CHANGES the model: :meth:`run` leaves it pruned and retrained, in place
     (parameters keep their identity). After an error or an interruption it is as after the last finished shot: weights,
