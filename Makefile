@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What `make demo` needs and no more; the rest is set up by everything else.
 DEMO_EXTRAS := demo
-EXTRAS := demo,test,bench,dev,gpu,lightning,transformers,examples
+EXTRAS := demo,test,bench,dev,docs,gpu,lightning,transformers,examples
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Waiting OpenMP threads sleep soon instead of spinning (sfpk_command.py says why), unless the user has said how they wait.
@@ -19,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 # Built anew when requirements, build files or C++ sources change.
 BUILT_FROM := constraints.txt pyproject.toml setup.py sfpk_kernels/_build.py $(CPP)
 
-.PHONY: setup demo demo-full test test-all bench bench-full gpu-check matrix lint dist format clean
+.PHONY: setup demo demo-full test test-all bench bench-full gpu-check matrix lint docs dist format clean
 
 setup: $(VENV)/.done
 
@@ -48,7 +48,7 @@ test: setup
 test-all: setup
 	$(PYTEST) -m ''
 
-# Measure on this machine, append to benchmarks/results, renew the report and the README's table.
+# Measure on this machine, append to benchmarks/results, renew the report and the tables of README and docs.
 bench: setup
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks --report
@@ -74,6 +74,10 @@ lint: setup
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 
+# The site in site/, strictly: a broken link or an object without a page fails.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
 # The archives that would be published: built, and their metadata checked.
 dist: setup
 	rm -rf dist
@@ -86,4 +90,4 @@ format: setup
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) .matrix build dist *.egg-info sfpk_kernels/*.so demo-out gpu-out
+	rm -rf $(VENV) .matrix build dist *.egg-info sfpk_kernels/*.so demo-out gpu-out site

@@ -1,4 +1,4 @@
-"""Masks taken on the way of one run against those of runs of their own: the README's table.
+"""Masks taken on the way of one run against those of runs of their own: the table in docs/results.md.
 
     OMP_NUM_THREADS=1 python benchmarks/anytime_masks.py [--networks 6]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path("benchmarks/results")
-README = Path("README.md")
+PAGES = (Path("README.md"), Path("docs/benchmarks.md"))  # of the checkout, with tables
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,14 +32,11 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--results", type=Path, default=RESULTS, metavar="DIR",
                        help=f"folder of the *.jsonl files (default: {RESULTS})")  # fmt: skip
     bench.add_argument("--report", action="store_true",
-                       help="measure nothing: render the results to report.md and PNGs beside them, and the README's "
-                            "table between its markers")  # fmt: skip
-    bench.add_argument(
-        "--readme",
-        type=Path,
-        metavar="FILE",
-        help=f"whose table to renew (default, with the default --results: {README})",
-    )
+                       help="measure nothing: render the results to report.md and PNGs beside them, and the tables "
+                            "of README and docs between their markers")  # fmt: skip
+    bench.add_argument("--page", type=Path, nargs="+", metavar="FILE",
+                       help="whose tables to renew (default, with the default --results: "
+                            f"{', '.join(map(str, PAGES))})")  # fmt: skip
     bench.add_argument("--list", action="store_true", help="print ops, shapes and providers")
     bench.add_argument("--json", action="store_true",
                        help="measurements, ops (--list) or files written (--report) as JSON on stdout")  # fmt: skip
@@ -70,8 +67,9 @@ def _run(options: argparse.Namespace) -> int:
         return _refuse(f"--results: wanted a folder, got the file {options.results}")
     if not options.time_limit > 0:
         return _refuse(f"--time-limit: wanted seconds > 0, got {options.time_limit:g}")
-    if options.readme is not None and not options.readme.is_file():
-        return _refuse(f"--readme: wanted a file, got {options.readme}")
+    for page in options.page or ():
+        if not page.is_file():
+            return _refuse(f"--page: wanted a file, got {page}")
     if options.list:
         return _list(options)
     return _report(options) if options.report else _measure(options)
@@ -166,18 +164,19 @@ def _report(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"python -m benchmarks: --results: {error}", file=sys.stderr)
         return 1
-    readme = options.readme
-    if readme is None and options.results == RESULTS and README.is_file() and report.has_markers(README.read_text()):
-        readme = README  # the checkout's own
-    if readme is not None:
-        text = readme.read_text(encoding="utf-8")
-        if not report.has_markers(text):
-            return _refuse(f"--readme: wanted the markers {report.BEGIN} and {report.END} in {readme}")
-        readme.write_text(report.into_readme(text, runs), encoding="utf-8")
+    pages = options.page or []
+    if options.page is None and options.results == RESULTS:  # the checkout's own
+        pages = [page for page in PAGES if page.is_file() and report.tables_in(page.read_text(encoding="utf-8"))]
+    for page in pages:
+        try:
+            text = report.into_page(page.read_text(encoding="utf-8"), runs)
+        except ValueError as error:
+            return _refuse(f"--page: {page}: {error}")
+        page.write_text(text, encoding="utf-8")
     if not runs:
         print(f"python -m benchmarks: --results: no results in {options.results}", file=sys.stderr)
         return 1
-    written = [*([readme] if readme is not None else []), options.results / "report.md"]
+    written = [*pages, options.results / "report.md"]
     written[-1].write_text(report.report(runs), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         print("python -m benchmarks: no charts: they need matplotlib (pip install matplotlib)", file=sys.stderr)

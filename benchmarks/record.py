@@ -255,7 +255,7 @@ def commit() -> str | None:
     folder = str(Path(__file__).resolve().parents[1])
     name = _output("git", "-C", folder, "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no", "--", ".",
-                      ":!benchmarks/results", ":!README.md")  # fmt: skip
+                      ":!benchmarks/results", ":!README.md", ":!docs")  # fmt: skip
     return f"{name}+changes" if name and changed else name
 
 

@@ -1,10 +1,10 @@
-"""Markdown from recorded results: the README's table, and the full report. Nothing here is typed by hand."""
+"""Markdown from recorded results: the tables of README and docs, and the full report. Nothing here is typed by hand."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from .record import Line, Run
 from .registry import NAIVE, TARGETS, all_ops
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+HEADLINES = ("transition", "selection", "apply", "step")  # ops of the short table, a line each
 FEWEST_POINTS = 3  # of a fit
 
 
@@ -30,32 +30,54 @@ def _weight(run: Run) -> int:
     return 0 if run.facts["size"] == "quick" else 1 + run.facts["complete"]
 
 
-def has_markers(text: str) -> bool:
-    """Whether a README has the place for the table."""
-    return 0 <= text.find(BEGIN) < text.find(END)
+def markers(name: str) -> tuple[str, str]:
+    """Between which a page holds the table of that name."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
-def into_readme(text: str, runs: Sequence[Run]) -> str:
-    """The README with its table renewed.
+def tables_in(text: str) -> list[str]:
+    """Names of the tables that a page has a place for."""
+    return [name for name in TABLES if 0 <= text.find(markers(name)[0]) < text.find(markers(name)[1])]
+
+
+def into_page(text: str, runs: Sequence[Run]) -> str:
+    """The page with its tables renewed.
 
     Raises:
-        ValueError: the markers are missing.
+        ValueError: it has a place for none.
     """
-    if not has_markers(text):
-        raise ValueError(f"wanted the markers {BEGIN} and {END}, got a text without")
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return f"{text[:begin]}\n{readme_table(runs)}\n{text[end:]}"
+    names = tables_in(text)
+    if not names:
+        wanted = " or ".join(" and ".join(markers(name)) for name in TABLES)
+        raise ValueError(f"wanted the markers {wanted}, got a text without")
+    for name in names:
+        begin, end = markers(name)
+        before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+        text = f"{before}\n{TABLES[name](runs)}\n{after}"
+    return text
 
 
-def readme_table(runs: Sequence[Run]) -> str:
-    """What stands between the README's markers: the latest complete runs, not quick ones, a part per device."""
+def full_table(runs: Sequence[Run]) -> str:
+    """The latest complete runs, not quick ones, a part per device: ops, whole steps, growth, targets."""
+    return _by_device(runs, _parts)
+
+
+def short_table(runs: Sequence[Run]) -> str:
+    """Of the same runs the headlines alone, at the largest size measured."""
+    return _by_device(runs, _headlines)
+
+
+TABLES: dict[str, Callable[[Sequence[Run]], str]] = {"bench": full_table, "bench-short": short_table}
+
+
+def _by_device(runs: Sequence[Run], parts: Callable[[Run], list[str]]) -> str:
     complete = [run for run in shown(runs) if _weight(run) == 2]
     if not complete:
         return "No complete run of the benchmark suite is recorded yet; `make bench` makes one."
-    return "\n\n".join("\n\n".join(filter(None, _short(run))) for run in complete)
+    return "\n\n".join("\n\n".join(filter(None, parts(run))) for run in complete)
 
 
-def _short(run: Run) -> list[str]:
+def _parts(run: Run) -> list[str]:
     usual = run
     if run.facts["size"] == "full":
         rows = [row for row in run.rows if row["group"] != "ops" or _is_usual(row, run.facts["device"])]
@@ -63,8 +85,44 @@ def _short(run: Run) -> list[str]:
     return [machine(run), op_table(usual), end_to_end_table(run), scaling_table(run), target_table(run)]
 
 
+def _headlines(run: Run) -> list[str]:
+    largest: dict[str, list[Line]] = {}  # of several sizes of the same numbers the first measured
+    for (op, _), rows in _cases(run, "ops").items():
+        if op in HEADLINES and (op not in largest or _numbers(rows) > _numbers(largest[op])):
+            largest[op] = rows
+    lines = ["| | size | ours | naive | fastest other |", "|---|---|---|---|---|"]
+    for op in HEADLINES:
+        ours, naive, other = _rivals(largest.get(op, []))
+        if ours is None:
+            continue
+        cells = [
+            what(op), size(ours["shape"]), f"**{duration(ours['median_s'])}**", _against(naive, ours),
+            _against(other, ours, named=True),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    facts = run.facts
+    where = facts["device_name"] if facts["device"] == "cuda" else f"{facts['cpu']}, no GPU"
+    return ["\n".join(lines), f"{where}; torch {facts['torch']}, {facts['date'][:10]}"]
+
+
+def _numbers(rows: Sequence[Line]) -> int:
+    """How many numbers a case is about."""
+    return math.prod(rows[0]["shape"].get(name, 1) for name in ("n", "d"))
+
+
+def _rivals(rows: Sequence[Line]) -> tuple[Line | None, Line | None, Line | None]:
+    """Of one case: ours, naive and the best of the others."""
+    timed = [row for row in rows if row["status"] == "ok"]
+    others = [row for row in timed if row["provider"] != NAIVE and not row["provider"].startswith("ours")]
+    return (
+        _best(row for row in timed if row["provider"].startswith("ours")),
+        _best(row for row in timed if row["provider"] == NAIVE),
+        _best(others),
+    )
+
+
 def _is_usual(row: Line, device: str) -> bool:
-    """Whether a default run has the row's shape: the README leaves out what only a full one has."""
+    """Whether a default run has the row's shape: pages leave out what only a full one has."""
     op = all_ops().get(row["op"])
     return op is None or row["shape"] in op.shapes_for("default", torch.device(device))
 
@@ -91,12 +149,9 @@ def op_table(run: Run) -> str:
         "|---|---|---|---|---|---|",
     ]
     for (op, _), rows in _cases(run, "ops").items():
-        timed = [row for row in rows if row["status"] == "ok"]
-        ours = _best(row for row in timed if row["provider"].startswith("ours"))
+        ours, naive, other = _rivals(rows)
         if ours is None:
             continue
-        naive = _best(row for row in timed if row["provider"] == NAIVE)
-        other = _best(row for row in timed if row["provider"] != NAIVE and not row["provider"].startswith("ours"))
         cells = [
             what(op), size(ours["shape"]), f"**{duration(ours['median_s'])}** ({_inner(ours)})",
             percent(ours["ceiling_share"]), _against(naive, ours), _against(other, ours, named=True),

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# What we support. The requirements in pyproject.toml and the words of README.md say the same; a test compares.
+# What we support. The requirements in pyproject.toml and the words of docs/install.md say the same; a test compares.
 OLDEST = {"python": (3, 10), "torch": (2, 10), "triton": (3, 4), "setuptools": (77, 0)}
 NEWEST_PYTHON = (3, 13)
 

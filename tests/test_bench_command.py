@@ -27,7 +27,7 @@ SAMPLE = ROOT / "tests" / "data" / "bench_sample.jsonl"
         (["--time-limit", "0"], "--time-limit: wanted seconds > 0, got 0"),
         (["--time-limit", "nan"], "--time-limit: wanted seconds > 0, got nan"),
         (["--results", str(SAMPLE)], "--results: wanted a folder, got the file"),
-        (["--report", "--readme", "no-such-file"], "--readme: wanted a file, got no-such-file"),
+        (["--report", "--page", "no-such-file"], "--page: wanted a file, got no-such-file"),
         (["--op", "apply", "--group", "scaling"], "wanted at least one op, got none of apply"),
     ],
 )
@@ -64,8 +64,8 @@ def test_measure_append_report(capsys, tmp_path):
     assert not first.facts["complete"]
     assert {row["op"] for row in first.rows} == {"pack"}
     readme = tmp_path / "README.md"
-    readme.write_text(f"text\n{report.BEGIN}\n{report.END}\n")
-    assert main(["--report", "--readme", str(readme), *arguments]) == 0
+    readme.write_text("text\n" + "\n".join(report.markers("bench-short")) + "\n")
+    assert main(["--report", "--page", str(readme), *arguments]) == 0
     assert "No complete run" in readme.read_text()
     assert "np.packbits" in (tmp_path / "report.md").read_text()
     capsys.readouterr()
@@ -91,7 +91,7 @@ def test_report_renders_the_committed_sample(tmp_path, capsys):
 
 def test_report_of_other_results_leaves_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = f"{report.BEGIN}\nold\n{report.END}\n"
+    text = "\nold\n".join(report.markers("bench"))
     Path("README.md").write_text(text)
     Path("other").mkdir()
     shutil.copy(SAMPLE, "other/sample.jsonl")

@@ -104,13 +104,15 @@ def test_facts_say_who_measured_where():
     )
 
 
-def test_the_readme_is_in_sync_with_the_committed_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("page", "table"), [("README.md", "bench-short"), ("docs/benchmarks.md", "bench")])
+def test_pages_are_in_sync_with_the_committed_results(page, table):
+    text = (ROOT / page).read_text(encoding="utf-8")
     runs = record.read(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
-    assert report.into_readme(text, runs) == text, "run `python -m benchmarks --report`"
+    assert report.tables_in(text) == [table]
+    assert report.into_page(text, runs) == text, "run `python -m benchmarks --report`"
 
 
-def test_the_readme_shows_the_latest_complete_run_of_each_device(run):
+def test_pages_show_the_latest_complete_run_of_each_device(run):
     def dated(day, **changes):
         return record.Run(
             {**run.facts, "date": f"2026-01-{day}T00:00:00+00:00", "commit": f"c{day}", **changes}, run.rows
@@ -118,16 +120,16 @@ def test_the_readme_shows_the_latest_complete_run_of_each_device(run):
 
     runs = [dated("01"), dated("02"), dated("03", size="quick"), dated("04", complete=False),
             dated("05", device_name="other", size="quick")]  # fmt: skip
-    table = report.readme_table(runs)
+    table = report.full_table(runs)
     assert "commit c02" in table
     assert not any(f"commit c0{i}" in table for i in (1, 3, 4, 5))
     assert [found.facts["commit"] for found in report.shown(runs)] == ["c02", "c05"]
-    assert "No complete run" in report.readme_table(runs[2:])
-    assert "No complete run" in report.readme_table([])
+    assert "No complete run" in report.full_table(runs[2:])
+    assert "No complete run" in report.full_table([])
 
 
 def test_the_table_says_machine_command_and_figures(run):
-    table = report.readme_table([run])
+    table = report.full_table([run])
     assert "`sfpk bench --device cpu --quick`" in table
     assert "no GPU was used" in table
     row = next(r for r in run.rows if r["op"] == "apply_cut" and r["provider"] == "ours[cpp]")
@@ -143,26 +145,38 @@ def test_the_table_says_machine_command_and_figures(run):
             assert len({text.count("|") for text in block.splitlines()}) == 1
 
 
-def test_the_readme_leaves_out_shapes_of_full_runs(run):
+def test_pages_leave_out_shapes_of_full_runs(run):
     row = next(r for r in run.rows if r["op"] == "transition" and r["provider"] == "ours[cpp]")
     run.rows.append({**row, "shape": {"n": 4, "d": 10_000_000}})
-    assert "n = 4, d = 10,000,000" in report.readme_table([run]), "measured in a default run"
+    assert "n = 4, d = 10,000,000" in report.full_table([run]), "measured in a default run"
     run.facts["size"] = "full"
     assert "n = 4, d = 10,000,000" in report.report([run])
-    assert "n = 4, d = 10,000,000" not in report.readme_table([run])
-    assert "n = 10, d = 1,000,000" in report.readme_table([run])
+    assert "n = 4, d = 10,000,000" not in report.full_table([run])
+    assert "n = 10, d = 1,000,000" in report.full_table([run])
 
 
-def test_the_readme_keeps_everything_but_the_table(run):
-    text = f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n"
-    new = report.into_readme(text, [run])
-    assert new.startswith(f"before\n{report.BEGIN}\n`sfpk bench")
-    assert new.endswith(f"\n{report.END}\nafter\n")
-    assert "stale" not in new
-    assert report.into_readme(new, [run]) == new
-    for broken in ("no markers", report.END + report.BEGIN):
+@pytest.mark.parametrize("name", report.TABLES)
+def test_pages_keep_everything_but_the_table(run, name):
+    begin, end = report.markers(name)
+    text = f"before\n{begin}\nstale\n{end}\nafter\n"
+    new = report.into_page(text, [run])
+    assert new == f"before\n{begin}\n{report.TABLES[name]([run])}\n{end}\nafter\n"
+    assert report.into_page(new, [run]) == new
+    for broken in ("no markers", end + begin):
         with pytest.raises(ValueError, match="markers"):
-            report.into_readme(broken, [run])
+            report.into_page(broken, [run])
+
+
+def test_the_short_table_has_one_line_per_headline_at_its_largest_size(run):
+    row = next(r for r in run.rows if r["op"] == "transition" and r["provider"] == "ours[cpp]")
+    run.rows.append({**row, "shape": {"n": 10, "d": 40_000_000}, "median_s": 1.5})
+    table, machine = report.short_table([run]).split("\n\n")
+    lines = table.splitlines()[2:]
+    assert len(lines) == len(report.HEADLINES) == 4
+    assert "| n = 10, d = 40,000,000 | **1.50 s** |" in lines[0]
+    assert all(report.what(op) in text for op, text in zip(report.HEADLINES, lines, strict=True))
+    assert {text.count("|") for text in table.splitlines()} == {6}
+    assert "no GPU" in machine
 
 
 def test_the_report_has_every_row(run):
@@ -244,7 +258,7 @@ def test_end_to_end_rows(run, monkeypatch):
     assert (off["status"], off["reason"], off["median_s"]) == ("wrong", "differs from the naive step by 2.5e-01", None)
     assert (broken["status"], broken["reason"]) == ("missing", "raised ValueError: no such model")
     run.rows += [naive, ours, broken]
-    assert "| mlp | 1,000 | 16, 10 | **100 ms** | 400 ms | 4.00 × | 1.00 GB, 2.00 GB |" in report.readme_table([run])
+    assert "| mlp | 1,000 | 16, 10 | **100 ms** | 400 ms | 4.00 × | 1.00 GB, 2.00 GB |" in report.full_table([run])
 
 
 def test_words():

@@ -56,7 +56,8 @@ def test_demo_writes_what_it_says(tmp_path):
         for seed in row["seeds"]:
             masks = MaskSet.load(tmp_path / "out" / f"mask-{row['method']}-{row['sparsity']:g}-seed{seed}.safetensors")
             assert masks.prunable == 77_072
-    assert (tmp_path / "out" / "loss-versus-sparsity.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("loss-versus-sparsity.png", "accuracy.png"):
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
     page = render(tmp_path / "out")  # what `sfpk report` does
     assert page.read_text().count("data:image/png;base64,") == 4
     seeded = [row["accuracies"][0] for row in report["results"] if (row["method"], row["sparsity"]) == ("sfpk", 0.95)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfpk_kernels import SFPKConfig, SFPKPruner, prune
+from sfpk_kernels import Execution, SFPKConfig, SFPKPruner, prune
 from sfpk_kernels.search import diagnostics as module
 from sfpk_kernels.search.diagnostics import Alarms
 from sfpk_kernels.search.nonfinite import standing_still
@@ -125,6 +125,9 @@ def test_one_particle_whose_batches_differ_is_no_alarm():
         history.append(record)
 
 
+ONE_BY_ONE = Execution(energy_mode="sequential")  # for losses that know their batches by identity
+
+
 def spoiled(vectors, what):
     """Batch 5: the loss NaN, or finite with a gradient that is not."""
 
@@ -142,7 +145,7 @@ def spoiled(vectors, what):
 @pytest.mark.parametrize("update", ["jacobi", "gauss_seidel"])
 def test_a_particle_without_finite_gradient_is_skipped_and_named(mlp, vectors, what, update, caplog):
     config = quick(nonfinite="skip_particle", update=update)
-    pruner = SFPKPruner(mlp, loss_fn=spoiled(vectors, what), config=config)
+    pruner = SFPKPruner(mlp, loss_fn=spoiled(vectors, what), config=config, execution=ONE_BY_ONE)
     pruner.step(vectors[:4])
     before = pruner.particles.clone()
     with caplog.at_level(logging.WARNING, logger="sfpk_kernels"):
@@ -153,14 +156,16 @@ def test_a_particle_without_finite_gradient_is_skipped_and_named(mlp, vectors, w
     assert not torch.equal(pruner.particles[0], before[0])
     assert torch.isfinite(pruner.particles).all()
     assert record.energy == record.energy
-    strict = SFPKPruner(mlp, loss_fn=spoiled(vectors, what), config=quick(update=update))
+    strict = SFPKPruner(mlp, loss_fn=spoiled(vectors, what), config=quick(update=update), execution=ONE_BY_ONE)
     strict.step(vectors[:4])
     with pytest.raises(FloatingPointError, match=f"(?i)finite {what}, got nan.* in step 2, particle 1"):
         strict.step(vectors[4:8])
 
 
 def test_a_skipped_particle_does_not_spoil_the_run(mlp, vectors):
-    result = prune(mlp, vectors, loss_fn=spoiled(vectors, "loss"), config=quick(nonfinite="skip_particle"))
+    result = prune(
+        mlp, vectors, loss_fn=spoiled(vectors, "loss"), config=quick(nonfinite="skip_particle"), execution=ONE_BY_ONE
+    )
     assert result.mask.kept == round(0.2 * 144)
     assert any("stood still" in words for words in result.alarms)
 

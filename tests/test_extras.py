@@ -76,7 +76,7 @@ def test_a_missing_package_is_named_with_a_command_that_installs_it(part, tmp_pa
 def test_no_word_proposes_an_index_that_does_not_have_us():
     files = [
         path
-        for folder in ("sfpk_kernels", "examples", "benchmarks", "csrc")
+        for folder in ("sfpk_kernels", "examples", "benchmarks", "csrc", "docs")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".md", ".cpp", ".h", ".cu")
     ]

@@ -154,7 +154,7 @@ def test_every_entry_is_missed_and_named(mlp, vectors):
     pruner = SFPKPruner(mlp, config=quick(momentum=0.1), waypoints=[0.3])
     pruner.step(vectors[:3])
     state, fresh = pruner.state_dict(), SFPKPruner(mlp, config=quick(momentum=0.1), waypoints=[0.3])
-    free = ("seconds", "transient", "parts", "model_parts", "ways_out")  # of the plan: what was tried and measured
+    free = ("seconds", "transient", "parts", "model_parts", "alternatives")  # of the plan: what was tried and measured
     for path in places(state):
         if not isinstance(path[-1], str) or (path[-2:-1] and path[-2] in free):
             continue

@@ -26,6 +26,14 @@ HEADLINE = 0.95  # the sparsity that gets all seeds
 SEEDS = (0, 1, 2)
 EPOCHS = 15
 _PICTURE = "loss-versus-sparsity.png"
+_OVERVIEW = "accuracy.png"  # with --full the picture of README.md, docs/images/accuracy.png
+_NAMES = {
+    "sfpk": "SFPK (default)",
+    "sfpk-paper": "SFPK (paper)",
+    "sfpk-authors": "SFPK (authors' code)",
+    "magnitude": "magnitude",
+    "snip": "SNIP",
+}
 
 
 class Demo:
@@ -66,7 +74,7 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """The whole demo; returns what comparison.json holds."""
         self.out.mkdir(parents=True, exist_ok=True)
-        for name in ("comparison.json", _PICTURE, *self._mask_names()):
+        for name in ("comparison.json", _PICTURE, _OVERVIEW, *self._mask_names()):
             check_place(self.out / name, name)  # before two minutes of work
         digits = load_digits()
         self.say(
@@ -158,7 +166,7 @@ class Demo:
         return row
 
     def _plot(self, report: dict[str, Any]) -> None:
-        from ..report import plot_loss_versus_sparsity
+        from ..report import plot_loss_versus_sparsity, plot_methods
 
         longest = max(self.runs)
         result = self.runs[longest]
@@ -168,6 +176,14 @@ class Demo:
             report["results"],
             report["dense_accuracy"],
             f"Residual network on handwritten digits (left: run to {longest:.0%} sparsity)",
+        )
+        runs = max(len(row["seeds"]) for row in report["results"])
+        plot_methods(
+            self.out / _OVERVIEW,
+            report["results"],
+            report["dense_accuracy"],
+            _NAMES,
+            f"One shot, no retraining: a residual network on digits{f', {runs} seeds' if runs > 1 else ''}",
         )
         seed = self.seeds[0]  # of the run that is reported
         (row,) = (row for row in report["results"] if (row["method"], row["sparsity"]) == ("sfpk", longest))

@@ -19,7 +19,7 @@ from ..masks.maskset import MaskSet
 from ..modeling.batches import forward, move_to
 from ..modeling.turns import lock
 from ..utils.files import atomic_write
-from ..utils.memory import in_words
+from ..utils.memory import format_bytes
 from ..utils.tensors import is_sparse
 from .dense_files import save_dense
 from .measure import Forward, count_flops, median_latency
@@ -65,7 +65,7 @@ class ExportReport:
         rows = [
             ("parameters", f"{self.parameters:,}, {self.nonzero:,} of them not zero"),
             ("prunable", f"{self.prunable:,}, {self.kept:,} kept (sparsity {self.sparsity:.4f})"),
-            ("on disk", in_words(self.bytes_on_disk)),
+            ("on disk", format_bytes(self.bytes_on_disk)),
             ("FLOPs", unknown if self.flops is None else f"{self.flops:,} per forward pass, {zeros}"),
             ("latency", unknown if self.latency is None else f"{_time(self.latency)}, {where}"),
             ("verified", self.verified or "no"),

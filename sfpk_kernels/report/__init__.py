@@ -12,11 +12,11 @@ from typing import Any
 
 from ..utils.files import atomic_write, check_place, remove_regular
 from ..utils.plain import plain
-from .charts import plot_baselines, plot_layers, plot_loss, plot_loss_versus_sparsity, plot_particles
+from .charts import plot_baselines, plot_layers, plot_loss, plot_loss_versus_sparsity, plot_methods, plot_particles
 from .contents import FORMAT, PARTS, Evaluation, Reported, checked_evaluation, checked_fraction, checked_row, collect
 from .page import page
 
-__all__ = ["plot_loss_versus_sparsity", "render", "write"]
+__all__ = ["plot_loss_versus_sparsity", "plot_methods", "render", "write"]
 
 _PICTURES = {
     "loss.png": plot_loss, "particles.png": plot_particles, "layers.png": plot_layers, "baselines.png": plot_baselines

@@ -61,6 +61,56 @@ def plot_loss_versus_sparsity(
         figure.savefig(temporary, dpi=130, format="png")
 
 
+def plot_methods(
+    path: Path,
+    results: Sequence[Mapping[str, Any]],
+    dense_accuracy: float,
+    names: Mapping[str, str],
+    title: str,
+) -> None:
+    """A PNG of accuracy over sparsity for a page: few words, each method's name at the end of its line.
+
+    Args:
+        path: the PNG to write, atomically.
+        results: as for :func:`plot_loss_versus_sparsity`.
+        dense_accuracy: of the unpruned model, in [0, 1].
+        names: methods to show, the one to stress first, and what to call them.
+        title: above the picture.
+    """
+    figure, axes = _figure(1, (8.2, 4.0))
+    methods = [method for method in names if any(row["method"] == method for row in results)]
+    shown = [row for row in results if row["method"] in methods]
+    ends = []  # height and number of each line at its end
+    for number, method in enumerate(methods):
+        rows = sorted((row for row in shown if row["method"] == method), key=lambda row: row["sparsity"])
+        colour = (*_COLOURS, "#555555")[number % 5]
+        accuracies = [100 * row["accuracy_mean"] for row in rows]
+        axes.errorbar(
+            [100 * row["sparsity"] for row in rows], accuracies,
+            yerr=[100 * row.get("accuracy_std", 0.0) for row in rows], color=colour, marker=_MARKERS[number],
+            linestyle=_LINES[number % len(_LINES)], linewidth=2.6 if number == 0 else 1.4, capsize=3,
+            zorder=3 if number == 0 else 2,
+        )  # fmt: skip
+        ends.append((accuracies[-1], number, colour))
+    axes.axhline(100 * dense_accuracy, color="black", linewidth=0.8, zorder=1)
+    _sparsity_axis(axes, [100 * row["sparsity"] for row in shown])
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.03 * (high - low))
+    room, above = 0.065 * (high - low), math.inf  # a line of text
+    for height, number, colour in sorted(ends, reverse=True):
+        above = min(height, above - room)
+        axes.annotate(
+            names[methods[number]], (1.015, above), xycoords=("axes fraction", "data"), va="center", color=colour,
+            weight="bold" if number == 0 else "normal", fontsize=11, annotation_clip=False,
+        )  # fmt: skip
+    axes.annotate(f"dense: {100 * dense_accuracy:.1f}", (0.01, 100 * dense_accuracy), fontsize=9,
+                  xycoords=("axes fraction", "data"), xytext=(0, 4), textcoords="offset points")  # fmt: skip
+    axes.set(xlabel="weights removed (%), logarithmic in those kept", ylabel="test accuracy (%)", title=title)
+    axes.grid(alpha=0.3)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
 def plot_loss(target: IO[bytes], report: Mapping[str, Any]) -> None:
     """Energy and spread of the particles over soft sparsity, the knee and the masks taken on the way."""
     figure, axes = _figure(1)

@@ -57,7 +57,9 @@ def of_this_version(state: Any) -> Any:
     except json.JSONDecodeError:
         return state
     if isinstance(plan, Mapping) and "memory" in plan and isinstance(config, dict):
-        plan = {**{name: value for name, value in plan.items() if name != "memory"}, "update": config.get("update")}
+        names = {"ways_out": "alternatives"}
+        plan = {names.get(name, name): value for name, value in plan.items() if name != "memory"}
+        plan["update"] = config.get("update")
     return {**state, "config": json.dumps(config, indent=2), "plan": plan}
 
 
@@ -168,7 +170,7 @@ def plan(name: str, value: Any, config: SFPKConfig, d: int) -> Plan:
         "choice": {"mode": choice["mode"], "reason": choice["reason"], "seconds": seconds, "transient": transient},
         **{
             field: check.numbers_by_name(f"{name}.{field}", value[field], whole=True)
-            for field in ("parts", "model_parts", "ways_out")
+            for field in ("parts", "model_parts", "alternatives")
         },
         "seconds_per_step": check.real(f"{name}.seconds_per_step", value["seconds_per_step"], 0.0),
     })  # fmt: skip

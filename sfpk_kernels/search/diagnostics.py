@@ -17,7 +17,7 @@ from ..ops import TransitionStats, mask_iou, pack_mask
 from . import state_checks as check
 from .polarizer import Polarized
 from .records import StepRecord
-from .unreached import in_words
+from .unreached import no_gradient_words
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _DYING = 0.001  # share of a tensor's weights kept
 _WINDOW = 0.1  # of the run: energies averaged for "the loss falls"
 
 
-class Seen(NamedTuple):
+class Observed(NamedTuple):
     """The binary masks of a step, on the particles' device."""
 
     overlaps: Tensor  # (n, n) fp64
@@ -67,7 +67,7 @@ class Diagnostics:
         self._places = places.to(device)
 
     @torch.no_grad()
-    def see(self, keep: Polarized) -> Seen:
+    def observe(self, keep: Polarized) -> Observed:
         """Overlaps and layer densities of the binary particles; waits for nothing."""
         kept = _kept(keep, slice(None, None, self._stride), self._places)
         zero = torch.zeros(1, dtype=torch.float64, device=kept.device)
@@ -76,7 +76,7 @@ class Diagnostics:
         for i, begin, end in self._whole:
             places = torch.arange(begin, end, dtype=torch.int64, device=kept.device)
             shares[i] = _kept(keep, slice(begin, end), places).double().mean()
-        return Seen(mask_iou(pack_mask(kept)), shares)
+        return Observed(mask_iou(pack_mask(kept)), shares)
 
     @torch.no_grad()
     def deviation(self, masks: Tensor, stats: TransitionStats) -> Tensor:  # 0-d fp64
@@ -128,26 +128,26 @@ class Alarms:
     def __init__(self, config: SFPKConfig, names: Sequence[str | None]):
         self._config = config
         self._names = names
-        self._said: set[str] = set()  # keys of alarms given
+        self._given: set[str] = set()  # keys of alarms given
 
     def check(self, history: Sequence[StepRecord], record: StepRecord, unreached: Sequence[str] = ()) -> list[str]:
         """What is new in this step, and the tensors without a gradient; also logged as warnings."""
         found = {
-            **({"no gradient": in_words(unreached)} if unreached else {}),
+            **({"no gradient": no_gradient_words(unreached)} if unreached else {}),
             **self._collapse(record),
             **self._dying(record),
             **self._falling([*history, record]),
             **{f"skipped {i}": f"particle {i} had no finite loss and gradient and stood still" for i in record.skipped},
         }
-        new = [words for key, words in found.items() if key not in self._said]
-        self._said.update(found)
+        new = [words for key, words in found.items() if key not in self._given]
+        self._given.update(found)
         for words in new:
             logger.warning("step %d: %s", record.step, words)
         return new
 
     def state_dict(self) -> list[str]:
         """Keys of the alarms given."""
-        return sorted(self._said)
+        return sorted(self._given)
 
     def checked(self, name: str, state: Any) -> set[str]:
         """What :meth:`state_dict` gave.
@@ -157,9 +157,9 @@ class Alarms:
         """
         return set(check.texts(name, state))
 
-    def take_over(self, said: set[str]) -> None:
+    def take_over(self, given: set[str]) -> None:
         """Go on from what was checked."""
-        self._said = said
+        self._given = given
 
     def _collapse(self, record: StepRecord) -> dict[str, str]:
         """Particles on top of each other explore nothing. The pull to their mean does not make them so."""

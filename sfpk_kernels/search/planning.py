@@ -17,7 +17,7 @@ from ..execution import Execution
 from ..modeling.batches import BatchStream
 from ..modeling.state import autograd_allowed, check_no_inference_tensors, guarded, seeded
 from ..utils.arguments import called, check_loader, check_loss_fn
-from ..utils.memory import available_bytes, in_words
+from ..utils.memory import available_bytes, format_bytes
 from .energy import Choice, LossFn, ParticleEnergy, energy_of
 from .polarizer import budget, score_kinds
 from .settings import check_together, chosen
@@ -52,7 +52,7 @@ class Plan:
     available: int | None  # bytes; on the device of the particles
     model_available: int | None
     seconds_per_step: float
-    ways_out: dict[str, int]  # what would take less, and its bytes
+    alternatives: dict[str, int]  # what would take less, and its bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -76,8 +76,8 @@ class Plan:
     def _advice(self) -> str:
         limit = self.available
         lines = [
-            f"  {way}: {in_words(size)}{'' if limit is None or size <= _SHARE * limit else ' (still too much)'}"
-            for way, size in self.ways_out.items()
+            f"  {way}: {format_bytes(size)}{'' if limit is None or size <= _SHARE * limit else ' (still too much)'}"
+            for way, size in self.alternatives.items()
             if size < self.peak_bytes  # of a run refused before its first pass only the largest parts are known
         ]
         if not lines:
@@ -85,11 +85,11 @@ class Plan:
         return "\nwhat takes less:\n" + "\n".join(lines)
 
     def __str__(self) -> str:
-        rows = [(name, in_words(size)) for name, size in self.parts.items() if size]
-        rows.append(("peak", in_words(self.peak_bytes) + _of(self.available)))
+        rows = [(name, format_bytes(size)) for name, size in self.parts.items() if size]
+        rows.append(("peak", format_bytes(self.peak_bytes) + _of(self.available)))
         if self.model_parts:
-            rows += [(f"{name} (GPU)", in_words(size)) for name, size in self.model_parts.items() if size]
-            rows.append(("peak (GPU)", in_words(sum(self.model_parts.values())) + _of(self.model_available)))
+            rows += [(f"{name} (GPU)", format_bytes(size)) for name, size in self.model_parts.items() if size]
+            rows.append(("peak (GPU)", format_bytes(sum(self.model_parts.values())) + _of(self.model_available)))
         rows.append((
             "time",
             f"{self.seconds_per_step:.3g} s a step, {_duration(self.seconds_per_step * self.steps)} for {self.steps}",
@@ -169,7 +169,7 @@ def check_state(coordinates: Coordinates, config: SFPKConfig, execution: Executi
     parts = _state(coordinates, config)
     if not _within(parts, limit):
         choice = Choice(execution.energy_mode, "not tried")
-        ways = _ways_out(coordinates, config, execution, choice)
+        ways = _alternatives(coordinates, config, execution, choice)
         n, d = config.n_particles, coordinates.d
         Plan(n, d, config.n_steps, config.update, choice, parts, {}, limit, None, 0.0, ways).check()
 
@@ -198,12 +198,12 @@ def plan_run(
         free = available_bytes(device)
         limit = None if free is None else free + taken
     together = config.update == "jacobi" and not split
-    room = _TRIAL_BYTES
+    trial_bytes = _TRIAL_BYTES
     if limit is not None:
         if problem.device.type == "cuda":
-            room = max(room, int(_TRIAL_SHARE * limit))
-        room = max(0, min(room, int(_SHARE * limit) - sum(_state(coordinates, config).values())))
-    choice = energy.choose(batch, config.n_particles, together, room)
+            trial_bytes = max(trial_bytes, int(_TRIAL_SHARE * limit))
+        trial_bytes = max(0, min(trial_bytes, int(_SHARE * limit) - sum(_state(coordinates, config).values())))
+    choice = energy.choose(batch, config.n_particles, together, trial_bytes)
     parts, model_parts = _parts(coordinates, config, execution, choice, split)
     n, d = config.n_particles, coordinates.d
     passes = _PASSES[config.update] + (0.0 if config.update == "jacobi" else 2.0 * n)
@@ -219,7 +219,7 @@ def plan_run(
         model_available=available_bytes(problem.device) if split else None,
         seconds_per_step=n * choice.seconds[choice.mode]
         + passes * n * d * _SIZES[config.particle_dtype] / _bytes_per_second(device),
-        ways_out=_ways_out(coordinates, config, execution, choice),
+        alternatives=_alternatives(coordinates, config, execution, choice),
     )
 
 
@@ -258,7 +258,7 @@ def _parts(
     return {**parts, "held by the allocator": heap}, {}
 
 
-def _ways_out(coordinates: Coordinates, config: SFPKConfig, execution: Execution, choice: Choice) -> dict[str, int]:
+def _alternatives(coordinates: Coordinates, config: SFPKConfig, execution: Execution, choice: Choice) -> dict[str, int]:
     """Peak bytes of smaller runs."""
     ways: dict[str, dict[str, Any]] = {}
     one_by_one = dataclasses.replace(choice, mode="sequential") if choice.mode == "vmap" else choice
@@ -283,7 +283,7 @@ def _within(parts: dict[str, int], limit: int | None) -> bool:
 
 
 def _of(limit: int | None) -> str:
-    return "" if limit is None else f" of {in_words(limit)} available"
+    return "" if limit is None else f" of {format_bytes(limit)} available"
 
 
 def _duration(seconds: float) -> str:

@@ -140,7 +140,7 @@ class SFPKPruner(Loop):
             densities = system.densities
             # 1. polarize
             keep = run.polarizer.polarize(system.masks, densities, self.config.polarizer, system.known_densities)
-            seen = run.diagnostics.see(keep)
+            observed = run.diagnostics.observe(keep)
             # 2. energies, each particle on its own batch; 3.-7. repulsion, transition, retraction, consensus
             with seeded(run.seed_of(number), self.coordinates.device):
                 energies, stats = move_particles(self.config, run.energy, system, keep, batches, reached)
@@ -151,7 +151,7 @@ class SFPKPruner(Loop):
                 densities=stats.densities,
                 cosines=stats.cosines,
                 deviation=run.diagnostics.deviation(system.masks, stats),
-                **seen._asdict(),
+                **observed._asdict(),
                 **({} if reached is None or reached.flags is None else {"reached": reached.flags}),
             )
             missing = [] if reached is None else reached.missing(read.pop("reached"), number)

@@ -44,7 +44,7 @@ class PruneResult:
     densities: Tensor  # (n,) soft densities of the particles
     energies: Tensor  # (n,) of the last step
     waypoints: list[Waypoint]  # masks along the way, by rising sparsity
-    _polarizer: Polarizer
+    polarizer: Polarizer  # scores of particles, for other votes
 
     def __repr__(self) -> str:
         return (
@@ -144,12 +144,12 @@ class PruneResult:
         kind = self.config.final_score or self.config.polarizer
         with torch.no_grad():
             if rule == "mean":
-                return self._select(self._polarizer.score(self.particles.float().mean(dim=0), kind), sparsity)
+                return self._select(self.polarizer.score(self.particles.float().mean(dim=0), kind), sparsity)
             share = {"best": 1 / len(self.particles), "top_ratio": ratio}.get(rule, 1.0)
             rule = "hard" if rule == "hard" else "soft"
             n = len(self.particles)
             densities = [1.0 - sparsity] * n if rule == "hard" else self.densities.tolist()
-            vote = Vote(self._polarizer, kind, rule, share, 0.0, sparsity)
+            vote = Vote(self.polarizer, kind, rule, share, 0.0, sparsity)
             return self._select(vote.update(self.particles, densities, self.energies.tolist()), sparsity)
 
     def keep_probability(self) -> dict[str, Tensor]:
@@ -157,7 +157,7 @@ class PruneResult:
         kind = self.config.final_score or self.config.polarizer
         densities = [self.config.target_density] * len(self.particles)
         with torch.no_grad():
-            share = self._polarizer.keeps(self.particles, densities, kind, range(len(self.particles)))
+            share = self.polarizer.keeps(self.particles, densities, kind, range(len(self.particles)))
             share /= len(self.particles)
         tensors = self.coordinates.tensors
         return {t.name: part for t, part in zip(tensors, self.coordinates.split(share), strict=True)}
@@ -243,7 +243,7 @@ class PruneResult:
 
     def _select(self, score: Tensor, sparsity: float) -> MaskSet:
         budget(sparsity, self.coordinates.d)
-        mask = self._polarizer.final(score.to(self.particles.device), sparsity)
+        mask = self.polarizer.final(score.to(self.particles.device), sparsity)
         return MaskSet.from_flat(mask, self.coordinates)
 
 

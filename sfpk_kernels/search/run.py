@@ -203,5 +203,5 @@ class Run:
             densities=self.system.densities.clone(),
             energies=self.energies.clone(),
             waypoints=list(self.waypoints.taken),
-            _polarizer=self.polarizer,
+            polarizer=self.polarizer,
         )

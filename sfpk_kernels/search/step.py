@@ -45,7 +45,7 @@ def jacobi(
     energies, grads = energy(keep, batches)
     bad = not_finite(energies)
     if reached is not None:
-        reached.see(grads)
+        reached.observe(grads)
         bad = bad | reached.refused()
     spoil_(grads, bad)
     return energies, system.move_(grads)
@@ -72,7 +72,7 @@ def gauss_seidel(
             row = slice(i, i + 1)
             energies[i] = energy.single(i, keep.rows(row), batches[i], grad[0])
             if reached is not None:
-                reached.see(grad)
+                reached.observe(grad)
             spoil_(grad, not_finite(energies[row]) if skips else bad | not_finite(energies[row]))
             stats = system.move_(grad, row=i)
             cosines[i] = stats.cosines[i]

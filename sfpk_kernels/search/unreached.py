@@ -29,7 +29,7 @@ class Reached:
         self.needed = needed
         self.flags: Tensor | None = None  # (tensors,) bool, where the gradients are
 
-    def see(self, grads: Tensor) -> None:  # (rows, d)
+    def observe(self, grads: Tensor) -> None:  # (rows, d)
         """Gradients of some particles; one that is not a number counts."""
         seen = torch.stack([grads[:, t.offset : t.offset + t.numel].any() for t in self._tensors])
         self.flags = seen if self.flags is None else self.flags | seen
@@ -68,7 +68,7 @@ class NoGradientError(ValueError):
         )
 
 
-def in_words(names: Sequence[str]) -> str:
+def no_gradient_words(names: Sequence[str]) -> str:
     """What is wrong and what to do, for an alarm."""
     shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
     return (

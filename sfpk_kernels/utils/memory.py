@@ -109,7 +109,7 @@ def _storage(leaf: Any) -> torch.UntypedStorage | None:
         return None
 
 
-def in_words(size: float) -> str:
+def format_bytes(size: float) -> str:
     """1,234,567 → "1.2 MB" (powers of ten)."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(size) < 999.5:

@@ -88,7 +88,7 @@ class ParticleEnergy:
         batch: Any,
         n: int,
         together: bool = True,
-        room: int | None = None,
+        trial_bytes: int | None = None,
     ) -> Choice:
         """Measure the ways that come into question on one batch; decides ``"auto"`` and ``"timed"``.
 
@@ -96,10 +96,10 @@ class ParticleEnergy:
             batch: of one particle.
             n: particles.
             together: whether all of a chunk may go through the model at once.
-            room: bytes that the trial of a batched pass may take with ``"timed"``.
+            trial_bytes: bytes that the trial of a batched pass may take with ``"timed"``.
         """
         with seeded(0, self.problem.device):
-            self.choice = choose(self.problem, self._mode, batch, min(self._chunk_size or n, n), together, room)
+            self.choice = choose(self.problem, self._mode, batch, min(self._chunk_size or n, n), together, trial_bytes)
         return self.choice
 
     def __call__(

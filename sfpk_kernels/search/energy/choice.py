@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...utils.memory import in_words, peak_bytes
+from ...utils.memory import format_bytes, peak_bytes
 from ._problem import CannotRunError, Problem
 from ._scale import LossScale
 from .batched import Batched, stack
@@ -63,7 +63,7 @@ def choose(
     batch: Any,
     chunk: int,
     together: bool,
-    room: int | None,
+    trial_bytes: int | None,
 ) -> Choice:
     """Try ``batch`` at the dense weights, only as much as the question needs; the model must be guarded.
 
@@ -73,7 +73,7 @@ def choose(
         batch: of one particle.
         chunk: particles in one vmap pass.
         together: whether vmap is allowed.
-        room: bytes that the trial of a batched pass may take with ``"timed"``.
+        trial_bytes: bytes that the trial of a batched pass may take with ``"timed"``.
     """
     single = _time_one_by_one(OneByOne(problem, LossScale(problem.precision == "fp16")), batch)
     seconds, transient = {"sequential": single[0]}, {"sequential": single[1]}
@@ -90,7 +90,7 @@ def choose(
     for name in wanted:
         try:
             if name == "vmap":
-                seconds[name], transient[name] = _time_batched(problem, batch, chunk, single, room, timed)
+                seconds[name], transient[name] = _time_batched(problem, batch, chunk, single, trial_bytes, timed)
             elif name == "cudagraph":
                 seconds[name], transient[name] = _time_one_by_one(Graphed(problem, LossScale(False)), batch)
         except CannotRunError as error:
@@ -119,15 +119,17 @@ def _time_one_by_one(runner: OneByOne, batch: Any) -> tuple[float, int]:
 
 
 def _time_batched(
-    problem: Problem, batch: Any, chunk: int, single: tuple[float, int], room: int | None, may_skip: bool
+    problem: Problem, batch: Any, chunk: int, single: tuple[float, int], trial_bytes: int | None, may_skip: bool
 ) -> tuple[float, int]:
     """Seconds per particle of a batched pass, and its peak bytes beyond the gradients."""
     runner = Batched(problem, LossScale(problem.precision == "fp16"))
     needed = chunk * (single[1] + 3 * 4 * problem.theta.numel())
     if may_skip and single[0] > _LONG:
         raise CannotRunError(f"a pass of one particle takes {single[0]:.1f} s, launching is no part of it")
-    if may_skip and room is not None and needed > room:
-        raise CannotRunError(f"a pass of {chunk} particles takes about {in_words(needed)}, {in_words(room)} are free")
+    if may_skip and trial_bytes is not None and needed > trial_bytes:
+        raise CannotRunError(
+            f"a pass of {chunk} particles takes about {format_bytes(needed)}, {format_bytes(trial_bytes)} are free"
+        )
     stacked = stack([batch] * chunk)
     if stacked is None:
         raise CannotRunError("the batch holds something else than tensors")
