@@ -135,7 +135,7 @@ def ours(
             if backend == "reference" and shape.get("n", 1) * shape["d"] > largest_reference:
                 return "the reference takes too long at this size"
             folder, _, function = op.partition(".")
-            available = importlib.import_module(f"sfpk_kernels.ops.{folder}")._BACKENDS
+            available = importlib.import_module(f"sfpk_kernels.ops.{folder}").BACKENDS
             available = available[function] if function else available
             reason: str | None = available[backend].why_not(torch.ones(1, 1, dtype=torch.float32, device=device))
             return reason.splitlines()[0] if reason else None

@@ -138,7 +138,7 @@ def _wrong_choices(device: torch.device) -> int:
     """How many ops take another backend than the best one for this device."""
     wrong = 0
     for op, expected in CHOSEN[device.type].items():
-        backends = importlib.import_module(f"sfpk_kernels.ops.{op}")._BACKENDS
+        backends = importlib.import_module(f"sfpk_kernels.ops.{op}").BACKENDS
         sample = torch.ones(1, 1, dtype=torch.float32, device=device)
         chosen = next(n for n in preference(device.type) if n in backends and backends[n].why_not(sample) is None)
         print(f"{op:<42} on {device.type}: {chosen}" + ("" if chosen == expected else f", wanted {expected}"))

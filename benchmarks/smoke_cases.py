@@ -92,7 +92,7 @@ def _particles(dtype: torch.dtype, n: int, **options: Any) -> Callable[[Seeded, 
 def _case(op: str, run: Callable[[Seeded, str], Any], tolerance: float = 0.0) -> Any:
     def judged(device: torch.device, backend: str) -> Verdict | None:
         """None where the op has no such backend."""
-        backends = importlib.import_module(f"sfpk_kernels.ops.{op}")._BACKENDS
+        backends = importlib.import_module(f"sfpk_kernels.ops.{op}").BACKENDS
         if backend == "reference" or backend not in backends:
             return None
         interpreted = backend == "triton" and _triton.interpreted()

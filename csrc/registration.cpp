@@ -19,10 +19,9 @@ STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
       "pattern_excluded_(Tensor[] values, bool rows, int score, Tensor[] saliency, Tensor[] excluded, "
       "Tensor[] always, int keep, int group, Tensor(a!)[] out) -> int");
   m.def(
-      "masked_weights_(Tensor[] weights, Tensor mask, int kind, int score, Tensor? saliency, Tensor? "
-      "threshold, "
-      "Tensor? tie_end, Tensor segments, Tensor layout, Tensor(a!)[] out) -> ()");
-  m.def("mask_gradient_(Tensor[] weights, Tensor[] grads, Tensor layout, Tensor(a!) out) -> ()");
+      "masked_weights_(Tensor[] weights, Tensor mask, int kind, int score, Tensor? saliency, "
+      "Tensor? threshold, Tensor? tie_end, Tensor segments, int[] layout, Tensor(a!)[] out) -> ()");
+  m.def("mask_gradient_(Tensor[] weights, Tensor[] grads, int[] layout, Tensor(a!) out) -> ()");
   // On the GPU; present in every build, implemented in those with CUDA.
   m.def(
       "topk_device_(Tensor[] values, int score, Tensor[] saliency, Tensor[] excluded, Tensor[] always, "
@@ -32,7 +31,8 @@ STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
       "Tensor(d!) state, Tensor(e!) bins, Tensor(f!) ties) -> ()");
   m.def(
       "masked_weights_device_(Tensor[] weights, Tensor mask, int kind, int score, Tensor? saliency, "
-      "Tensor? threshold, Tensor? tie_end, Tensor borders, int[] layout, Tensor(a!)[] out) -> ()");
+      "Tensor? threshold, Tensor? tie_end, Tensor borders, int[] layout, int coordinates, Tensor(a!)[] out) "
+      "-> ()");
   m.def("mask_gradient_device_(Tensor[] weights, Tensor[] grads, int[] layout, Tensor(a!) out) -> ()");
   m.def("pack_(Tensor mask, Tensor(a!) out) -> ()");
   m.def("unpack_(Tensor packed, Tensor(a!) out) -> ()");

@@ -25,6 +25,7 @@ POINTERS = {
 }  # fmt: skip
 RANK = {"SCORE": Score.MEAN_ABS_SALIENCY.value, "EXCLUDES": True, "BLOCK": 1024, "TILES": 16}
 APPLY = {"SCORE": Score.ABS_SALIENCY.value, "SINGLE": False, "PART": True, "BITS": 8, "BLOCK": 1024}
+RESULTS = ((False, "*fp32"), (True, "*fp64"))  # written, or added to
 VARIANTS = [
     *((selection.count_digits, {**RANK, "SHIFT": shift}, {}) for shift in (24, 0)),
     (selection.choose_digit, {}, {}),
@@ -48,8 +49,8 @@ VARIANTS = [
             (MaskKind.CUT, "*fp32", "*fp32"),
         )
     ),
-    (masking.products, {"BLOCK": 1024}, {"out": "*fp32"}),
-    (masking.group_sums, {"G": 4, "WIDE": 256}, {"out": "*fp32"}),
+    *((masking.products, {"ADDS": adds, "BLOCK": 1024}, {"out": out}) for adds, out in RESULTS),
+    *((masking.group_sums, {"ADDS": adds, "G": 4, "WIDE": 256}, {"out": out}) for adds, out in RESULTS),
 ]
 
 

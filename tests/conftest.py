@@ -27,7 +27,8 @@ def _seed():
 # Tests of the ops, in which memory that nobody has written holds NaN, or the largest integer.
 OPS = {
     "derivatives", "edges_of_ops", "masked_weights", "packed_masks", "registration", "selection_backends",
-    "selection_constraints", "selection_gpu", "topk_mask", "transition", "transition_backends", "transition_row",
+    "selection_constraints", "selection_gpu", "shared_coordinates", "topk_mask", "transition", "transition_backends",
+    "transition_row",
 }  # fmt: skip
 
 

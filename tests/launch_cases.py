@@ -6,7 +6,10 @@ from unittest import mock
 
 import torch
 
-from sfpk_kernels.ops import masking, selection, transition
+from sfpk_kernels.ops import transition
+from sfpk_kernels.ops._named import by_name
+from sfpk_kernels.ops.masking import _ops as masking
+from sfpk_kernels.ops.selection import _ops as selection
 
 # (shape, options) of transition_: every tiling and what it can be asked for.
 TRANSITIONS = [
@@ -55,7 +58,9 @@ def rank(device, d, n=4, output="bool", values=None, backend="", **given):
     )
     arguments = {"score": "value", "saliency": None, "sizes": None, "segments": [], "min_keep": [], "max_keep": [],
                  "pattern": [], "protected": None, "removed": None, "guess": None, **given}  # fmt: skip
-    return selection._solve("topk_mask", values, k, *arguments.values(), output, backend)
+    op = "sfpk::topk_mask_list" if isinstance(values, list) else "sfpk::topk_mask"
+    run = by_name(op, lambda call: selection._select("topk_mask", call, call.pattern, call.packed))
+    return run(values, k, *arguments.values(), output, backend)
 
 
 def apply(device, d, n=10, kind="cut", segments=None, theta=None, layout=(), backend=""):
@@ -72,12 +77,14 @@ def apply(device, d, n=10, kind="cut", segments=None, theta=None, layout=(), bac
     # Of fakes, the addresses are all alike: what is a view cannot be told by them.
     with mock.patch.object(masking, "_as_rows", lambda out, n, count: out):
         mask, borders = empty(device, *shape, dtype=dtype), borders if kind == "cut" else []
-        masking._masked_weights_out(theta, mask, *cut, "abs", None, borders, list(layout), outs, backend)
+        run = by_name("sfpk::masked_weights_out", masking._masked_weights_out)
+        run(theta, mask, *cut, "abs", None, borders, list(layout), outs, backend)
 
 
 def differentiate(device, d, n=10, layout=(), backend=""):
     """mask_gradient of d weights."""
-    return masking._mask_gradient([empty(device, d)], [empty(device, n, d)], list(layout), backend)
+    run = by_name("sfpk::mask_gradient", masking._mask_gradient)
+    return run([empty(device, d)], [empty(device, n, d)], list(layout), backend)
 
 
 def launch_all(group: str, d: int, device: str = "cuda:0") -> None:
@@ -89,10 +96,12 @@ def launch_all(group: str, d: int, device: str = "cuda:0") -> None:
     rank(device, d, output="cut", backend=backend)
     rank(device, d, output="int32", score="mean_abs_saliency", saliency=saliency, n=10, backend=backend)
     apply(device, d, backend=backend)
-    apply(device, d // 8, kind="packed", theta=[empty(device, d // 8 * 8)], layout=(2, d // 8, 4), backend=backend)
+    apply(device, d // 8, kind="packed", theta=[empty(device, d // 8 * 8)], layout=(2, d // 8, 4, 0), backend=backend)
     differentiate(device, d, backend=backend)
-    differentiate(device, d // 8 * 8, layout=(2, d // 8, 4), backend=backend)
-    differentiate(device, 2**32 - 2, layout=(1, 2, 2**31 - 1), backend=backend)  # the last step of a loop ends beyond
+    differentiate(device, d // 8 * 8, layout=(2, d // 8, 4, 0), backend=backend)
+    differentiate(
+        device, 2**32 - 2, layout=(1, 2, 2**31 - 1, 0), backend=backend
+    )  # the last step of a loop ends beyond
     if group == "few":
         return
     rank(device, d, output="uint8", score="abs_saliency", saliency=saliency, n=200, backend=backend)
@@ -105,8 +114,8 @@ def launch_all(group: str, d: int, device: str = "cuda:0") -> None:
         apply(device, d, kind=kind, n=200, backend=backend)
     apply(device, d, segments=[0, d // 3, d], backend=backend)
     wide = [empty(device, d // 8 * 8)]
-    apply(device, d // 8, segments=[0, d // 20, d // 8], theta=wide, layout=(2, d // 8, 4), backend=backend)
-    apply(device, 64, theta=[empty(device, d // 64 * 64)], layout=(1, 64, d // 64), kind="bool", backend=backend)
-    apply(device, 64, theta=[empty(device, d // 64 * 64)], layout=(d // 64, 64, 1), kind="bool", backend=backend)
-    differentiate(device, d // 64 * 64, layout=(1, 64, d // 64), n=100, backend=backend)
-    differentiate(device, d // 64 * 64, layout=(d // 64, 64, 1), n=100, backend=backend)
+    apply(device, d // 8, segments=[0, d // 20, d // 8], theta=wide, layout=(2, d // 8, 4, 0), backend=backend)
+    apply(device, 64, theta=[empty(device, d // 64 * 64)], layout=(1, 64, d // 64, 0), kind="bool", backend=backend)
+    apply(device, 64, theta=[empty(device, d // 64 * 64)], layout=(d // 64, 64, 1, 0), kind="bool", backend=backend)
+    differentiate(device, d // 64 * 64, layout=(1, 64, d // 64, 0), n=100, backend=backend)
+    differentiate(device, d // 64 * 64, layout=(d // 64, 64, 1, 0), n=100, backend=backend)

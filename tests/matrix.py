@@ -38,7 +38,7 @@ TESTED = (
     "diagnostics", "edges_of_ops", "energy", "energy_models", "enforce", "export", "files", "graphed", "interrupted",
     "lean", "mask_sets", "masked_weights", "masks", "model_untouched", "naive_agreement", "one_read_per_step",
     "package", "packed_masks", "particle_dtypes", "pruner", "recorded_launches", "registration", "resume",
-    "selection_backends", "selection_constraints", "states", "threads", "topk_mask", "transition",
+    "selection_backends", "selection_constraints", "shared_coordinates", "states", "threads", "topk_mask", "transition",
     "transition_backends", "transition_row", "unreached", "wrapped",
 )  # fmt: skip
 # What depends on Triton: its kernels in its interpreter, and what is read from its intermediate code.

@@ -1,27 +1,22 @@
 """The CUDA kernels: compiled for sm_80 and sm_90 without a GPU, and run on the CPU block by block."""
 
-import ctypes
-import os
 import re
 import shutil
 import subprocess
 import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from sfpk_kernels import _build, _extension
+from sfpk_kernels import _build
 from sfpk_kernels.ops import Blocks, Cut, mask_gradient, masked_weights, pack_mask, topk_mask, topk_threshold
 from sfpk_kernels.ops.codes import ENTRY_SCORES, SCORES, MaskKind, score_code
 
+from .emulated import KINDS, ROOT, library, long, mask_gradient_, masked_weights_, pointer
 from .sparse import sparse
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-NAMES = {torch.float32: "FLOAT", torch.bfloat16: "BFLOAT16", torch.float16: "HALF"}
-KINDS = {dtype: _extension.load().codes()["FloatKind"][name] for dtype, name in NAMES.items()}
 
 
 @pytest.mark.parametrize("architecture", ["80", "90"])
@@ -58,23 +53,7 @@ def test_the_ops_compile_without_warnings(source, tmp_path):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """The kernels as a library whose threads are fibers; see cuda_emulation/."""
-    library = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    folders = [ROOT / "tests" / "cuda_emulation", ROOT / "csrc", ROOT / "csrc" / "cuda"]
-    subprocess.run(
-        [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC",
-         *(f"-I{folder}" for folder in folders), str(folders[0] / "kernels.cpp"), "-o", str(library)],
-        check=True,
-    )  # fmt: skip
-    return ctypes.CDLL(str(library))
-
-
-def pointer(tensor):
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def long(value):
-    return ctypes.c_int64(value)
+    return library(tmp_path_factory.mktemp("emulated"))
 
 
 def select(
@@ -174,18 +153,9 @@ def test_protected_removed_and_nan(kernels):
 LAYOUTS = [Blocks(1, 3000, 1), Blocks(1, 50, 9), Blocks(7, 30, 1), Blocks(3, 40, 25)]
 
 
-def apply(
-    kernels, theta, values, blocks, out_dtype, *, kind, bits=0, score="value", saliency=None, cut=None, borders=None
-):
-    n = values.shape[0]
-    out = torch.full((n, theta.numel() + 3), -7.0).to(out_dtype)
-    borders = torch.tensor(borders or [0, blocks.groups])
-    threshold, tie_end = cut if cut is not None else (None, None)
-    kernels.emulated_masked_weights(
-        pointer(theta), KINDS[theta.dtype], *map(long, blocks), kind, pointer(values), KINDS.get(values.dtype, 0),
-        long(values.stride(0)), bits, score_code(score), pointer(saliency), pointer(threshold), pointer(tie_end),
-        pointer(borders), long(borders.numel() - 1), long(n), pointer(out), KINDS[out_dtype], long(out.stride(0)),
-    )  # fmt: skip
+def apply(kernels, theta, values, blocks, out_dtype, *, score="value", **options):
+    out = torch.full((values.shape[0], theta.numel() + 3), -7.0).to(out_dtype)
+    masked_weights_(kernels, theta, values, blocks, out, score=score_code(score), **options)
     assert (out[:, theta.numel() :] == -7).all()
     return out[:, : theta.numel()]
 
@@ -221,10 +191,7 @@ def test_masked_weights(kernels, blocks, dtype):
 def test_mask_gradient(kernels, blocks):
     theta, grads = torch.randn(blocks.numel), torch.randn(3, blocks.numel)
     out = torch.full((3, blocks.groups + 2), -7.0)
-    kernels.emulated_mask_gradient(
-        pointer(theta), 0, *map(long, blocks), pointer(grads), 0, long(grads.stride(0)), long(3), pointer(out),
-        long(out.stride(0)),
-    )  # fmt: skip
+    mask_gradient_(kernels, theta, grads, blocks, out)
     expected = mask_gradient(theta, grads, layout=blocks, backend="reference")
     torch.testing.assert_close(out[:, : blocks.groups], expected, rtol=1e-6, atol=1e-6)
     assert (out[:, blocks.groups :] == -7).all()
@@ -288,12 +255,8 @@ def test_masked_weights_behind_32_bits(kernels, window, kind):
     else:
         values = end_of(sparse(2, HUGE), keep)
         cut = (torch.full((2, 1), 0.5), torch.full((2, 1), HUGE))
-    threshold, tie_end = cut
-    borders, stride = torch.tensor([0, HUGE]), values.stride(0)
-    kernels.emulated_masked_weights(
-        pointer(theta), 0, long(1), long(HUGE), long(1), code, pointer(values), 0, long(stride), bits, 0, None,
-        pointer(threshold), pointer(tie_end), pointer(borders), long(1), long(2), pointer(out), 0, long(HUGE),
-    )  # fmt: skip
+    blocks = Blocks(1, HUGE, 1)
+    masked_weights_(kernels, theta, values, blocks, out, kind=code, bits=bits, cut=cut)
     assert torch.equal(out[:, -4:], keep * weights)
 
 
@@ -302,17 +265,7 @@ def test_mask_gradient_behind_32_bits(kernels, window, blocks):
     weights, gradient = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[2.0, 3.0, 4.0], [5.0, 6.0, 7.0]])
     count = blocks.numel
     theta, grads, out = end_of(sparse(count), weights), end_of(sparse(2, count), gradient), sparse(2, blocks.groups)
-    kernels.emulated_mask_gradient(
-        pointer(theta),
-        0,
-        *map(long, blocks),
-        pointer(grads),
-        0,
-        long(count),
-        long(2),
-        pointer(out),
-        long(blocks.groups),
-    )
+    mask_gradient_(kernels, theta, grads, blocks, out)
     products = weights * gradient
     if blocks.inner == 1:
         assert torch.equal(out[:, -3:], products)

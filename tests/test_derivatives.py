@@ -23,7 +23,7 @@ def plain(weights, factors, layout=None):
     """θ ⊙ m in torch."""
     if layout is not None:
         first, parts = 0, []
-        for outer, groups, inner in layout:
+        for outer, groups, inner, _ in layout:
             part = factors[..., first : first + groups]
             parts.append(part[..., None, :, None].expand(*part.shape[:-1], outer, groups, inner).flatten(-3))
             first += groups

@@ -182,7 +182,7 @@ def test_every_mask_beside_every_weight(data):
     # What the mask says, by torch alone.
     index = torch.arange(d)
     if layout is not None:
-        index = index.view(1, d, 1).expand(*layout).flatten()
+        index = index.view(1, d, 1).expand(*layout[:3]).flatten()
     if isinstance(kind, torch.dtype):
         wide = torch.promote_types(torch.promote_types(weights.dtype, kind), torch.float32)
         expected = weights.to(wide) * keep[:, index].to(wide)

@@ -122,7 +122,7 @@ LAYOUTS = [
 def expanded(coordinates, layout):
     """The literal index: one coordinate for every weight."""
     first, parts = 0, []
-    for outer, groups, inner in layout:
+    for outer, groups, inner, _ in layout:
         index = torch.arange(first, first + groups).view(1, groups, 1).expand(outer, groups, inner)
         parts.append(coordinates[..., index.flatten()])
         first += groups

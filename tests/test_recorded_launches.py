@@ -105,7 +105,7 @@ def test_masked_weights(device, backend, kind, lists):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("layout", [[], [10, D // 100, 10]])
+@pytest.mark.parametrize("layout", [[], [10, D // 100, 10, 0]])
 def test_mask_gradient(device, backend, layout):
     with recorded() as recording:
         differentiate(device, D, layout=layout, backend=backend)
@@ -144,7 +144,7 @@ def test_more_rows_than_a_grid_takes_are_refused(backend):
             rank("cuda:0", 100, n=70_000, backend=backend)
         if backend == "triton":  # the CUDA launcher says it itself
             with pytest.raises(ValueError, match="wanted up to 65,535 rows for backend 'triton', got 70,000"):
-                differentiate("cuda:0", 100, n=70_000, layout=[2, 5, 10], backend=backend)
+                differentiate("cuda:0", 100, n=70_000, layout=[2, 5, 10, 0], backend=backend)
     assert not recording.launches
 
 

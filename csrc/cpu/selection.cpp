@@ -45,9 +45,9 @@ using sfpk::ceil_div;
 using sfpk::KeyCut;
 using sfpk::kind_of;
 using sfpk::Packing;
-using sfpk::Piece;
 using sfpk::Score;
 using sfpk::Segment;
+using sfpk::Source;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -71,9 +71,9 @@ struct Inputs {
   Score score;
 };
 
-// The problems of a call: one list of pieces per row, or one over all tensors of a list.
-std::vector<std::vector<Piece>> problems(const Inputs& in, const char* op) {
-  std::vector<std::vector<Piece>> all;
+// What a call ranks: one list of sources per row, or one over all tensors of a list.
+std::vector<std::vector<Source>> sources_of(const Inputs& in, const char* op) {
+  std::vector<std::vector<Source>> all;
   if (in.rows) {
     SFPK_CHECK(in.values.size() == 1 && in.values[0].dim() == 2, op, "values", "shape (n, d)", "another");
     const Tensor& values = in.values[0];
@@ -81,23 +81,23 @@ std::vector<std::vector<Piece>> problems(const Inputs& in, const char* op) {
     SFPK_CHECK(d <= 1 || values.stride(1) == 1, op, "values", "rows without gaps", "others");
     const bool mean = in.score == Score::kMeanAbsSaliency;
     const int64_t outputs = mean ? 1 : n;
-    Piece piece{};
-    piece.kind = kind_of(values, op, "values");
-    piece.score = in.score;
-    piece.rows = mean ? n : 1;
-    piece.row_stride = values.stride(0);
-    piece.scale = 1.0f / static_cast<float>(n);
-    piece.count = d;
-    piece.saliency = data_of<float>(in.saliency, 0, d, ScalarType::Float, op, "saliency");
-    piece.sizes = data_of<int64_t>(in.sizes, 0, d, ScalarType::Long, op, "sizes");
+    Source source{};
+    source.kind = kind_of(values, op, "values");
+    source.score = in.score;
+    source.rows = mean ? n : 1;
+    source.row_stride = values.stride(0);
+    source.scale = 1.0f / static_cast<float>(n);
+    source.count = d;
+    source.saliency = data_of<float>(in.saliency, 0, d, ScalarType::Float, op, "saliency");
+    source.sizes = data_of<int64_t>(in.sizes, 0, d, ScalarType::Long, op, "sizes");
     const auto* excluded = data_of<uint8_t>(in.excluded, 0, outputs * d, ScalarType::Bool, op, "excluded");
     const auto* always = data_of<uint8_t>(in.always, 0, outputs * d, ScalarType::Bool, op, "always");
-    const int64_t bytes = sfpk::bytes_of(piece.kind);
+    const int64_t bytes = sfpk::bytes_of(source.kind);
     for (int64_t row = 0; row < outputs; ++row) {
-      piece.values = static_cast<const char*>(values.const_data_ptr()) + row * values.stride(0) * bytes;
-      piece.excluded = excluded ? excluded + row * d : nullptr;
-      piece.always = always ? always + row * d : nullptr;
-      all.push_back({piece});
+      source.values = static_cast<const char*>(values.const_data_ptr()) + row * values.stride(0) * bytes;
+      source.excluded = excluded ? excluded + row * d : nullptr;
+      source.always = always ? always + row * d : nullptr;
+      all.push_back({source});
     }
     return all;
   }
@@ -105,19 +105,19 @@ std::vector<std::vector<Piece>> problems(const Inputs& in, const char* op) {
   all.emplace_back();
   for (size_t i = 0; i < in.values.size(); ++i) {
     SFPK_CHECK(in.values[i].is_contiguous(), op, "values", "contiguous tensors", "a strided one");
-    Piece piece{};
-    piece.values = in.values[i].const_data_ptr();
-    piece.kind = kind_of(in.values[i], op, "values");
-    piece.score = in.score;
-    piece.rows = 1;
-    piece.count = in.values[i].numel();
-    piece.first = first;
-    piece.saliency = data_of<float>(in.saliency, i, piece.count, ScalarType::Float, op, "saliency");
-    piece.sizes = data_of<int64_t>(in.sizes, i, piece.count, ScalarType::Long, op, "sizes");
-    piece.excluded = data_of<uint8_t>(in.excluded, i, piece.count, ScalarType::Bool, op, "excluded");
-    piece.always = data_of<uint8_t>(in.always, i, piece.count, ScalarType::Bool, op, "always");
-    first += piece.count;
-    all[0].push_back(piece);
+    Source source{};
+    source.values = in.values[i].const_data_ptr();
+    source.kind = kind_of(in.values[i], op, "values");
+    source.score = in.score;
+    source.rows = 1;
+    source.count = in.values[i].numel();
+    source.first = first;
+    source.saliency = data_of<float>(in.saliency, i, source.count, ScalarType::Float, op, "saliency");
+    source.sizes = data_of<int64_t>(in.sizes, i, source.count, ScalarType::Long, op, "sizes");
+    source.excluded = data_of<uint8_t>(in.excluded, i, source.count, ScalarType::Bool, op, "excluded");
+    source.always = data_of<uint8_t>(in.always, i, source.count, ScalarType::Bool, op, "always");
+    first += source.count;
+    all[0].push_back(source);
   }
   return all;
 }
@@ -134,10 +134,10 @@ Inputs checked(const std::vector<Tensor>& values, const std::vector<Tensor>& sal
 }
 
 // Which row, or which tensor of the list, an error is about.
-int64_t culprit(const Inputs& in, const std::vector<Piece>& pieces, int64_t row, int64_t flat) {
+int64_t culprit(const Inputs& in, const std::vector<Source>& sources, int64_t row, int64_t flat) {
   if (in.rows) return row;
-  for (size_t i = 0; i < pieces.size(); ++i)
-    if (flat < pieces[i].first + pieces[i].count) return static_cast<int64_t>(i);
+  for (size_t i = 0; i < sources.size(); ++i)
+    if (flat < sources[i].first + sources[i].count) return static_cast<int64_t>(i);
   return 0;
 }
 
@@ -158,7 +158,7 @@ int64_t topk_(const std::vector<Tensor>& values, bool rows, int64_t score,
               int64_t packing, std::vector<Tensor> masks,  // one per tensor of values
               Tensor threshold, Tensor tie_end) {          // (rows, S)
   const Inputs in = checked(values, saliency, excluded, always, sizes, rows, score, "topk_");
-  const auto all = problems(in, "topk_");
+  const auto all = sources_of(in, "topk_");
   const int64_t n = static_cast<int64_t>(all.size()), parts = segments.numel() - 1;
   const int64_t d = rows ? values[0].size(1) : all[0].empty() ? 0 : all[0].back().first + all[0].back().count;
   const int64_t* k = table(counts, n, "counts");
@@ -200,7 +200,7 @@ int64_t topk_(const std::vector<Tensor>& values, bool rows, int64_t score,
       const int64_t candidates = limit[2 * n * parts + row * parts];
       cuts = {ranking.budget_cut(k[row])};
       if (candidates == 0) cuts = {sfpk::kKeepNone};
-      if (ranking.nan_piece() >= 0) nan_at = ranking.pieces()[ranking.nan_piece()].first;
+      if (ranking.nan_source() >= 0) nan_at = ranking.sources()[ranking.nan_source()].first;
     } else {
       std::vector<Segment> parts_of_row;
       for (int64_t s = 0; s < parts; ++s) {
@@ -253,17 +253,17 @@ int64_t pattern_excluded_(const std::vector<Tensor>& values, bool rows, int64_t 
                           std::vector<Tensor> out) {
   const std::vector<Tensor> no_sizes;
   const Inputs in = checked(values, saliency, excluded, always, no_sizes, rows, score, "pattern_excluded_");
-  const auto all = problems(in, "pattern_excluded_");
+  const auto all = sources_of(in, "pattern_excluded_");
   SFPK_CHECK(out.size() == values.size(), "pattern_excluded_", "out", "one per tensor of values", out.size());
   for (size_t row = 0; row < all.size(); ++row) {
     for (size_t i = 0; i < all[row].size(); ++i) {
-      const Piece& piece = all[row][i];
-      SFPK_CHECK(group > 0 && piece.count % group == 0 && out[i].is_contiguous() &&
+      const Source& source = all[row][i];
+      SFPK_CHECK(group > 0 && source.count % group == 0 && out[i].is_contiguous() &&
                      out[i].scalar_type() == ScalarType::Bool &&
-                     out[i].numel() == piece.count * (rows ? static_cast<int64_t>(all.size()) : 1),
+                     out[i].numel() == source.count * (rows ? static_cast<int64_t>(all.size()) : 1),
                  "pattern_excluded_", "out", "contiguous bools of whole groups", "others");
-      auto* to = static_cast<uint8_t*>(out[i].mutable_data_ptr()) + (rows ? row * piece.count : 0);
-      if (sfpk::exclude_by_pattern(piece, keep, group, to)) return static_cast<int64_t>(rows ? row : i);
+      auto* to = static_cast<uint8_t*>(out[i].mutable_data_ptr()) + (rows ? row * source.count : 0);
+      if (sfpk::exclude_by_pattern(source, keep, group, to)) return static_cast<int64_t>(rows ? row : i);
     }
   }
   return -1;

@@ -1,4 +1,4 @@
-// What the selection's files share: the pieces to be ranked, and the block kernels of one instruction set.
+// What the selection's files share: the sources to be ranked, and the block kernels of one instruction set.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 namespace sfpk {
 
 // Coordinates that lie one after the other in memory: a row, a tensor of a list, or a part of either.
-struct Piece {
+struct Source {
   const void* values;  // (rows, count), rows > 1 only for kMeanAbsSaliency
   FloatKind kind;
   Score score;
@@ -33,7 +33,7 @@ struct ScanCounts {
 
 struct SelectionKernels {
   // Keys of entries [begin, begin + count), count ≤ kBlock; returns whether a score was NaN.
-  bool (*load_keys)(const Piece&, int64_t begin, int64_t count, int32_t* keys);
+  bool (*load_keys)(const Source&, int64_t begin, int64_t count, int32_t* keys);
   // How many keys are > high and how many in [low, high]; the latter, in order, to `out` unless it is null.
   ScanCounts (*scan)(const int32_t* keys, int64_t count, int32_t low, int32_t high, int32_t* out);
   // out = key > threshold.

@@ -7,7 +7,7 @@
 // No include guard and no includes: the including file chooses namespace, target and SFPK_LANES.
 
 // Values of one row as fp32, in place or through `buffer`.
-static inline const float* open_values(const Piece& p, int64_t row, int64_t begin, int64_t count,
+static inline const float* open_values(const Source& p, int64_t row, int64_t begin, int64_t count,
                                        float* buffer) {
   const int64_t first = row * p.row_stride + begin;
   if (p.kind == FloatKind::kFloat) return static_cast<const float*>(p.values) + first;
@@ -32,7 +32,7 @@ static inline uint32_t bits_of(float x) {
   return bits;
 }
 
-static bool load_keys(const Piece& p, int64_t begin, int64_t count, int32_t* __restrict__ keys) {
+static bool load_keys(const Source& p, int64_t begin, int64_t count, int32_t* __restrict__ keys) {
   alignas(64) float buffer[kBlock];
   alignas(64) float sum[kBlock];
   const float* x = open_values(p, 0, begin, count, buffer);

@@ -19,13 +19,13 @@ struct MaskOutput {
   int64_t line;  // entries of the last dimension
 };
 
-// Bools of entries [begin, begin + count) of a piece, count ≤ kBlock; segments in rising order. A NaN score
+// Bools of entries [begin, begin + count) of a source, count ≤ kBlock; segments in rising order. A NaN score
 // is not kept.
-void keep_of(const Piece& piece, const std::vector<SegmentCut>& segments, int64_t begin, int64_t count,
+void keep_of(const Source& source, const std::vector<SegmentCut>& segments, int64_t begin, int64_t count,
              uint8_t* out);
 
-// The mask of every piece to its output; segments in rising order.
-void write_masks(const std::vector<Piece>& pieces, const std::vector<SegmentCut>& segments,
+// The mask of every source to its output; segments in rising order.
+void write_masks(const std::vector<Source>& sources, const std::vector<SegmentCut>& segments,
                  const std::vector<MaskOutput>& outputs, Packing packing);
 
 }  // namespace sfpk

@@ -33,10 +33,10 @@ void exclude_large(const int32_t* keys, int64_t places, int64_t group, std::vect
 
 }  // namespace
 
-bool exclude_by_pattern(const Piece& piece, int64_t keep, int64_t group, uint8_t* out) {
+bool exclude_by_pattern(const Source& source, int64_t keep, int64_t group, uint8_t* out) {
   const int64_t grain = std::max<int64_t>(1, 32 * kBlock / group);
   std::atomic<bool> nan{false};
-  torch::stable::parallel_for(0, piece.count / group, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, source.count / group, grain, [&](int64_t begin, int64_t end) {
     const int64_t at_once = std::max<int64_t>(1, kBlock / group);
     std::vector<int32_t> keys(static_cast<size_t>(at_once * group));
     std::vector<int64_t> order;
@@ -44,11 +44,11 @@ bool exclude_by_pattern(const Piece& piece, int64_t keep, int64_t group, uint8_t
     for (int64_t g = begin; g < end; g += at_once) {
       const int64_t first = g * group, count = std::min(at_once, end - g) * group;
       for (int64_t b = 0; b < count; b += kBlock)
-        bad |= selection_kernels().load_keys(piece, first + b, std::min(kBlock, count - b), &keys[b]);
+        bad |= selection_kernels().load_keys(source, first + b, std::min(kBlock, count - b), &keys[b]);
       for (int64_t b = 0; b < count; b += group) {
         int64_t places = keep;
-        if (piece.always)
-          for (int64_t e = 0; e < group; ++e) places -= piece.always[first + b + e] != 0;
+        if (source.always)
+          for (int64_t e = 0; e < group; ++e) places -= source.always[first + b + e] != 0;
         if (group <= kSmallGroup)
           exclude_small(&keys[b], places, group, out + first + b);
         else

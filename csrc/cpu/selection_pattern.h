@@ -9,6 +9,6 @@ namespace sfpk {
 
 // out[e] = 1 unless entry e is a candidate among the best of its group; entries kept always take their places
 // first. Returns whether a score was NaN.
-bool exclude_by_pattern(const Piece& piece, int64_t keep, int64_t group, uint8_t* out);
+bool exclude_by_pattern(const Source& source, int64_t keep, int64_t group, uint8_t* out);
 
 }  // namespace sfpk

@@ -44,8 +44,15 @@ int64_t sum(const std::vector<int64_t>& counts) {
   return std::accumulate(counts.begin(), counts.end(), int64_t{0});
 }
 
-// Narrows [low, high] to the bin that holds the wanted-th entry from above, and `wanted` to its place in
-// there. Returns how many are in the bin.
+uint64_t mixed(uint64_t x) {  // splitmix64
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+}  // namespace
+
 int64_t narrow(const std::vector<int64_t>& bins, int64_t& wanted, int32_t& low, int32_t& high) {
   const int shift = bin_shift(low, high);
   int64_t bin = kBins - 1;
@@ -56,15 +63,6 @@ int64_t narrow(const std::vector<int64_t>& bins, int64_t& wanted, int32_t& low, 
   return bins[bin];
 }
 
-uint64_t mixed(uint64_t x) {  // splitmix64
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-}  // namespace
-
 // The outcome of one pass for keys in [low, high], per chunk.
 struct Ranking::Scan {
   std::vector<int64_t> above, inside;
@@ -72,20 +70,20 @@ struct Ranking::Scan {
   bool complete = false;                    // whether the lists hold them all
 };
 
-Ranking::Ranking(std::vector<Piece> pieces) : pieces_(std::move(pieces)) {
-  for (size_t i = 0; i < pieces_.size(); ++i) {
-    for (int64_t begin = 0; begin < pieces_[i].count; begin += kChunk)
+Ranking::Ranking(std::vector<Source> sources) : sources_(std::move(sources)) {
+  for (size_t i = 0; i < sources_.size(); ++i) {
+    for (int64_t begin = 0; begin < sources_[i].count; begin += kChunk)
       chunks_.push_back(
-          {static_cast<int64_t>(i), begin, std::min(kChunk, pieces_[i].count - begin), total_ + begin});
-    total_ += pieces_[i].count;
+          {static_cast<int64_t>(i), begin, std::min(kChunk, sources_[i].count - begin), total_ + begin});
+    total_ += sources_[i].count;
   }
 }
 
 int64_t Ranking::most_compacted() const { return std::max(kSmall, total_ / kMostCompacted); }
 
 void Ranking::note_nan(const std::vector<uint8_t>& nan_chunks) {
-  for (size_t c = 0; c < nan_chunks.size() && nan_piece_ < 0; ++c)
-    if (nan_chunks[c]) nan_piece_ = chunks_[c].piece;
+  for (size_t c = 0; c < nan_chunks.size() && nan_source_ < 0; ++c)
+    if (nan_chunks[c]) nan_source_ = chunks_[c].source;
 }
 
 Ranking::Scan Ranking::scan(int32_t low, int32_t high, bool compact) {
@@ -108,7 +106,7 @@ Ranking::Scan Ranking::scan(int32_t low, int32_t high, bool compact) {
       bool bad = false;
       for (int64_t b = 0; b < chunk.count; b += kBlock) {
         const int64_t count = std::min(kBlock, chunk.count - b);
-        bad |= kernels.load_keys(pieces_[chunk.piece], chunk.begin + b, count, keys);
+        bad |= kernels.load_keys(sources_[chunk.source], chunk.begin + b, count, keys);
         const ScanCounts counts = kernels.scan(keys, count, low, high, out ? out + inside : nullptr);
         above += counts.above;
         inside += counts.inside;
@@ -139,7 +137,7 @@ std::vector<int32_t> Ranking::sample(int64_t wanted) const {
       const int64_t count = std::min(kSampleRun, chunk.count);
       const int64_t from = std::min(at - chunk.place, chunk.count - count);
       int32_t* out = &keys[run * kSampleRun];
-      selection_kernels().load_keys(pieces_[chunk.piece], chunk.begin + from, count, out);
+      selection_kernels().load_keys(sources_[chunk.source], chunk.begin + from, count, out);
       for (int64_t e = count; e < kSampleRun; ++e) out[e] = out[e - count];
     }
   });
@@ -159,11 +157,11 @@ std::vector<int64_t> Ranking::histogram(int32_t low, int32_t high, bool sizes) {
     int32_t keys[kBlock];
     for (int64_t c = begin; c < end; ++c) {
       const Chunk& chunk = chunks_[c];
-      const Piece& piece = pieces_[chunk.piece];
+      const Source& source = sources_[chunk.source];
       for (int64_t b = 0; b < chunk.count; b += kBlock) {
         const int64_t count = std::min(kBlock, chunk.count - b);
-        nan[c] |= kernels.load_keys(piece, chunk.begin + b, count, keys);
-        const int64_t* size = sizes ? piece.sizes + chunk.begin + b : nullptr;
+        nan[c] |= kernels.load_keys(source, chunk.begin + b, count, keys);
+        const int64_t* size = sizes ? source.sizes + chunk.begin + b : nullptr;
         for (int64_t e = 0; e < count; ++e)
           if (keys[e] >= low && keys[e] <= high) bins[key_bin(keys[e], low, shift)] += size ? size[e] : 1;
       }
@@ -184,7 +182,7 @@ KeyCut Ranking::cut_ties(int32_t key, int64_t wanted, const std::vector<int64_t>
   int32_t keys[kBlock];
   for (int64_t b = 0;; b += kBlock) {
     const int64_t count = std::min(kBlock, chunk.count - b);
-    selection_kernels().load_keys(pieces_[chunk.piece], chunk.begin + b, count, keys);
+    selection_kernels().load_keys(sources_[chunk.source], chunk.begin + b, count, keys);
     for (int64_t e = 0; e < count; ++e)
       if (keys[e] == key && --wanted == 0) return {key, first(chunk) + b + e + 1};
   }
@@ -266,7 +264,7 @@ KeyCut Ranking::cut(int64_t k, std::optional<float> guess) {
         }
       }
       const Scan scanned = scan(next.low, next.high, compact);
-      if (nan_piece_ >= 0) return kKeepNone;
+      if (nan_source_ >= 0) return kKeepNone;
       const int64_t above = sum(scanned.above), inside = sum(scanned.inside);
       if (k <= above) {
         known.low = next.high + 1;
@@ -284,50 +282,15 @@ KeyCut Ranking::cut(int64_t k, std::optional<float> guess) {
   int64_t inside = total_;
   while (inside > most_compacted() && known.low < known.high) {
     const auto bins = histogram(known.low, known.high, false);
-    if (nan_piece_ >= 0) return kKeepNone;
+    if (nan_source_ >= 0) return kKeepNone;
     int64_t wanted = k - known.above;
     inside = narrow(bins, wanted, known.low, known.high);
     known.above = k - wanted;
   }
   const Scan scanned = scan(known.low, known.high, known.low < known.high);
-  if (nan_piece_ >= 0) return kKeepNone;
+  if (nan_source_ >= 0) return kKeepNone;
   if (known.low == known.high) return cut_ties(known.low, k - known.above, scanned.inside);
   return settle(scanned, k, known.low, known.high);
-}
-
-KeyCut Ranking::budget_cut(int64_t budget) {
-  int32_t low = kLowestKey, high = kInfinityKey;
-  int64_t left = budget;
-  for (bool last = false; !last; last = low == high) {
-    const auto bins = histogram(low, high, true);
-    if (nan_piece_ >= 0) return kKeepNone;
-    ++left;  // the first key at which the sum exceeds the budget
-    if (sum(bins) < left) return kKeepAll;
-    narrow(bins, left, low, high);
-    --left;
-  }
-  // Keys above `low` fit and those equal to it do not, not all of them: take the first ones.
-  int64_t tie_end = 0;
-  int32_t next = kInfinityKey;  // the smallest key above
-  bool any = false, full = false;
-  int32_t keys[kBlock];
-  for (const Chunk& chunk : chunks_) {
-    const Piece& piece = pieces_[chunk.piece];
-    for (int64_t b = 0; b < chunk.count && !(full && tie_end > 0); b += kBlock) {
-      const int64_t count = std::min(kBlock, chunk.count - b);
-      selection_kernels().load_keys(piece, chunk.begin + b, count, keys);
-      for (int64_t e = 0; e < count; ++e) {
-        any |= keys[e] > low;
-        if (keys[e] > low) next = std::min(next, keys[e]);
-        if (keys[e] != low || full) continue;
-        left -= piece.sizes[chunk.begin + b + e];
-        full = left < 0;
-        if (!full) tie_end = first(chunk) + b + e + 1;
-      }
-    }
-  }
-  if (tie_end > 0) return {low, tie_end};
-  return any ? KeyCut{next, kAllTies} : kKeepNone;
 }
 
 // Entries of the chunk with flat index < tie_end whose key is the cut's.
@@ -337,20 +300,20 @@ int64_t Ranking::ties_before(const Chunk& chunk, KeyCut cut) const {
   const int64_t length = std::min(chunk.count, cut.tie_end - first(chunk));
   for (int64_t b = 0; b < length; b += kBlock) {
     const int64_t count = std::min(kBlock, length - b);
-    selection_kernels().load_keys(pieces_[chunk.piece], chunk.begin + b, count, keys);
+    selection_kernels().load_keys(sources_[chunk.source], chunk.begin + b, count, keys);
     ties += std::count(keys, keys + count, cut.key);
   }
   return ties;
 }
 
 std::vector<int64_t> Ranking::kept(KeyCut cut) {
-  std::vector<int64_t> counts(pieces_.size());
+  std::vector<int64_t> counts(sources_.size());
   const Scan scanned = scan(cut.key, cut.key, false);
   for (size_t c = 0; c < chunks_.size(); ++c) {
     const Chunk& chunk = chunks_[c];
-    counts[chunk.piece] += scanned.above[c];
+    counts[chunk.source] += scanned.above[c];
     if (scanned.inside[c] > 0)
-      counts[chunk.piece] +=
+      counts[chunk.source] +=
           first(chunk) + chunk.count <= cut.tie_end ? scanned.inside[c] : ties_before(chunk, cut);
   }
   return counts;

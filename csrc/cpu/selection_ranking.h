@@ -1,4 +1,4 @@
-// The ranking of the coordinates of some pieces: where to cut it for k coordinates, or for a weight budget.
+// The ranking of the coordinates of some sources: where to cut it for k coordinates, or for a weight budget.
 #pragma once
 
 #include <cstdint>
@@ -20,9 +20,13 @@ constexpr int64_t kAllTies = INT64_MAX;
 constexpr KeyCut kKeepNone{INT32_MAX, 0};
 constexpr KeyCut kKeepAll{kNotCandidate, 0};
 
+// Narrows [low, high] to the bin that holds the wanted-th entry from above, and `wanted` to its place in
+// there. Returns how many are in the bin.
+int64_t narrow(const std::vector<int64_t>& bins, int64_t& wanted, int32_t& low, int32_t& high);
+
 class Ranking {
  public:
-  explicit Ranking(std::vector<Piece> pieces);  // flat indices rising from piece to piece
+  explicit Ranking(std::vector<Source> sources);  // flat indices rising from source to source
 
   // The cut after the k best, 1 ≤ k < candidates; `guess` is the expected score there. Unspecified when a
   // score is NaN.
@@ -31,21 +35,21 @@ class Ranking {
   // The cut after the longest prefix of the ranking whose sizes sum to at most `budget`.
   KeyCut budget_cut(int64_t budget);
 
-  // How many candidates of each piece a cut keeps.
+  // How many candidates of each source a cut keeps.
   std::vector<int64_t> kept(KeyCut cut);
 
   // Looks for NaN, where nothing else needs the scores.
   void check();
 
-  // The first piece in which a NaN score was met by the calls so far, -1 for none.
-  int64_t nan_piece() const { return nan_piece_; }
+  // The first source in which a NaN score was met by the calls so far, -1 for none.
+  int64_t nan_source() const { return nan_source_; }
 
-  const std::vector<Piece>& pieces() const { return pieces_; }
+  const std::vector<Source>& sources() const { return sources_; }
 
  private:
   struct Chunk {
-    int64_t piece, begin, count;
-    int64_t place;  // of its first entry, counted over all pieces
+    int64_t source, begin, count;
+    int64_t place;  // of its first entry, counted over all sources
   };
   struct Scan;
   struct Bracket {
@@ -53,7 +57,7 @@ class Ranking {
     int64_t above;  // candidates with a key > high
   };
 
-  int64_t first(const Chunk& c) const { return pieces_[c.piece].first + c.begin; }
+  int64_t first(const Chunk& c) const { return sources_[c.source].first + c.begin; }
   Scan scan(int32_t low, int32_t high, bool compact);
   std::vector<int32_t> sample(int64_t wanted) const;
   std::vector<int64_t> histogram(int32_t low, int32_t high, bool sizes);
@@ -64,10 +68,10 @@ class Ranking {
   int64_t ties_before(const Chunk& chunk, KeyCut cut) const;
   void note_nan(const std::vector<uint8_t>& nan_chunks);
 
-  std::vector<Piece> pieces_;
+  std::vector<Source> sources_;
   std::vector<Chunk> chunks_;
   int64_t total_ = 0;
-  int64_t nan_piece_ = -1;
+  int64_t nan_source_ = -1;
 };
 
 }  // namespace sfpk

@@ -4,14 +4,14 @@
 
 namespace sfpk {
 
-std::vector<Piece> slice(const std::vector<Piece>& pieces, int64_t begin, int64_t end) {
-  std::vector<Piece> parts;
-  for (const Piece& piece : pieces) {
-    const int64_t from = std::max(begin - piece.first, int64_t{0});
-    const int64_t to = std::min(end - piece.first, piece.count);
+std::vector<Source> slice(const std::vector<Source>& sources, int64_t begin, int64_t end) {
+  std::vector<Source> parts;
+  for (const Source& source : sources) {
+    const int64_t from = std::max(begin - source.first, int64_t{0});
+    const int64_t to = std::min(end - source.first, source.count);
     if (from >= to) continue;
-    Piece part = piece;
-    part.values = static_cast<const char*>(piece.values) + from * bytes_of(piece.kind);
+    Source part = source;
+    part.values = static_cast<const char*>(source.values) + from * bytes_of(source.kind);
     part.first += from;
     part.count = to - from;
     if (part.saliency) part.saliency += from;
@@ -32,26 +32,26 @@ KeyCut cut_ranking(Ranking& ranking, int64_t k, int64_t free, std::optional<floa
     ranking.check();
   else
     cut = ranking.cut(k, guess);
-  if (ranking.nan_piece() >= 0) nan_at = ranking.pieces()[ranking.nan_piece()].first;
+  if (ranking.nan_source() >= 0) nan_at = ranking.sources()[ranking.nan_source()].first;
   return cut;
 }
 
 // How many each segment keeps: clamp(above one common cut, floor, cap). Where the clamped counts of the
 // common cut sum to too many, the cut can only rise, so segments at their floors stay there; they are settled
 // and the others share the rest. Likewise for too few and the caps. Every round settles a segment.
-std::vector<int64_t> share_out(const std::vector<Piece>& pieces, const std::vector<Segment>& segments,
+std::vector<int64_t> share_out(const std::vector<Source>& sources, const std::vector<Segment>& segments,
                                int64_t k, int64_t& nan_at) {
   std::vector<int64_t> shares(segments.size());
   std::vector<size_t> open(segments.size());
   for (size_t s = 0; s < open.size(); ++s) open[s] = s;
   while (!open.empty()) {
-    std::vector<Piece> parts;
+    std::vector<Source> parts;
     std::vector<size_t> owner;  // of each part: place in `open`
     int64_t free = 0;
     for (size_t o = 0; o < open.size(); ++o) {
       const Segment& segment = segments[open[o]];
       free += segment.free;
-      for (const Piece& part : slice(pieces, segment.begin, segment.end)) {
+      for (const Source& part : slice(sources, segment.begin, segment.end)) {
         parts.push_back(part);
         owner.push_back(o);
       }
@@ -85,20 +85,20 @@ std::vector<int64_t> share_out(const std::vector<Piece>& pieces, const std::vect
 
 }  // namespace
 
-std::vector<KeyCut> cut_segments(const std::vector<Piece>& pieces, const std::vector<Segment>& segments,
+std::vector<KeyCut> cut_segments(const std::vector<Source>& sources, const std::vector<Segment>& segments,
                                  int64_t k, int64_t& nan_at) {
   nan_at = -1;
   if (segments.size() == 1) {
-    Ranking ranking(pieces);
+    Ranking ranking(sources);
     return {cut_ranking(ranking, k, segments[0].free, segments[0].guess, nan_at)};
   }
   std::vector<KeyCut> cuts(segments.size(), kKeepNone);
-  const auto shares = share_out(pieces, segments, k, nan_at);
+  const auto shares = share_out(sources, segments, k, nan_at);
   for (size_t s = 0; s < segments.size() && nan_at < 0; ++s) {
     const Segment& segment = segments[s];
     if (shares[s] == segment.free && shares[s] > 0) cuts[s] = kKeepAll;
     if (shares[s] == 0 || shares[s] == segment.free) continue;
-    cuts[s] = Ranking(slice(pieces, segment.begin, segment.end)).cut(shares[s], segment.guess);
+    cuts[s] = Ranking(slice(sources, segment.begin, segment.end)).cut(shares[s], segment.guess);
   }
   return cuts;
 }

@@ -1,4 +1,4 @@
-// Cuts of a ranking in segments with floors and ceilings, and pieces cut at segment borders.
+// Cuts of a ranking in segments with floors and ceilings, and sources cut at segment borders.
 #pragma once
 
 #include <cstdint>
@@ -15,12 +15,12 @@ struct Segment {
   std::optional<float> guess;
 };
 
-// The parts of `pieces` with flat index in [begin, end).
-std::vector<Piece> slice(const std::vector<Piece>& pieces, int64_t begin, int64_t end);
+// The parts of `sources` with flat index in [begin, end).
+std::vector<Source> slice(const std::vector<Source>& sources, int64_t begin, int64_t end);
 
 // One cut per segment, the k best of the whole ranking under floor ≤ kept ≤ cap. The caller has checked that
-// k lies between the sums of both. `nan_at` becomes the flat index of a piece with a NaN score.
-std::vector<KeyCut> cut_segments(const std::vector<Piece>& pieces, const std::vector<Segment>& segments,
+// k lies between the sums of both. `nan_at` becomes the flat index of a source with a NaN score.
+std::vector<KeyCut> cut_segments(const std::vector<Source>& sources, const std::vector<Segment>& segments,
                                  int64_t k, int64_t& nan_at);
 
 }  // namespace sfpk

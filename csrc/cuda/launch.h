@@ -14,13 +14,13 @@ namespace sfpk::cuda {
 
 constexpr int kThreads = 256;
 
-// Blocks along x, problems along y.
-inline dim3 grid_of(int64_t blocks, int64_t problems, const char* kernel) {
-  if (blocks > INT32_MAX || problems > kMostRows)
+// Blocks along x, rows along y.
+inline dim3 grid_of(int64_t blocks, int64_t rows, const char* kernel) {
+  if (blocks > INT32_MAX || rows > kMostRows)
     throw std::runtime_error(std::string(kernel) + ": wanted at most 2^31 - 1 blocks and " +
                              std::to_string(kMostRows) + " rows, got " + std::to_string(blocks) + " and " +
-                             std::to_string(problems));
-  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(problems), 1);
+                             std::to_string(rows));
+  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(rows), 1);
 }
 
 inline void check_launch(const char* kernel) {
@@ -33,12 +33,12 @@ inline void check_launch(const char* kernel) {
 
 // The emulation of tests/cuda_emulation runs blocks one after the other on the CPU.
 #if !defined(SFPK_LAUNCH)
-#define SFPK_LAUNCH(kernel, blocks, problems, stream, ...)                                             \
-  do {                                                                                                 \
-    if ((blocks) > 0 && (problems) > 0) {                                                              \
-      kernel<<<::sfpk::cuda::grid_of(blocks, problems, #kernel), ::sfpk::cuda::kThreads, 0, stream>>>( \
-          __VA_ARGS__);                                                                                \
-      ::sfpk::cuda::check_launch(#kernel);                                                             \
-    }                                                                                                  \
+#define SFPK_LAUNCH(kernel, blocks, rows, stream, ...)                                             \
+  do {                                                                                             \
+    if ((blocks) > 0 && (rows) > 0) {                                                              \
+      kernel<<<::sfpk::cuda::grid_of(blocks, rows, #kernel), ::sfpk::cuda::kThreads, 0, stream>>>( \
+          __VA_ARGS__);                                                                            \
+      ::sfpk::cuda::check_launch(#kernel);                                                         \
+    }                                                                                              \
   } while (false)
 #endif

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "codes.h"
+#include "piece.h"
 
 namespace sfpk::cuda {
 
@@ -15,13 +16,6 @@ struct Rows {
   const void* data;
   FloatKind kind;
   int64_t stride;
-};
-
-// Weights seen as (outer, groups, inner), governed by the coordinates [first, first + groups).
-struct Weights {
-  const void* data;
-  FloatKind kind;
-  int64_t outer, groups, inner, first;
 };
 
 struct Mask {
@@ -36,11 +30,19 @@ struct Mask {
   int64_t segments;
 };
 
-void masked_weights(const Weights& weights, const Mask& mask, int64_t rows, void* out, FloatKind out_kind,
+void masked_weights(const Piece& piece, const Mask& mask, int64_t rows, void* out, FloatKind out_kind,
                     int64_t out_stride, cudaStream_t stream);
 
-// out[first + g] = Σ of weights · grads over what group g governs, for every row.
-void mask_gradient(const Weights& weights, const Rows& grads, int64_t rows, float* out, int64_t out_stride,
+// Rows of results, `stride` entries apart: fp32 is written, fp64 added to.
+template <class Float>
+struct Results {
+  Float* data;
+  int64_t stride;
+};
+
+// Σ of weights · grads over what each coordinate of the piece governs, for every row; float or double.
+template <class Float>
+void mask_gradient(const Piece& piece, const Rows& grads, int64_t rows, const Results<Float>& out,
                    cudaStream_t stream);
 
 }  // namespace sfpk::cuda

@@ -47,15 +47,15 @@ __device__ inline bool is_kept_by(const Mask& mask, int64_t row, int64_t coordin
   return score > threshold || (score == threshold && coordinate < mask.tie_end[cut]);
 }
 
-__global__ void apply(Weights weights, Mask mask, int64_t rows, void* out, FloatKind out_kind,
+__global__ void apply(Piece piece, Mask mask, int64_t rows, void* out, FloatKind out_kind,
                       int64_t out_stride) {
-  const int64_t count = weights.outer * weights.groups * weights.inner;
-  const bool single = weights.outer * weights.inner == 1;
+  const int64_t count = piece.count();
+  const bool single = piece.single();
   for (int e = threadIdx.x; e < kEntries; e += kThreads) {
     const int64_t at = static_cast<int64_t>(blockIdx.x) * kEntries + e;
     if (at >= count) return;
-    const float weight = load_float(weights.data, weights.kind, at);
-    const int64_t coordinate = weights.first + (single ? at : at / weights.inner % weights.groups);
+    const float weight = load_float(piece.weights, piece.kind, at);
+    const int64_t coordinate = piece.first + (single ? at : at / piece.inner % piece.groups);
     const int64_t segment = mask.segments > 1 ? segment_of(mask, coordinate) : 0;
     for (int64_t row = 0; row < rows; ++row) {
       float value;
@@ -69,26 +69,37 @@ __global__ void apply(Weights weights, Mask mask, int64_t rows, void* out, Float
   }
 }
 
-__global__ void single_products(Weights weights, Rows grads, int64_t rows, float* out, int64_t out_stride) {
+__device__ inline void store_result(const Results<float>& out, int64_t at, double value) {
+  out.data[at] = static_cast<float>(value);
+}
+
+// One thread has a coordinate, and pieces that share it are launched one after the other: no atomics.
+__device__ inline void store_result(const Results<double>& out, int64_t at, double value) {
+  out.data[at] += value;
+}
+
+template <class Float>
+__global__ void single_products(Piece piece, Rows grads, int64_t rows, Results<Float> out) {
   for (int e = threadIdx.x; e < kEntries; e += kThreads) {
     const int64_t at = static_cast<int64_t>(blockIdx.x) * kEntries + e;
-    if (at >= weights.groups) return;
-    const float weight = load_float(weights.data, weights.kind, at);
+    if (at >= piece.groups) return;
+    const float weight = load_float(piece.weights, piece.kind, at);
     for (int64_t row = 0; row < rows; ++row)
-      out[row * out_stride + weights.first + at] =
-          weight * load_float(grads.data, grads.kind, row * grads.stride + at);
+      store_result(out, row * out.stride + piece.first + at,
+                   __fmul_rn(weight, load_float(grads.data, grads.kind, row * grads.stride + at)));
   }
 }
 
 // A block sums one group of one row: fixed shares of the threads, then a tree, so the order is always the
 // same.
-__global__ void group_sum(Weights weights, Rows grads, float* out, int64_t out_stride) {
+template <class Float>
+__global__ void group_sum(Piece piece, Rows grads, Results<Float> out) {
   __shared__ double sums[kThreads];
-  const int64_t group = blockIdx.x, row = blockIdx.y, size = weights.outer * weights.inner;
+  const int64_t group = blockIdx.x, row = blockIdx.y, size = piece.outer * piece.inner;
   double own = 0;
   for (int64_t i = threadIdx.x; i < size; i += kThreads) {
-    const int64_t at = (i / weights.inner * weights.groups + group) * weights.inner + i % weights.inner;
-    own += __fmul_rn(load_float(weights.data, weights.kind, at),
+    const int64_t at = (i / piece.inner * piece.groups + group) * piece.inner + i % piece.inner;
+    own += __fmul_rn(load_float(piece.weights, piece.kind, at),
                      load_float(grads.data, grads.kind, row * grads.stride + at));
   }
   sums[threadIdx.x] = own;
@@ -97,25 +108,28 @@ __global__ void group_sum(Weights weights, Rows grads, float* out, int64_t out_s
     if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
     __syncthreads();
   }
-  if (threadIdx.x == 0) out[row * out_stride + weights.first + group] = static_cast<float>(sums[0]);
+  if (threadIdx.x == 0) store_result(out, row * out.stride + piece.first + group, sums[0]);
 }
 
 }  // namespace
 
-void masked_weights(const Weights& weights, const Mask& mask, int64_t rows, void* out, FloatKind out_kind,
+void masked_weights(const Piece& piece, const Mask& mask, int64_t rows, void* out, FloatKind out_kind,
                     int64_t out_stride, cudaStream_t stream) {
-  const int64_t count = weights.outer * weights.groups * weights.inner;
-  SFPK_LAUNCH(apply, ceil_div(count, kEntries), rows > 0, stream, weights, mask, rows, out, out_kind,
+  SFPK_LAUNCH(apply, ceil_div(piece.count(), kEntries), rows > 0, stream, piece, mask, rows, out, out_kind,
               out_stride);
 }
 
-void mask_gradient(const Weights& weights, const Rows& grads, int64_t rows, float* out, int64_t out_stride,
+template <class Float>
+void mask_gradient(const Piece& piece, const Rows& grads, int64_t rows, const Results<Float>& out,
                    cudaStream_t stream) {
-  if (weights.outer * weights.inner == 1)
-    SFPK_LAUNCH(single_products, ceil_div(weights.groups, kEntries), rows > 0, stream, weights, grads, rows,
-                out, out_stride);
+  if (piece.single())
+    SFPK_LAUNCH(single_products<Float>, ceil_div(piece.groups, kEntries), rows > 0, stream, piece, grads,
+                rows, out);
   else
-    SFPK_LAUNCH(group_sum, weights.groups, rows, stream, weights, grads, out, out_stride);
+    SFPK_LAUNCH(group_sum<Float>, piece.groups, rows, stream, piece, grads, out);
 }
+
+template void mask_gradient(const Piece&, const Rows&, int64_t, const Results<float>&, cudaStream_t);
+template void mask_gradient(const Piece&, const Rows&, int64_t, const Results<double>&, cudaStream_t);
 
 }  // namespace sfpk::cuda

@@ -6,6 +6,7 @@
 
 #include "arguments.h"
 #include "integers.h"
+#include "layout.h"
 #include "masked_weights.h"
 #include "stream.h"
 
@@ -14,38 +15,23 @@ namespace {
 using namespace sfpk;
 using namespace sfpk::cuda;
 
-std::vector<Weights> pieces_of(const std::vector<Tensor>& weights, const std::vector<int64_t>& layout,
-                               const char* op) {
-  SFPK_CHECK(!weights.empty() && layout.size() == 3 * weights.size(), op, "layout", "three numbers a piece",
-             "others");
-  std::vector<Weights> all;
-  int64_t first = 0;
-  for (size_t p = 0; p < weights.size(); ++p) {
-    const Tensor& w = weights[p];
-    const Weights piece{w.data_ptr(),      kind_of(w, op, "weights"), layout[3 * p],
-                        layout[3 * p + 1], layout[3 * p + 2],         first};
-    check_device(w, weights[0], op, "weights");
-    SFPK_CHECK(w.is_contiguous() && w.numel() == piece.outer * piece.groups * piece.inner, op, "weights",
-               piece.outer * piece.groups * piece.inner, w.numel(), " contiguous weights");
-    first += piece.groups;
-    all.push_back(piece);
-  }
-  return all;
-}
-
-int64_t coordinates_of(const std::vector<Weights>& pieces) {
-  return pieces.back().first + pieces.back().groups;
+// The pieces of weights on the device of the first.
+std::vector<Piece> device_pieces(const std::vector<Tensor>& weights, const std::vector<int64_t>& layout,
+                                 int64_t coordinates, const char* op) {
+  const auto pieces = pieces_of(weights, layout, coordinates, op);
+  for (const Tensor& w : weights) check_device(w, weights[0], op, "weights");
+  return pieces;
 }
 
 void masked_weights_device_(const std::vector<Tensor>& weights, const Tensor& values, int64_t kind,
                             int64_t score, const std::optional<Tensor>& saliency,
                             const std::optional<Tensor>& threshold, const std::optional<Tensor>& tie_end,
                             const Tensor& borders,  // (segments + 1) on the device
-                            std::vector<int64_t> layout, std::vector<Tensor> out) {
+                            std::vector<int64_t> layout, int64_t coordinates, std::vector<Tensor> out) {
   const char* op = "masked_weights_device_";
-  const auto pieces = pieces_of(weights, layout, op);
+  const auto pieces = device_pieces(weights, layout, coordinates, op);
   const Tensor& first = weights[0];
-  const int64_t d = coordinates_of(pieces), n = values.size(0), segments = borders.numel() - 1;
+  const int64_t d = coordinates, n = values.size(0), segments = borders.numel() - 1;
   SFPK_CHECK(segments >= 1, op, "borders", "at least two", borders.numel());
   Mask mask{};
   mask.kind = mask_kind_of(kind, op);
@@ -74,20 +60,32 @@ void masked_weights_device_(const std::vector<Tensor>& weights, const Tensor& va
   }
 }
 
+// out (rows, coordinates): fp32 is written where a piece governs, and no two may share a coordinate; to fp64
+// the sums of all pieces are added, piece after piece.
 void mask_gradient_device_(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
                            std::vector<int64_t> layout, Tensor out) {
   const char* op = "mask_gradient_device_";
-  const auto pieces = pieces_of(weights, layout, op);
+  SFPK_CHECK(out.dim() == 2, op, "out", "shape (rows, coordinates)", "another");
+  const int64_t n = out.size(0), stride = out.stride(0);
+  const auto pieces = device_pieces(weights, layout, out.size(1), op);
   const Tensor& first = weights[0];
-  const int64_t n = out.size(0);
-  check_rows(out, first, n, coordinates_of(pieces), op, "out");
-  SFPK_CHECK(out.scalar_type() == ScalarType::Float, op, "out", "fp32", "another dtype");
+  check_rows(out, first, n, out.size(1), op, "out");
+  const auto type = out.scalar_type();
+  SFPK_CHECK(type == ScalarType::Float || type == ScalarType::Double, op, "out", "fp32 or fp64",
+             "another dtype");
+  SFPK_CHECK(type == ScalarType::Double || !shares_coordinates(pieces), op, "out",
+             "fp64 for pieces that share coordinates", "fp32");
   SFPK_CHECK(grads.size() == pieces.size(), op, "grads", pieces.size(), grads.size(), " tensors");
   const OnDeviceOf device(first);
   for (size_t p = 0; p < pieces.size(); ++p) {
     check_rows(grads[p], first, n, weights[p].numel(), op, "grads");
     const Rows rows{grads[p].data_ptr(), kind_of(grads[p], op, "grads"), grads[p].stride(0)};
-    mask_gradient(pieces[p], rows, n, static_cast<float*>(out.data_ptr()), out.stride(0), device.stream());
+    if (type == ScalarType::Double)
+      mask_gradient<double>(pieces[p], rows, n, {static_cast<double*>(out.data_ptr()), stride},
+                            device.stream());
+    else
+      mask_gradient<float>(pieces[p], rows, n, {static_cast<float*>(out.data_ptr()), stride},
+                           device.stream());
   }
 }
 

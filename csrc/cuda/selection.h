@@ -28,25 +28,25 @@ struct Source {
 };
 
 struct Workspace {
-  int64_t* state;            // (problems, kStateColumns)
-  unsigned long long* bins;  // (problems, kCounters)
-  int64_t* ties;             // (problems, chunks)
+  int64_t* state;            // (rankings, kStateColumns)
+  unsigned long long* bins;  // (rankings, kCounters)
+  int64_t* ties;             // (rankings, chunks)
   int64_t chunks;            // of all sources together
 };
 
-// Threshold and tie end of every problem. All asynchronous on `stream`: nothing is read back. A NaN score
+// Threshold and tie end of every ranking. All asynchronous on `stream`: nothing is read back. A NaN score
 // gives the threshold NaN and the tie end 0, which keeps nothing.
-void select(const Source* sources, int64_t count, int64_t problems,
-            const int64_t* k,           // (problems), clamped to 0 … candidates
-            const int64_t* candidates,  // (problems)
-            const float* guess,         // (problems), or null
+void select(const Source* sources, int64_t count, int64_t rankings,
+            const int64_t* k,           // (rankings), clamped to 0 … candidates
+            const int64_t* candidates,  // (rankings)
+            const float* guess,         // (rankings), or null
             const Workspace& workspace,
-            float* threshold,  // (problems)
-            int64_t* tie_end,  // (problems)
+            float* threshold,  // (rankings)
+            int64_t* tie_end,  // (rankings)
             cudaStream_t stream);
 
 // The mask of one source by cuts: bools (unit 1), or bits in units of 8 or 32; `row_bytes` apart.
-void write_mask(const Source& source, int64_t problems, const float* threshold, const int64_t* tie_end,
+void write_mask(const Source& source, int64_t rankings, const float* threshold, const int64_t* tie_end,
                 int unit, void* out, int64_t row_bytes, cudaStream_t stream);
 
 }  // namespace sfpk::cuda

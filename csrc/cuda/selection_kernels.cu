@@ -24,18 +24,18 @@ __device__ void set_range(int64_t* state, int64_t low, int64_t high) {
 }
 
 __global__ void start(const int64_t* k, const int64_t* candidates, const float* guess, Workspace w) {
-  const int64_t problem = blockIdx.y;
-  for (int64_t b = threadIdx.x; b < kCounters; b += kThreads) w.bins[problem * kCounters + b] = 0;
+  const int64_t ranking = blockIdx.y;
+  for (int64_t b = threadIdx.x; b < kCounters; b += kThreads) w.bins[ranking * kCounters + b] = 0;
   if (threadIdx.x > 0) return;
-  int64_t* state = w.state + problem * kStateColumns;
-  const int64_t most = candidates[problem] > 0 ? candidates[problem] : 1;
-  const int64_t rank = k[problem] < 1 ? 1 : k[problem];
+  int64_t* state = w.state + ranking * kStateColumns;
+  const int64_t most = candidates[ranking] > 0 ? candidates[ranking] : 1;
+  const int64_t rank = k[ranking] < 1 ? 1 : k[ranking];
   state[kRank] = rank < most ? rank : most;
   state[kEqual] = state[kNaN] = state[kDone] = 0;
   state[kTieChunk] = -1;
   set_range(state, kLowestKey, kInfinityKey);
   if (!guess) return;
-  const float middle = guess[problem], margin = fabsf(middle) * kGuessMargin;
+  const float middle = guess[ranking], margin = fabsf(middle) * kGuessMargin;
   if (isfinite(middle) && isfinite(middle - margin) && isfinite(middle + margin))
     set_range(state, key_from_float(middle - margin), key_from_float(middle + margin));
 }
@@ -43,8 +43,8 @@ __global__ void start(const int64_t* k, const int64_t* candidates, const float* 
 __global__ void count_keys(Source source, Workspace w) {
   __shared__ int bins[kCounters];
   __shared__ int nan;
-  const int64_t problem = blockIdx.y;
-  int64_t* state = w.state + problem * kStateColumns;
+  const int64_t ranking = blockIdx.y;
+  int64_t* state = w.state + ranking * kStateColumns;
   if (state[kDone]) return;
   for (int64_t b = threadIdx.x; b < kCounters; b += kThreads) bins[b] = 0;
   if (threadIdx.x == 0) nan = 0;
@@ -56,7 +56,7 @@ __global__ void count_keys(Source source, Workspace w) {
   int above = 0;
   bool bad = false;
   for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
-    const int32_t key = key_at(source, problem, at);
+    const int32_t key = key_at(source, ranking, at);
     bad |= key != kNotCandidate && is_nan_key(key);
     above += key > high;
     if (key >= low && key <= high) atomicAdd(&bins[key_bin(key, low, shift)], 1);
@@ -65,7 +65,7 @@ __global__ void count_keys(Source source, Workspace w) {
   if (bad) atomicAdd(&nan, 1);
   __syncthreads();
   for (int64_t b = threadIdx.x; b < kCounters; b += kThreads)
-    if (bins[b]) atomicAdd(&w.bins[problem * kCounters + b], static_cast<unsigned long long>(bins[b]));
+    if (bins[b]) atomicAdd(&w.bins[ranking * kCounters + b], static_cast<unsigned long long>(bins[b]));
   if (threadIdx.x == 0 && nan) state[kNaN] = 1;
 }
 
@@ -91,9 +91,9 @@ __device__ int64_t sum_before(int64_t value, int64_t* shared, int64_t& total) {
 __global__ void narrow(Workspace w) {
   __shared__ int64_t sums[kThreads + 1];
   constexpr int kRun = kBins / kThreads;
-  const int64_t problem = blockIdx.y;
-  int64_t* state = w.state + problem * kStateColumns;
-  unsigned long long* bins = w.bins + problem * kCounters;
+  const int64_t ranking = blockIdx.y;
+  int64_t* state = w.state + ranking * kStateColumns;
+  unsigned long long* bins = w.bins + ranking * kCounters;
   if (state[kDone]) return;
   const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kRun;
   int64_t own = 0;
@@ -128,8 +128,8 @@ __device__ bool cuts_ties(const int64_t* state) { return state[kDone] && state[k
 
 __global__ void count_ties(Source source, Workspace w, int64_t first_chunk) {
   __shared__ int found;
-  const int64_t problem = blockIdx.y;
-  const int64_t* state = w.state + problem * kStateColumns;
+  const int64_t ranking = blockIdx.y;
+  const int64_t* state = w.state + ranking * kStateColumns;
   if (!cuts_ties(state)) return;
   if (threadIdx.x == 0) found = 0;
   __syncthreads();
@@ -137,32 +137,32 @@ __global__ void count_ties(Source source, Workspace w, int64_t first_chunk) {
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kChunk;
   const int64_t end = begin + kChunk < source.count ? begin + kChunk : source.count;
   int own = 0;
-  for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) own += key_at(source, problem, at) == cut;
+  for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) own += key_at(source, ranking, at) == cut;
   if (own) atomicAdd(&found, own);
   __syncthreads();
-  if (threadIdx.x == 0) w.ties[problem * w.chunks + first_chunk + blockIdx.x] = found;
+  if (threadIdx.x == 0) w.ties[ranking * w.chunks + first_chunk + blockIdx.x] = found;
 }
 
 // The threshold; the tie end where all ties are kept, else the chunk in which it lies.
 __global__ void find_chunk(const int64_t* k, const int64_t* candidates, Workspace w, int64_t d,
                            float* threshold, int64_t* tie_end) {
   __shared__ int64_t sums[kThreads + 1];
-  const int64_t problem = blockIdx.y;
-  int64_t* state = w.state + problem * kStateColumns;
-  const bool none = k[problem] <= 0, everything = !none && k[problem] >= candidates[problem];
+  const int64_t ranking = blockIdx.y;
+  int64_t* state = w.state + ranking * kStateColumns;
+  const bool none = k[ranking] <= 0, everything = !none && k[ranking] >= candidates[ranking];
   const bool nan = state[kNaN] != 0, cuts = cuts_ties(state);
   const int64_t rank = state[kRank];
   if (threadIdx.x == 0) {
     float score = float_from_key(static_cast<int32_t>(state[kLow]));
     if (everything) score = -INFINITY;
     if (none) score = INFINITY;
-    threshold[problem] = nan ? NAN : score;
-    tie_end[problem] = none || nan ? 0 : d;
+    threshold[ranking] = nan ? NAN : score;
+    tie_end[ranking] = none || nan ? 0 : d;
   }
   if (!cuts || none || everything || nan) return;
   const int64_t run = ceil_div(w.chunks, kThreads);
   const int64_t begin = threadIdx.x * run, end = begin + run < w.chunks ? begin + run : w.chunks;
-  const int64_t* ties = w.ties + problem * w.chunks;
+  const int64_t* ties = w.ties + ranking * w.chunks;
   int64_t own = 0, total;
   for (int64_t c = begin; c < end; ++c) own += ties[c];
   const int64_t before = sum_before(own, sums, total);
@@ -177,22 +177,22 @@ __global__ void find_chunk(const int64_t* k, const int64_t* candidates, Workspac
 __global__ void find_tie(Source source, Workspace w, int64_t first_chunk, int64_t last_chunk,
                          int64_t* tie_end) {
   __shared__ int64_t sums[kThreads + 1];
-  const int64_t problem = blockIdx.y;
-  const int64_t* state = w.state + problem * kStateColumns;
+  const int64_t ranking = blockIdx.y;
+  const int64_t* state = w.state + ranking * kStateColumns;
   const int64_t chunk = state[kTieChunk];
   if (chunk < first_chunk || chunk >= last_chunk) return;
   const int32_t cut = static_cast<int32_t>(state[kLow]);
   const int64_t begin = (chunk - first_chunk) * kChunk + threadIdx.x * kLongestRun;
   const int64_t end = begin + kLongestRun < source.count ? begin + kLongestRun : source.count;
   int64_t own = 0, total;
-  for (int64_t at = begin; at < end; ++at) own += key_at(source, problem, at) == cut;
+  for (int64_t at = begin; at < end; ++at) own += key_at(source, ranking, at) == cut;
   const int64_t before = sum_before(own, sums, total);
   const int64_t rank = state[kRank];
   if (rank <= before || rank > before + own) return;
   int64_t left = rank - before;
   for (int64_t at = begin; at < end; ++at) {
-    if (key_at(source, problem, at) != cut || --left > 0) continue;
-    tie_end[problem] = source.first + at + 1;
+    if (key_at(source, ranking, at) != cut || --left > 0) continue;
+    tie_end[ranking] = source.first + at + 1;
     return;
   }
 }
@@ -202,20 +202,20 @@ __global__ void mask_block(Source source, const float* threshold, const int64_t*
                            uint8_t* out, int64_t row_bytes) {
   constexpr int kEntries = 4 * kThreads;
   __shared__ uint8_t keep[kEntries];
-  const int64_t problem = blockIdx.y;
+  const int64_t ranking = blockIdx.y;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kEntries;
-  const float limit = threshold[problem];
-  const int64_t ties = tie_end[problem];
+  const float limit = threshold[ranking];
+  const int64_t ties = tie_end[ranking];
   const int32_t cut = key_from_float(limit);
   const bool none = limit != limit;
-  uint8_t* row = out + problem * row_bytes;
+  uint8_t* row = out + ranking * row_bytes;
   for (int e = threadIdx.x; e < kEntries; e += kThreads) {
     const int64_t at = begin + e;
     bool kept = false;
     if (at < source.count) {
-      const int32_t key = key_at(source, problem, at);
+      const int32_t key = key_at(source, ranking, at);
       kept = !none && key != kNotCandidate && !is_nan_key(key) && is_kept(key, source.first + at, cut, ties);
-      if (source.always) kept |= source.always[problem * source.row_always + at] != 0;
+      if (source.always) kept |= source.always[ranking * source.row_always + at] != 0;
       if (unit == 1) row[at] = kept;
     }
     keep[e] = kept;
@@ -235,33 +235,33 @@ __global__ void mask_block(Source source, const float* threshold, const int64_t*
 
 }  // namespace
 
-void select(const Source* sources, int64_t count, int64_t problems, const int64_t* k,
+void select(const Source* sources, int64_t count, int64_t rankings, const int64_t* k,
             const int64_t* candidates, const float* guess, const Workspace& w, float* threshold,
             int64_t* tie_end, cudaStream_t stream) {
-  SFPK_LAUNCH(start, 1, problems, stream, k, candidates, guess, w);
+  SFPK_LAUNCH(start, 1, rankings, stream, k, candidates, guess, w);
   for (int pass = 0; pass < kPasses + (guess ? 1 : 0); ++pass) {
     for (int64_t i = 0; i < count; ++i)
-      SFPK_LAUNCH(count_keys, ceil_div(sources[i].count, kChunk), problems, stream, sources[i], w);
-    SFPK_LAUNCH(narrow, 1, problems, stream, w);
+      SFPK_LAUNCH(count_keys, ceil_div(sources[i].count, kChunk), rankings, stream, sources[i], w);
+    SFPK_LAUNCH(narrow, 1, rankings, stream, w);
   }
   int64_t chunk = 0, d = 0;
   for (int64_t i = 0; i < count; ++i) {
-    SFPK_LAUNCH(count_ties, ceil_div(sources[i].count, kChunk), problems, stream, sources[i], w, chunk);
+    SFPK_LAUNCH(count_ties, ceil_div(sources[i].count, kChunk), rankings, stream, sources[i], w, chunk);
     chunk += ceil_div(sources[i].count, kChunk);
     d += sources[i].count;
   }
-  SFPK_LAUNCH(find_chunk, 1, problems, stream, k, candidates, w, d, threshold, tie_end);
+  SFPK_LAUNCH(find_chunk, 1, rankings, stream, k, candidates, w, d, threshold, tie_end);
   chunk = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t last = chunk + ceil_div(sources[i].count, kChunk);
-    SFPK_LAUNCH(find_tie, 1, problems, stream, sources[i], w, chunk, last, tie_end);
+    SFPK_LAUNCH(find_tie, 1, rankings, stream, sources[i], w, chunk, last, tie_end);
     chunk = last;
   }
 }
 
-void write_mask(const Source& source, int64_t problems, const float* threshold, const int64_t* tie_end,
+void write_mask(const Source& source, int64_t rankings, const float* threshold, const int64_t* tie_end,
                 int unit, void* out, int64_t row_bytes, cudaStream_t stream) {
-  SFPK_LAUNCH(mask_block, ceil_div(source.count, 4 * kThreads), problems, stream, source, threshold, tie_end,
+  SFPK_LAUNCH(mask_block, ceil_div(source.count, 4 * kThreads), rankings, stream, source, threshold, tie_end,
               unit, static_cast<uint8_t*>(out), row_bytes);
 }
 

@@ -16,10 +16,10 @@ using namespace sfpk::cuda;
 
 void topk_device_(const std::vector<Tensor>& values,  // one (n, d), or the tensors of a list as (1, numel)
                   int64_t score, const std::vector<Tensor>& saliency,
-                  const std::vector<Tensor>& excluded,  // bools (problems, count) each
+                  const std::vector<Tensor>& excluded,  // bools (rankings, count) each
                   const std::vector<Tensor>& always,    // likewise
                   const Tensor& k, const Tensor& candidates, const std::optional<Tensor>& guess, int64_t unit,
-                  std::vector<Tensor> masks,  // bool, uint8 or int32 (problems, units) each
+                  std::vector<Tensor> masks,  // bool, uint8 or int32 (rankings, units) each
                   Tensor threshold, Tensor tie_end, Tensor state, Tensor bins, Tensor ties) {
   const char* op = "topk_device_";
   SFPK_CHECK(!values.empty(), op, "values", "at least one tensor", "none");
@@ -27,7 +27,7 @@ void topk_device_(const std::vector<Tensor>& values,  // one (n, d), or the tens
   SFPK_CHECK(unit == 0 || unit == 1 || unit == 8 || unit == 32, op, "unit", "0, 1, 8 or 32", unit);
   const Tensor& first = values[0];
   const bool mean = kind == Score::kMeanAbsSaliency;
-  const int64_t problems = mean ? 1 : first.size(0);
+  const int64_t rankings = mean ? 1 : first.size(0);
   std::vector<Source> sources;
   int64_t flat = 0, chunks = 0;
   for (size_t i = 0; i < values.size(); ++i) {
@@ -52,7 +52,7 @@ void topk_device_(const std::vector<Tensor>& values,  // one (n, d), or the tens
       if (tensors.empty()) return nullptr;
       SFPK_CHECK(tensors.size() == values.size() && tensors[i].scalar_type() == ScalarType::Bool, op, name,
                  "bools, one per tensor of values", "others");
-      check_rows(tensors[i], first, problems, count, op, name);
+      check_rows(tensors[i], first, rankings, count, op, name);
       stride = tensors[i].stride(0);
       return static_cast<const uint8_t*>(tensors[i].data_ptr());
     };
@@ -63,26 +63,26 @@ void topk_device_(const std::vector<Tensor>& values,  // one (n, d), or the tens
     chunks += ceil_div(count, kChunk);
   }
   const Workspace workspace{
-      data_of<int64_t>(state, first, ScalarType::Long, problems * kStateColumns, op, "state"),
+      data_of<int64_t>(state, first, ScalarType::Long, rankings * kStateColumns, op, "state"),
       reinterpret_cast<unsigned long long*>(
-          data_of<int64_t>(bins, first, ScalarType::Long, problems * kCounters, op, "bins")),
-      data_of<int64_t>(ties, first, ScalarType::Long, problems * chunks, op, "ties"), chunks};
-  const auto* wanted = data_of<int64_t>(k, first, ScalarType::Long, problems, op, "k");
-  const auto* free = data_of<int64_t>(candidates, first, ScalarType::Long, problems, op, "candidates");
+          data_of<int64_t>(bins, first, ScalarType::Long, rankings * kCounters, op, "bins")),
+      data_of<int64_t>(ties, first, ScalarType::Long, rankings * chunks, op, "ties"), chunks};
+  const auto* wanted = data_of<int64_t>(k, first, ScalarType::Long, rankings, op, "k");
+  const auto* free = data_of<int64_t>(candidates, first, ScalarType::Long, rankings, op, "candidates");
   const auto* guesses =
-      guess ? data_of<float>(*guess, first, ScalarType::Float, problems, op, "guess") : nullptr;
-  auto* thresholds = data_of<float>(threshold, first, ScalarType::Float, problems, op, "threshold");
-  auto* ends = data_of<int64_t>(tie_end, first, ScalarType::Long, problems, op, "tie_end");
+      guess ? data_of<float>(*guess, first, ScalarType::Float, rankings, op, "guess") : nullptr;
+  auto* thresholds = data_of<float>(threshold, first, ScalarType::Float, rankings, op, "threshold");
+  auto* ends = data_of<int64_t>(tie_end, first, ScalarType::Long, rankings, op, "tie_end");
   const OnDeviceOf device(first);
-  select(sources.data(), static_cast<int64_t>(sources.size()), problems, wanted, free, guesses, workspace,
+  select(sources.data(), static_cast<int64_t>(sources.size()), rankings, wanted, free, guesses, workspace,
          thresholds, ends, device.stream());
   if (unit == 0) return;
   SFPK_CHECK(masks.size() == values.size(), op, "masks", "one per tensor of values", masks.size());
   for (size_t i = 0; i < masks.size(); ++i) {
-    check_rows(masks[i], first, problems, ceil_div(sources[i].count, unit), op, "masks");
+    check_rows(masks[i], first, rankings, ceil_div(sources[i].count, unit), op, "masks");
     SFPK_CHECK(masks[i].element_size() == (unit == 32 ? 4u : 1u), op, "masks", "the dtype of the unit",
                "another");
-    write_mask(sources[i], problems, thresholds, ends, static_cast<int>(unit), masks[i].data_ptr(),
+    write_mask(sources[i], rankings, thresholds, ends, static_cast<int>(unit), masks[i].data_ptr(),
                masks[i].stride(0) * static_cast<int64_t>(masks[i].element_size()), device.stream());
   }
 }

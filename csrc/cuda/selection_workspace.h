@@ -8,7 +8,7 @@
 namespace sfpk::cuda {
 
 constexpr int64_t kChunk = 1 << 14;       // entries whose ties are counted together
-constexpr int64_t kStateColumns = 8;      // int64 per problem
+constexpr int64_t kStateColumns = 8;      // int64 per ranking
 constexpr int64_t kCounters = kBins + 1;  // of a histogram: bins, and keys above them
 
 }  // namespace sfpk::cuda

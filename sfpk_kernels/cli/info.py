@@ -79,7 +79,7 @@ def _backends(op: str, device: str) -> dict[str, Any]:
     """The backend an op takes on a device, and why not another."""
     import torch
 
-    backends = importlib.import_module(f"sfpk_kernels.ops.{op}")._BACKENDS
+    backends = importlib.import_module(f"sfpk_kernels.ops.{op}").BACKENDS
     sample = torch.ones(1, 1, dtype=torch.float32, device=device)
     reasons = {name: backend.why_not(sample) for name, backend in backends.items()}
     chosen = next(name for name in preference(device) if name in backends and not reasons[name])

@@ -36,6 +36,16 @@ def same_device(op: str, name: str, value: Tensor, device: torch.device) -> None
         raise ValueError(f"{op}: {name}: wanted device {device}, got {value.device}")
 
 
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer, a symbolic one included; bools are none."""
+    return isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
+
+
+def plain(value: Any) -> Any:
+    """NumPy's integers as Python's; a symbolic one stays symbolic."""
+    return value if isinstance(value, int | torch.SymInt) else int(value)
+
+
 def is_real(op: str, name: str, value: Any, wanted: str, low: float, high: float, *, open_low: bool = True) -> float:
     """``value`` is a finite number within the range that ``wanted`` puts in words."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
+from ._named import argument_tuple
+
 
 def transformed() -> bool:
     """Whether a transform of torch.func, or forward-mode differentiation, is active (and is not being compiled)."""
@@ -44,46 +46,67 @@ def refuse_derivatives(op: str, what: str, tensors: Sequence[tuple[str, Tensor |
 
 
 class Formula:
-    """A registered op and its derivatives. Arguments are the op's, results always a list of tensors."""
+    """A registered op and its derivatives. Results are always a list of tensors.
+
+    A call is a named tuple of the op's arguments; what belongs to each of them (tangents, whether a gradient is wanted,
+    batched dimensions) comes as such a tuple as well.
+    """
 
     def __init__(
         self,
-        op: Any,
-        # (arguments, gradients by the results, whether one is wanted of each argument) → gradients by the arguments
-        backward: Callable[[list[Any], list[Tensor], list[Any]], list[Any]],
-        # (arguments, their tangents or None) → tangents of the results
-        tangents: Callable[[list[Any], list[Any]], list[Tensor]],
-        # (arguments, the batched dimension of each or None, batch size) → results, batched along 0; None for one by one
-        batch: Callable[[list[Any], list[Any], int], list[Tensor] | None],
+        op: str,  # "sfpk::name", defined
+        # (call, gradients by the results, whether one is wanted of each argument) → gradients by the arguments' names
+        backward: Callable[[Any, list[Tensor], Any], dict[str, Any]],
+        # (call, tangents of its arguments or None) → tangents of the results
+        tangents: Callable[[Any, Any], list[Tensor]],
+        # (call, the batched dimension of each argument or None, batch size) → results, batched along 0; None for one by
+        # one
+        batch: Callable[[Any, Any, int], list[Tensor] | None],
     ) -> None:
-        self.op, self.backward, self.tangents, self.batch = op, backward, tangents, batch
+        self.name, self.backward, self.tangents, self.batch = op, backward, tangents, batch
+        self.bind = argument_tuple(op)
+        self.op = getattr(torch.ops.sfpk, op.removeprefix("sfpk::"))
 
-    def __call__(self, *arguments: Any) -> list[Tensor]:
+    def __call__(self, *arguments: Any, **named: Any) -> list[Tensor]:
         """The op's results, differentiable by whichever route is open."""
         if not transformed():
-            return _listed(self.op(*arguments))
-        call = _Call(self, arguments)
-        return list(_Transformed.apply(call, *call.tensors(arguments)))
+            return _listed(self.op(*arguments, **named))
+        given = self.bind(*arguments, **named)
+        call = _Call(self, given)
+        return list(_Transformed.apply(call, *call.tensors(given)))
 
-    def register(self, name: str) -> None:
+    def like(self, call: Any, **changes: Any) -> list[Tensor]:
+        """Called with the arguments of ``call``, perhaps another op's, that it knows by name; some changed or added."""
+        return self(**{name: getattr(call, name) for name in self.bind._fields if hasattr(call, name)} | changes)
+
+    def ordered(self, call: Any, gradients: dict[str, Any]) -> list[Any]:
+        """Gradients in the order of the arguments, a list for each list of tensors."""
+        return [
+            gradients.get(name) or [None] * len(a) if _is_tensors(a) else gradients.get(name)
+            for name, a in zip(self.bind._fields, call, strict=True)
+        ]
+
+    def register(self) -> None:
         """Plain backward passes, by torch.library."""
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.call = _Call(self, inputs)
-            ctx.save_for_backward(*savable(ctx.call.tensors(inputs)))
+            call = self.bind(*inputs)
+            ctx.call = _Call(self, call)
+            ctx.save_for_backward(*savable(ctx.call.tensors(call)))
             ctx.results = [(r.shape, r.dtype, r.device) for r in _listed(output)]
 
         def backward(ctx: Any, grads: Any) -> tuple[Any, ...]:
-            arguments = ctx.call.filled(ctx.saved_tensors)
-            wanted = [
+            call = ctx.call.filled(ctx.saved_tensors)
+            wanted = self.bind(*(
                 [t.requires_grad for t in a] if _is_tensors(a) else isinstance(a, Tensor) and a.requires_grad
-                for a in arguments
-            ]
-            gradients = self.backward(arguments, _materialized(ctx, grads), wanted)
-            # torch takes an empty list of numbers for one of tensors.
-            return tuple([] if isinstance(a, list) and not a else g for a, g in zip(arguments, gradients, strict=True))
+                for a in call
+            ))  # fmt: skip
+            gradients = self.ordered(call, self.backward(call, _materialized(ctx, grads), wanted))
+            # torch takes an empty list of numbers for one of tensors, and leaves out trailing defaults.
+            returned = tuple([] if isinstance(a, list) and not a else g for a, g in zip(call, gradients, strict=True))
+            return returned[: len(ctx.needs_input_grad)]
 
-        torch.library.register_autograd(name, backward, setup_context=setup_context)
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
 
 
 @dataclass(frozen=True)
@@ -103,13 +126,13 @@ class _Call:
     def tensors(arguments: Sequence[Any]) -> list[Tensor]:
         return [t for a in arguments for t in (a if _is_tensors(a) else [a] if isinstance(a, Tensor) else [])]
 
-    def filled(self, values: Sequence[Any], *, statics: bool = True) -> list[Any]:
-        """The arguments with ``values`` for the tensors, None for the rest unless ``statics``."""
+    def filled(self, values: Sequence[Any], *, statics: bool = True) -> Any:
+        """The arguments with ``values`` for the tensors, None for the rest unless ``statics``; a named tuple."""
         left: Iterator[Any] = iter(values)
-        return [
+        return self.formula.bind(*(
             [next(left) for _ in range(count)] if is_list else next(left) if count else static if statics else None
             for count, is_list, static in self.arguments
-        ]
+        ))  # fmt: skip
 
 
 class _Transformed(torch.autograd.Function):
@@ -129,13 +152,13 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        arguments = ctx.call.filled(ctx.saved_tensors)
+        formula, call = ctx.call.formula, ctx.call.filled(ctx.saved_tensors)
         wanted = ctx.call.filled(ctx.needs_input_grad[1:], statics=False)
-        gradients = ctx.call.formula.backward(arguments, _materialized(ctx, grads), wanted)
+        gradients = formula.ordered(call, formula.backward(call, _materialized(ctx, grads), wanted))
         flat: list[Any] = [None]
-        for argument, gradient in zip(arguments, gradients, strict=True):
+        for argument, gradient in zip(call, gradients, strict=True):
             if _is_tensors(argument):
-                flat += gradient or [None] * len(argument)
+                flat += gradient
             elif isinstance(argument, Tensor):
                 flat.append(gradient)
         return tuple(flat)

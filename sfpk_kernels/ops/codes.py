@@ -50,7 +50,7 @@ MOST_ROWS = 65_535  # along y of a CUDA grid
 
 # What the selection in CUDA is given to work in.
 SELECTION_CHUNK = 1 << 14  # entries whose ties are counted together
-SELECTION_STATE_COLUMNS = 8  # int64 per problem
+SELECTION_STATE_COLUMNS = 8  # int64 per ranking
 SELECTION_COUNTERS = (1 << 11) + 1  # of a histogram: bins, and keys above them
 
 

@@ -1,4 +1,4 @@
-"""Looking into tensors that belong to others: their memory for NumPy, the parts of sparse ones."""
+"""Looking into tensors that belong to others: their memory for NumPy and for kernels, the parts of sparse ones."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def parts(tensor: Tensor) -> dict[str, Tensor]:
 def as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     """A CPU tensor's own memory. After ``tensor.numpy()`` it could never be resized again, which some modules do."""
     return np.from_dlpack(tensor.detach())
+
+
+def gapless(rows: Tensor) -> Tensor:  # (n, d)
+    """Rows may lie apart, entries of a row may not."""
+    if rows.shape[1] <= 1 or rows.stride(1) == 1:
+        return rows
+    # Without entries, every tensor is contiguous already.
+    return rows.contiguous() if rows.numel() else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)

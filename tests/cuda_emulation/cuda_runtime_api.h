@@ -80,8 +80,8 @@ inline void run_block(const std::function<void()>& kernel) {
 // Only the last blocks of every launch are run, 0 for all: what lies before is then as if it were not there.
 inline int64_t window = 0;
 
-inline void launch(int64_t blocks, int64_t problems, const std::function<void()>& kernel) {
-  for (int64_t y = 0; y < problems; ++y)
+inline void launch(int64_t blocks, int64_t rows, const std::function<void()>& kernel) {
+  for (int64_t y = 0; y < rows; ++y)
     for (int64_t x = window > 0 && window < blocks ? blocks - window : 0; x < blocks; ++x) {
       blockIdx.x = static_cast<unsigned>(x);
       blockIdx.y = static_cast<unsigned>(y);
@@ -96,5 +96,5 @@ inline void __syncthreads() {
   swapcontext(&emulation::fibers[self].context, &emulation::scheduler);
 }
 
-#define SFPK_LAUNCH(kernel, blocks, problems, stream, ...) \
-  emulation::launch(blocks, problems, [&] { kernel(__VA_ARGS__); })
+#define SFPK_LAUNCH(kernel, blocks, rows, stream, ...) \
+  emulation::launch(blocks, rows, [&] { kernel(__VA_ARGS__); })

@@ -15,10 +15,11 @@ from torch import Tensor
 from ..._dispatch import Backend, choose
 from .. import _checks as check
 from .. import _transforms as transforms
+from .._named import register
+from ..packing import BITS, PACKED, mask_shape, units
 from . import cpp, reference
-from ._shape import BITS, PACKED, mask_shape, units
 
-__all__ = ["mask_hamming", "mask_iou", "pack_mask", "popcount", "unpack_mask"]
+__all__ = ["BACKENDS", "mask_hamming", "mask_iou", "pack_mask", "popcount", "unpack_mask"]
 
 _DTYPES = tuple(BITS)
 
@@ -122,41 +123,44 @@ def _pairs(op: str, a: Tensor, b: Tensor | None, backend: str | None) -> tuple[T
     return both, popcount(a, backend=backend), popcount(b, backend=backend)
 
 
-_BACKENDS = {
+BACKENDS = {
     name: {"cpp": Backend(getattr(cpp, name), cpp.why_not), "reference": Backend(getattr(reference, name))}
     for name in ("pack_mask", "unpack_mask", "popcount", "overlaps")
 }
 
 
 def _define(name: str, schema: str, implementation: str, fake: Any) -> None:
-    backends = _BACKENDS[implementation]
+    backends = BACKENDS[implementation]
 
-    def run(tensor: Tensor, *arguments: Any) -> Tensor:
-        *rest, backend = arguments
-        result: Tensor = choose(name, backend, backends, tensor)(tensor, *rest)
+    def run(call: Any) -> Tensor:
+        tensor, *arguments, backend = call
+        result: Tensor = choose(name, backend, backends, tensor)(tensor, *arguments)
         return result
 
     torch.library.define(f"sfpk::{name}", schema)
-    torch.library.impl(f"sfpk::{name}", ("cpu", "cuda"))(run)
-    torch.library.register_fake(f"sfpk::{name}")(fake)
+    register(f"sfpk::{name}", run, fake)
     transforms.register_vmap(f"sfpk::{name}", getattr(torch.ops.sfpk, name))
 
 
-def _pack_fake(mask: Tensor, kind: str, backend: str) -> Tensor:
-    shape, dtype = mask_shape(tuple(mask.shape), kind)
-    return mask.new_empty(shape, dtype=dtype)
+def _pack_fake(call: Any) -> Tensor:
+    shape, dtype = mask_shape(tuple(call.mask.shape), call.kind)
+    packed: Tensor = call.mask.new_empty(shape, dtype=dtype)
+    return packed
 
 
-def _unpack_fake(packed: Tensor, d: int, backend: str) -> Tensor:
-    return packed.new_empty((*packed.shape[:-1], d), dtype=torch.bool)
+def _unpack_fake(call: Any) -> Tensor:
+    mask: Tensor = call.packed.new_empty((*call.packed.shape[:-1], call.d), dtype=torch.bool)
+    return mask
 
 
-def _popcount_fake(packed: Tensor, backend: str) -> Tensor:
-    return packed.new_empty(packed.shape[:-1], dtype=torch.int64)
+def _popcount_fake(call: Any) -> Tensor:
+    counts: Tensor = call.packed.new_empty(call.packed.shape[:-1], dtype=torch.int64)
+    return counts
 
 
-def _overlaps_fake(a: Tensor, b: Tensor, backend: str) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int64)
+def _overlaps_fake(call: Any) -> Tensor:
+    counts: Tensor = call.a.new_empty((call.a.shape[0], call.b.shape[0]), dtype=torch.int64)
+    return counts
 
 
 _define("pack_mask", "(Tensor mask, str kind, str backend) -> Tensor", "pack_mask", _pack_fake)

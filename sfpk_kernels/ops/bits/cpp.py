@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _extension
-from ._shape import mask_shape
+from ..packing import mask_shape
 
 
 def why_not(tensor: Tensor) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._shape import mask_shape
+from ..packing import mask_shape
 
 
 def pack_mask(

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ... import _extension
+from ...utils.tensors import gapless
 from ..codes import score_code
-from ._layout import Mask, Piece, gapless
+from ..layout import Piece, numbers
+from ._arguments import Mask
 
 
 def why_not(tensor: Tensor) -> str | None:
@@ -30,7 +32,7 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
     targets = [gapless(out) for out in outs]
     torch.ops.sfpk_cpp.masked_weights_(
         list(weights), values, mask.kind.value, score_code(mask.score), saliency, threshold, tie_end,
-        torch.tensor(mask.segments, dtype=torch.int64, device=values.device), _table(pieces, values.device), targets,
+        torch.tensor(mask.segments, dtype=torch.int64, device=values.device), numbers(pieces), targets,
     )  # fmt: skip
     for out, target in zip(outs, targets, strict=True):
         if target is not out:
@@ -39,8 +41,4 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
 
 def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: Sequence[Piece], out: Tensor) -> None:
     """As :func:`.reference.mask_gradient_`."""
-    torch.ops.sfpk_cpp.mask_gradient_(list(weights), [gapless(g) for g in grads], _table(pieces, out.device), out)
-
-
-def _table(pieces: Sequence[Piece], device: torch.device) -> Tensor:
-    return torch.tensor([number for piece in pieces for number in piece.blocks], dtype=torch.int64, device=device)
+    torch.ops.sfpk_cpp.mask_gradient_(list(weights), [gapless(g) for g in grads], numbers(pieces), out)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ... import _extension
+from ...utils.tensors import gapless
 from ..codes import score_code
-from ._layout import Mask, Piece, gapless
+from ..layout import Piece, numbers
+from ._arguments import Mask
 
 
 def why_not(tensor: Tensor) -> str | None:
@@ -32,7 +34,7 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
     borders = _borders(tuple(mask.segments), values.device)
     torch.ops.sfpk_cpp.masked_weights_device_(
         list(weights), values, mask.kind.value, score_code(mask.score), saliency, threshold, tie_end, borders,
-        _numbers(pieces), targets,
+        numbers(pieces), mask.d, targets,
     )  # fmt: skip
     for out, target in zip(outs, targets, strict=True):
         if target is not out:
@@ -41,14 +43,10 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
 
 def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: Sequence[Piece], out: Tensor) -> None:
     """As :func:`.reference.mask_gradient_`."""
-    torch.ops.sfpk_cpp.mask_gradient_device_(list(weights), [gapless(g) for g in grads], _numbers(pieces), out)
+    torch.ops.sfpk_cpp.mask_gradient_device_(list(weights), [gapless(g) for g in grads], numbers(pieces), out)
 
 
 @functools.lru_cache(maxsize=256)
 def _borders(segments: tuple[int, ...], device: torch.device) -> Tensor:  # (S + 1,) int64
     """The segments' borders on the device, copied there once: each copy would wait for it, and none can be captured."""
     return torch.tensor(segments, dtype=torch.int64, device=device)
-
-
-def _numbers(pieces: Sequence[Piece]) -> list[int]:
-    return [number for piece in pieces for number in piece.blocks]

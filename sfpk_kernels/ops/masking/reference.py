@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..bits import reference as bits
+from ..layout import Piece
 from ..selection.reference import score_of
-from ._layout import Mask, Piece
+from ._arguments import Mask
 
 
 def masked_weights_(
@@ -48,21 +49,25 @@ def spread(
     piece: Piece,
 ) -> Tensor:  # (n, numel)
     """Each coordinate's value at every weight it governs."""
-    outer, groups, inner = piece.blocks
     n = coordinates.shape[0]
-    return coordinates.view(n, 1, groups, 1).expand(n, outer, groups, inner).reshape(n, piece.blocks.numel)
+    blocks = coordinates.view(n, 1, piece.groups, 1).expand(n, piece.outer, piece.groups, piece.inner)
+    return blocks.reshape(n, piece.numel)
 
 
 def mask_gradient_(
     weights: Sequence[Tensor],  # per piece (numel,)
     grads: Sequence[Tensor],  # per piece (n, numel)
     pieces: Sequence[Piece],
-    out: Tensor,  # (n, d), written
+    out: Tensor,  # (n, d): fp32 is written where a piece governs, and no two may share a coordinate; fp64 added to
 ) -> None:
-    """``out_e ← Σ_{w in e} θ_w · g_w``: products rounded to ``out``'s dtype, summed in fp64."""
+    """``out_e ← Σ_{w in e} θ_w · g_w``: products rounded to fp32 (fp64 where a factor is), sums in fp64."""
     for weight, grad, piece in zip(weights, grads, pieces, strict=True):
-        outer, groups, inner = piece.blocks
-        products = weight.to(out.dtype) * grad.to(out.dtype)
-        if outer * inner > 1:
-            products = products.view(products.shape[0], outer, groups, inner).sum(dim=(1, 3), dtype=torch.float64)
-        out[:, piece.coordinates] = products
+        wide = torch.promote_types(torch.promote_types(weight.dtype, grad.dtype), torch.float32)
+        products = weight.to(wide) * grad.to(wide)
+        if not piece.single:
+            blocks = products.view(products.shape[0], piece.outer, piece.groups, piece.inner)
+            products = blocks.sum(dim=(1, 3), dtype=torch.float64)
+        if out.dtype == torch.float64:
+            out[:, piece.coordinates] += products
+        else:
+            out[:, piece.coordinates] = products

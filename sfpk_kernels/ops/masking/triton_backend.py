@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ... import _triton
-from ..bits._shape import BITS
+from ...utils.tensors import gapless
 from ..codes import MOST_ROWS, MaskKind, Score, score_code
-from ._layout import Mask, Piece, gapless
+from ..layout import Piece
+from ..packing import BITS
+from ._arguments import Mask
 
 _BLOCK = 1024
 
@@ -37,9 +39,7 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
     n, segments = values.shape[0], len(mask.segments) - 1
     for weight, piece, out in zip(weights, pieces, outs, strict=True):
         target = gapless(out)
-        outer, groups, inner = piece.blocks
-        single = outer * inner == 1
-        parts = _parts(piece, mask.segments if cuts else [0, mask.d], single)
+        parts = _parts(piece, mask.segments if cuts else [0, mask.d])
         for part in parts:
             if not n or part.begin == part.end:
                 continue
@@ -47,10 +47,11 @@ def masked_weights_(weights: Sequence[Tensor], mask: Mask, pieces: Sequence[Piec
             _triton.launch(
                 kernels.apply, (-(-(part.end - part.begin) // _BLOCK),), weight.device,
                 weight, data, saliency, threshold.flatten()[column:], tie_end.flatten()[column:], target, n,
-                data.stride(0), segments, target.stride(0), part.begin, part.end, piece.first, groups, inner, part.low,
-                part.high,
+                data.stride(0), segments, target.stride(0), part.begin, part.end, piece.first, piece.groups,
+                piece.inner, part.low, part.high,
                 KIND=mask.kind.value, SCORE=score_code(mask.score) if cuts else Score.VALUE.value,
-                SINGLE=single, PART=not single and len(parts) > 1, BITS=BITS.get(values.dtype, 1), BLOCK=_BLOCK,
+                SINGLE=piece.single, PART=not piece.single and len(parts) > 1, BITS=BITS.get(values.dtype, 1),
+                BLOCK=_BLOCK,
             )  # fmt: skip
         if target is not out:
             out.copy_(target)
@@ -66,13 +67,13 @@ class _Part(NamedTuple):
     high: int
 
 
-def _parts(piece: Piece, segments: list[int], single: bool) -> list[_Part]:
+def _parts(piece: Piece, segments: list[int]) -> list[_Part]:
     """A piece by segments; where a coordinate has several weights, each part looks through all of the piece."""
-    last, parts = piece.first + piece.blocks.groups, []
+    parts = []
     for s, (a, b) in enumerate(itertools.pairwise(segments)):
-        low, high = max(a, piece.first), min(b, last)
+        low, high = max(a, piece.first), min(b, piece.end)
         if low < high:
-            begin, end = (low - piece.first, high - piece.first) if single else (0, piece.blocks.numel)
+            begin, end = (low - piece.first, high - piece.first) if piece.single else (0, piece.numel)
             parts.append(_Part(s, begin, end, low, high))
     return parts
 
@@ -84,23 +85,23 @@ def mask_gradient_(weights: Sequence[Tensor], grads: Sequence[Tensor], pieces: S
     n = out.shape[0]
     for weight, grad, piece in zip(weights, grads, pieces, strict=True):
         rows, target = gapless(grad), out[:, piece.coordinates]
-        outer, groups, inner = piece.blocks
         if not n:
             continue
-        if n > MOST_ROWS and outer * inner > 1:
+        if n > MOST_ROWS and not piece.single:
             raise ValueError(
                 f"mask_gradient: weight_grads: wanted up to {MOST_ROWS:,} rows for backend 'triton', got {n:,}"
             )
-        if outer * inner == 1:
-            grid = (-(-groups // _BLOCK),)
+        adds = out.dtype == torch.float64
+        if piece.single:
+            grid = (-(-piece.groups // _BLOCK),)
             _triton.launch(
-                kernels.products, grid, weight.device, weight, rows, target, n, rows.stride(0), out.stride(0), groups,
-                BLOCK=_BLOCK,
+                kernels.products, grid, weight.device, weight, rows, target, n, rows.stride(0), out.stride(0),
+                piece.groups, ADDS=adds, BLOCK=_BLOCK,
             )  # fmt: skip
             continue
-        wide = min(256, 1 << max(0, (inner - 1).bit_length()))
+        wide = min(256, 1 << max(0, (piece.inner - 1).bit_length()))
         tall = max(1, 1024 // wide)
         _triton.launch(
-            kernels.group_sums, (-(-groups // tall), n), weight.device, weight, rows, target, rows.stride(0),
-            out.stride(0), outer, groups, inner, G=tall, WIDE=wide,
+            kernels.group_sums, (-(-piece.groups // tall), n), weight.device, weight, rows, target, rows.stride(0),
+            out.stride(0), piece.outer, piece.groups, piece.inner, ADDS=adds, G=tall, WIDE=wide,
         )  # fmt: skip

@@ -59,23 +59,32 @@ def apply(
 
 
 @triton.jit
-def products(weights, grads, out, n, grad_stride, out_stride, count, BLOCK: tl.constexpr):
-    """θ · gradient, one weight a coordinate."""
+def products(weights, grads, out, n, grad_stride, out_stride, count, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+    """θ · gradient, one weight a coordinate; with ADDS added to ``out``, which is fp64 then."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     weight = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
     for i in range(n):
         row = tl.full([], 0, tl.int64) + i
         grad = tl.load(grads + row * grad_stride + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + row * out_stride + at, weight * grad, mask=inside)
+        place = out + row * out_stride + at
+        if ADDS:
+            # The product is rounded before it is added.
+            total = tl.load(place, mask=inside, other=0.0) + (weight * grad).to(tl.float64)
+            tl.store(place, total, mask=inside)
+        else:
+            tl.store(place, weight * grad, mask=inside)
 
 
 @triton.jit
 def group_sums(
     weights, grads, out, grad_stride, out_stride, outer, groups, inner,
-    G: tl.constexpr, WIDE: tl.constexpr,
+    ADDS: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the products over the weights of G groups at a time: [:, g, :] of (outer, groups, inner)."""
+    """Sums of the products over the weights of G groups at a time: [:, g, :] of (outer, groups, inner).
+
+    With ADDS they are added to ``out``, which is fp64 then.
+    """
     group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     row = tl.program_id(1).to(tl.int64)
     total = tl.zeros((G,), tl.float64)
@@ -87,4 +96,8 @@ def group_sums(
             weight = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
             grad = tl.load(grads + row * grad_stride + at, mask=inside, other=0.0).to(tl.float32)
             total += tl.sum((weight * grad).to(tl.float64), 1)
-    tl.store(out + row * out_stride + group, total.to(tl.float32), mask=group < groups)
+    place = out + row * out_stride + group
+    if ADDS:
+        tl.store(place, tl.load(place, mask=group < groups, other=0.0) + total, mask=group < groups)
+    else:
+        tl.store(place, total.to(tl.float32), mask=group < groups)

@@ -8,32 +8,13 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ..._dispatch import Backend, choose
 from .. import _checks as check
 from .. import _transforms as transforms
-from ..bits._shape import PACKED, mask_shape
-from . import _arguments, _device, cpp, cuda, reference, triton_backend
-from ._arguments import Cut
-from ._problem import Problem, check_values
+from ..packing import PACKED
+from ._arguments import Call, Cut, normalize
+from ._ops import BACKENDS
 
-__all__ = ["Cut", "topk_mask", "topk_threshold"]
-
-
-_BACKENDS = {
-    "cpp": Backend(cpp.select, cpp.why_not),
-    "cuda": Backend(cuda.select, cuda.why_not),
-    "triton": Backend(triton_backend.select, triton_backend.why_not),
-    "reference": Backend(reference.select),
-}
-
-
-def _for(problem: Problem) -> dict[str, Backend]:
-    """The backends, of which those of the GPU solve less than the others."""
-
-    def covered(backend: Backend) -> Backend:
-        return Backend(backend.run, lambda values: backend.why_not(values) or _device.uncovered(problem))
-
-    return {name: covered(backend) if name in ("cuda", "triton") else backend for name, backend in _BACKENDS.items()}
+__all__ = ["BACKENDS", "Cut", "topk_mask", "topk_threshold"]
 
 
 @overload
@@ -124,19 +105,14 @@ def topk_mask(
         ValueError: a wrong shape or range, a NaN score (the message names the row or tensor), or constraints that
             no selection satisfies (the message says which).
     """
-    # fmt: off
-    call = _arguments.normalize(
-        "topk_mask", values, k, score=score, saliency=saliency, sizes=sizes, segments=segments, min_keep=min_keep,
-        max_keep=max_keep, pattern=pattern, protected=protected, removed=removed, guess=guess,
-    )
+    given = Call(
+        values, k, score, saliency, sizes, segments, min_keep, max_keep, pattern, protected, removed, guess
+    )  # fmt: skip
+    call = normalize("topk_mask", given)
     if packed is not None:
         check.is_one_of("topk_mask", "packed", packed, PACKED)
     op = torch.ops.sfpk.topk_mask if isinstance(values, Tensor) else torch.ops.sfpk.topk_mask_list
-    masks = op(
-        call.values, call.k, call.score, call.saliency, call.sizes, call.segments, call.min_keep, call.max_keep,
-        call.pattern, call.protected, call.removed, call.guess, packed or "bool", backend or "",
-    )
-    # fmt: on
+    masks = op(*call, packed or "bool", backend or "")
     one = isinstance(values, Tensor) and (values.dim() == 1 or score == "mean_abs_saliency")
     return masks.squeeze(0) if one else masks
 
@@ -171,20 +147,16 @@ def topk_threshold(
     """
     if pattern is not None:
         raise ValueError(f"topk_threshold: pattern: wanted None, as an N:M mask is no threshold, got {pattern!r}")
-    # fmt: off
-    call = _arguments.normalize(
-        "topk_threshold", values, k, score=score, saliency=saliency, sizes=sizes, segments=segments,
-        min_keep=min_keep, max_keep=max_keep, pattern=None, protected=protected, removed=removed, guess=guess,
-    )
+    given = Call(
+        values, k, score, saliency, sizes, segments, min_keep, max_keep, pattern, protected, removed, guess
+    )  # fmt: skip
+    call = normalize("topk_threshold", given)
     op = torch.ops.sfpk.topk_cut if isinstance(values, Tensor) else torch.ops.sfpk.topk_cut_list
     tracked = []
     if not torch.compiler.is_compiling():
         tracked = [t for t in (values if isinstance(values, Sequence) else [values]) if transforms.is_tracked(t)]
-    cut = Cut(*op(
-        transforms.detached(call.values), call.k, call.score, transforms.detached(call.saliency), call.sizes,
-        call.segments, call.min_keep, call.max_keep, call.protected, call.removed, call.guess, backend or "",
-    ))
-    # fmt: on
+    call = call._replace(values=transforms.detached(call.values), saliency=transforms.detached(call.saliency))
+    cut = Cut(*op(*call.without_pattern(), backend or ""))
     return cut._replace(threshold=transforms.underived(cut.threshold, _NO_DERIVATIVE, tracked)) if tracked else cut
 
 
@@ -192,170 +164,3 @@ _NO_DERIVATIVE = (
     "topk_threshold: threshold: wanted no derivative by the values, as none is known, but one was asked for: "
     "select from values.detach()"
 )
-
-
-_LIMITS = "SymInt[] segments, SymInt[] min_keep, SymInt[] max_keep"
-_ROWS = f"Tensor values, Tensor k, str score, Tensor? saliency, Tensor? sizes, {_LIMITS}"
-_LIST = f"Tensor[] values, Tensor k, str score, Tensor[]? saliency, Tensor[]? sizes, {_LIMITS}"
-_ASIDE, _ASIDE_LIST = "Tensor? protected, Tensor? removed", "Tensor[]? protected, Tensor[]? removed"
-_MASK = "Tensor? guess, str packed, str backend"
-_CUT = "Tensor? guess, str backend) -> (Tensor, Tensor)"
-torch.library.define("sfpk::topk_mask", f"({_ROWS}, SymInt[] pattern, {_ASIDE}, {_MASK}) -> Tensor")
-torch.library.define("sfpk::topk_mask_list", f"({_LIST}, SymInt[] pattern, {_ASIDE_LIST}, {_MASK}) -> Tensor[]")
-torch.library.define("sfpk::topk_cut", f"({_ROWS}, {_ASIDE}, {_CUT}")
-torch.library.define("sfpk::topk_cut_list", f"({_LIST}, {_ASIDE_LIST}, {_CUT}")
-
-
-def _solve(
-    op: str,
-    values: Tensor | list[Tensor],
-    k: Tensor,
-    score: str,
-    saliency: Tensor | list[Tensor] | None,
-    sizes: Tensor | list[Tensor] | None,
-    segments: list[int],
-    min_keep: list[int],
-    max_keep: list[int],
-    pattern: list[int],
-    protected: Tensor | list[Tensor] | None,
-    removed: Tensor | list[Tensor] | None,
-    guess: Tensor | None,
-    output: str,
-    backend: str,
-) -> tuple[Cut, list[Tensor]]:
-    def listed(tensors: Tensor | list[Tensor] | None) -> list[Tensor]:
-        return [] if tensors is None else [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-    parts = listed(values)
-    by_rows = isinstance(values, Tensor)
-    d = parts[0].shape[1] if by_rows else sum(t.numel() for t in parts)
-
-    def aside(masks: Tensor | list[Tensor] | None) -> list[Tensor]:
-        return [m.expand(k.shape[0], d) for m in listed(masks)] if by_rows else listed(masks)
-
-    problem = Problem(
-        op=op,
-        values=parts,
-        by_rows=by_rows,
-        k=k,
-        score=score,
-        saliency=listed(saliency),
-        sizes=[_integers(op, t) for t in listed(sizes)],
-        segments=segments or [0, d],
-        min_keep=min_keep,
-        max_keep=max_keep,
-        pattern=(pattern[0], pattern[1]) if pattern else None,
-        protected=aside(protected),
-        removed=aside(removed),
-        guess=guess,
-        output=output,
-    )
-    check_values(problem)
-    run = choose(op, backend, _for(problem), parts[0])
-    return run(problem) if problem.rows else reference.select(problem)  # without rows there is nothing to launch
-
-
-def _integers(op: str, sizes: Tensor) -> Tensor:
-    if sizes.dtype == torch.int64:
-        return sizes
-    if not bool((sizes == sizes.round()).all()) or not bool(sizes.isfinite().all()):
-        raise ValueError(f"{op}: sizes: wanted integers ≥ 1, got fractions")
-    return sizes.to(torch.int64)
-
-
-def _topk_mask(
-    values: Tensor | list[Tensor],
-    k: Tensor,
-    score: str,
-    saliency: Tensor | list[Tensor] | None,
-    sizes: Tensor | list[Tensor] | None,
-    segments: list[int],
-    min_keep: list[int],
-    max_keep: list[int],
-    pattern: list[int],
-    protected: Tensor | list[Tensor] | None,
-    removed: Tensor | list[Tensor] | None,
-    guess: Tensor | None,
-    packed: str,
-    backend: str,
-) -> Tensor | list[Tensor]:
-    _, masks = _solve(
-        "topk_mask", values, k, score, saliency, sizes, segments, min_keep, max_keep, pattern, protected, removed,
-        guess, packed, backend,
-    )  # fmt: skip
-    return masks[0] if isinstance(values, Tensor) else masks
-
-
-def _topk_cut(
-    values: Tensor | list[Tensor],
-    k: Tensor,
-    score: str,
-    saliency: Tensor | list[Tensor] | None,
-    sizes: Tensor | list[Tensor] | None,
-    segments: list[int],
-    min_keep: list[int],
-    max_keep: list[int],
-    protected: Tensor | list[Tensor] | None,
-    removed: Tensor | list[Tensor] | None,
-    guess: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    cut, _ = _solve(
-        "topk_threshold", values, k, score, saliency, sizes, segments, min_keep, max_keep, [], protected, removed,
-        guess, "cut", backend,
-    )  # fmt: skip
-    return cut.threshold, cut.tie_end
-
-
-def _topk_mask_fake(
-    values: Tensor | list[Tensor],
-    k: Tensor,
-    score: str,
-    saliency: Tensor | list[Tensor] | None,
-    sizes: Tensor | list[Tensor] | None,
-    segments: list[int],
-    min_keep: list[int],
-    max_keep: list[int],
-    pattern: list[int],
-    protected: Tensor | list[Tensor] | None,
-    removed: Tensor | list[Tensor] | None,
-    guess: Tensor | None,
-    packed: str,
-    backend: str,
-) -> Tensor | list[Tensor]:
-    if isinstance(values, Tensor):
-        shape, dtype = mask_shape((k.shape[0], values.shape[1]), packed)
-        return values.new_empty(shape, dtype=dtype)
-    kinds = [mask_shape(tuple(tensor.shape), packed) for tensor in values]
-    return [tensor.new_empty(shape, dtype=dtype) for tensor, (shape, dtype) in zip(values, kinds, strict=True)]
-
-
-def _topk_cut_fake(
-    values: Tensor | list[Tensor],
-    k: Tensor,
-    score: str,
-    saliency: Tensor | list[Tensor] | None,
-    sizes: Tensor | list[Tensor] | None,
-    segments: list[int],
-    min_keep: list[int],
-    max_keep: list[int],
-    protected: Tensor | list[Tensor] | None,
-    removed: Tensor | list[Tensor] | None,
-    guess: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    like = values if isinstance(values, Tensor) else values[0]
-    shape = (k.shape[0], max(len(segments) - 1, 1))
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=torch.int64)
-
-
-for _name, _implementation, _fake in (
-    ("topk_mask", _topk_mask, _topk_mask_fake),
-    ("topk_mask_list", _topk_mask, _topk_mask_fake),
-    ("topk_cut", _topk_cut, _topk_cut_fake),
-    ("topk_cut_list", _topk_cut, _topk_cut_fake),
-):
-    torch.library.impl(f"sfpk::{_name}", ("cpu", "cuda"))(_implementation)
-    torch.library.register_fake(f"sfpk::{_name}")(_fake)
-    transforms.register_vmap(f"sfpk::{_name}", getattr(torch.ops.sfpk, _name))

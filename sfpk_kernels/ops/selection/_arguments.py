@@ -1,11 +1,8 @@
-"""What a selection may be asked for, checked by shape and type; what depends on values is checked in _problem."""
+"""What a selection may be asked for, checked by shape and type; what depends on values is checked in _selection."""
 
 from __future__ import annotations
 
-import itertools
-import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +10,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..codes import SCORES
+from ..segments import segment_borders
 
 
 class Cut(NamedTuple):
@@ -26,41 +24,37 @@ class Cut(NamedTuple):
     tie_end: Tensor  # (rows, segments) int64: one past the last tie kept; d where all ties are kept
 
 
-@dataclass(frozen=True)
-class Call:
-    """The arguments of the torch ops; ``values`` is (n, d) or a list."""
+class Call(NamedTuple):
+    """The arguments of a selection, in the order of the torch ops: as a caller gives them, or normalized."""
 
-    values: Tensor | list[Tensor]
-    k: Tensor  # (rows,) int64
+    values: Any  # normalized: (n, d), or a list of tensors
+    k: Any  # (rows,) int64
     score: str
-    saliency: Tensor | list[Tensor] | None
-    sizes: Tensor | list[Tensor] | None
-    segments: list[int]  # (S + 1), or empty for one segment
-    min_keep: list[int]  # (S), or empty
-    max_keep: list[int]  # (S), or empty
-    pattern: list[int]  # N, M, or empty
-    protected: Tensor | list[Tensor] | None
-    removed: Tensor | list[Tensor] | None
-    guess: Tensor | None  # (rows, S)
+    saliency: Any  # like values: a tensor, a list, or None
+    sizes: Any
+    segments: Any  # (S + 1), or empty for one segment
+    min_keep: Any  # (S), or empty
+    max_keep: Any  # (S), or empty
+    pattern: Any  # N, M, or empty
+    protected: Any
+    removed: Any
+    guess: Any  # (rows, S), or None
+
+    def without_pattern(self) -> tuple[Any, ...]:
+        """The arguments of the ops that give a cut."""
+        return (*self[:_PATTERN], *self[_PATTERN + 1 :])
 
 
-def normalize(
-    op: str,
-    values: Any,
-    k: Any,
-    *,
-    score: Any,
-    saliency: Any,
-    sizes: Any,
-    segments: Any,
-    min_keep: Any,
-    max_keep: Any,
-    pattern: Any,
-    protected: Any,
-    removed: Any,
-    guess: Any,
-) -> Call:
-    """The op's arguments from the caller's, or the error that says what is wrong with them."""
+_PATTERN = Call._fields.index("pattern")
+
+
+def normalize(op: str, given: Call) -> Call:
+    """The op's arguments from the caller's.
+
+    Raises:
+        TypeError, ValueError: what is wrong with them, as far as it does not depend on values.
+    """
+    values, score, saliency = given.values, given.score, given.saliency
     check.is_one_of(op, "score", score, SCORES)
     tensors = _tensors(op, values, score)
     is_list = not isinstance(values, Tensor)
@@ -74,7 +68,8 @@ def normalize(
     shapes = [tuple(t.shape) for t in tensors] if is_list else [(d,)]
     whole = [tuple(values.shape)] if not is_list and score != "mean_abs_saliency" else []
 
-    def companion(name: str, value: Any, dtypes: tuple[torch.dtype, ...], rowwise: bool = False) -> Any:
+    def companion(name: str, dtypes: tuple[torch.dtype, ...], rowwise: bool = False) -> Any:
+        value = getattr(given, name)
         if value is None:
             return None
         if is_list != (not isinstance(value, Tensor)) or (is_list and not isinstance(value, Sequence)):
@@ -92,27 +87,28 @@ def normalize(
             check.same_device(op, label, part, device)
         return parts if is_list else value
 
-    if sizes is not None and any(x is not None for x in (segments, min_keep, max_keep, pattern)):
+    others = (given.segments, given.min_keep, given.max_keep, given.pattern)
+    if given.sizes is not None and any(x is not None for x in others):
         raise ValueError(f"{op}: sizes: wanted no segments, min_keep, max_keep or pattern beside them, got some")
-    borders = segment_borders(op, segments, tensors if is_list else None, d)
+    borders = segment_borders(op, given.segments, tensors if is_list else None, d)
     count = max(len(borders) - 1, 1)
-    floors, caps = (_limits(op, name, v, borders) for name, v in (("min_keep", min_keep), ("max_keep", max_keep)))
+    floors, caps = (_limits(op, name, getattr(given, name), borders) for name in ("min_keep", "max_keep"))
     for s, (low, high) in enumerate(zip(floors, caps, strict=False)):
         if low > high:
             raise ValueError(f"{op}: min_keep: wanted at most max_keep = {high} in segment {s}, got {low}")
     return Call(
         values=tensors if is_list else values.unsqueeze(0) if values.dim() == 1 else values,
-        k=_counts(op, k, rows),
+        k=_counts(op, given.k, rows),
         score=score,
-        saliency=companion("saliency", saliency, check.FLOATS),
-        sizes=companion("sizes", sizes, (*check.FLOATS, torch.int64)),
+        saliency=companion("saliency", check.FLOATS),
+        sizes=companion("sizes", (*check.FLOATS, torch.int64)),
         segments=borders,
         min_keep=floors,
         max_keep=caps,
-        pattern=_pattern(op, pattern, tensors),
-        protected=companion("protected", protected, (torch.bool,), rowwise=True),
-        removed=companion("removed", removed, (torch.bool,), rowwise=True),
-        guess=_guess(op, guess, rows, count),
+        pattern=_pattern(op, given.pattern, tensors),
+        protected=companion("protected", (torch.bool,), rowwise=True),
+        removed=companion("removed", (torch.bool,), rowwise=True),
+        guess=_guess(op, given.guess, rows, count),
     )
 
 
@@ -140,54 +136,19 @@ def _tensors(op: str, values: Any, score: str) -> list[Tensor]:
     return list(values)
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
-
-
 def _counts(op: str, k: Any, rows: int) -> Tensor:
     if isinstance(k, Tensor):
         if k.dtype != torch.int64:
             raise TypeError(f"{op}: k: wanted an int64 tensor, got {k.dtype}")
         check.has_shape(op, "k", k, (rows,))
         return k
-    if _is_integer(k):
+    if check.is_integer(k):
         return torch.full((rows,), k, dtype=torch.int64, device="cpu")
-    if not isinstance(k, Sequence) or not all(_is_integer(v) for v in k):
+    if not isinstance(k, Sequence) or not all(check.is_integer(v) for v in k):
         raise TypeError(f"{op}: k: wanted an integer or one per row, got {k!r}")
     if len(k) != rows:
         raise ValueError(f"{op}: k: wanted {rows} values, one per row, got {len(k)}")
-    return torch.tensor([_plain(v) for v in k], dtype=torch.int64, device="cpu")
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's integers as Python's; a symbolic one stays symbolic."""
-    return value if isinstance(value, int | torch.SymInt) else int(value)
-
-
-def segment_borders(
-    op: str, segments: Any, tensors: list[Tensor] | None, d: int, *, offsets: bool = False
-) -> list[int]:
-    """Offsets 0 … d, empty for one segment.
-
-    ``tensors`` are those whose borders "tensors" stands for, if for any; others are taken then only with ``offsets``.
-    """
-    if segments is None:
-        return []
-    if tensors is not None and not (offsets and not isinstance(segments, str)):
-        if not isinstance(segments, str) or segments != "tensors":
-            wanted = "None, offsets or 'tensors'" if offsets else "None or 'tensors'"
-            raise ValueError(f"{op}: segments: wanted {wanted} for a list of tensors, got {segments!r:.80}")
-        borders = [0]
-        for tensor in tensors:
-            borders.append(borders[-1] + tensor.numel())
-        return borders
-    if isinstance(segments, str) or not isinstance(segments, Sequence) or not all(_is_integer(b) for b in segments):
-        raise TypeError(f"{op}: segments: wanted a sequence of integers, got {segments!r:.80}")
-    borders = [_plain(b) for b in segments]
-    rising = all(a <= b for a, b in itertools.pairwise(borders))
-    if len(borders) < 2 or borders[0] != 0 or borders[-1] != d or not rising:
-        raise ValueError(f"{op}: segments: wanted rising offsets from 0 to {d}, got {segments!r:.80}")
-    return borders
+    return torch.tensor([check.plain(v) for v in k], dtype=torch.int64, device="cpu")
 
 
 def _limits(op: str, name: str, value: Any, borders: list[int]) -> list[int]:
@@ -196,23 +157,23 @@ def _limits(op: str, name: str, value: Any, borders: list[int]) -> list[int]:
     if not borders:
         raise ValueError(f"{op}: {name}: wanted None without segments, got {value!r:.80}")
     parts = len(borders) - 1
-    limits = [value] * parts if _is_integer(value) else list(value) if isinstance(value, Sequence) else None
-    if limits is None or not all(_is_integer(v) for v in limits):
+    limits = [value] * parts if check.is_integer(value) else list(value) if isinstance(value, Sequence) else None
+    if limits is None or not all(check.is_integer(v) for v in limits):
         raise TypeError(f"{op}: {name}: wanted an integer or one per segment, got {value!r:.80}")
     if len(limits) != parts:
         raise ValueError(f"{op}: {name}: wanted {parts} values, one per segment, got {len(limits)}")
     for s, limit in enumerate(limits):
         if limit < 0:
             raise ValueError(f"{op}: {name}: wanted ≥ 0, got {limit} in segment {s}")
-    return [_plain(v) for v in limits]
+    return [check.plain(v) for v in limits]
 
 
 def _pattern(op: str, pattern: Any, tensors: list[Tensor]) -> list[int]:
     if pattern is None:
         return []
-    if not isinstance(pattern, Sequence) or len(pattern) != 2 or not all(_is_integer(v) for v in pattern):
+    if not isinstance(pattern, Sequence) or len(pattern) != 2 or not all(check.is_integer(v) for v in pattern):
         raise TypeError(f"{op}: pattern: wanted two integers (N, M), got {pattern!r:.80}")
-    keep, group = (_plain(v) for v in pattern)
+    keep, group = (check.plain(v) for v in pattern)
     if not 0 <= keep <= group or group < 1:
         raise ValueError(f"{op}: pattern: wanted 0 ≤ N ≤ M and M ≥ 1, got {pattern!r}")
     for tensor in tensors:

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from ... import _extension
+from ...utils.tensors import gapless
 from ..bits import reference as bits
-from ..bits._shape import BITS, mask_shape
 from ..codes import SELECTION_CHUNK, SELECTION_COUNTERS, SELECTION_STATE_COLUMNS, score_code
+from ..packing import BITS, mask_shape
 from . import _device
 from ._arguments import Cut
-from ._problem import Problem
+from ._selection import Selection
 
 
 def why_not(values: Tensor) -> str | None:
@@ -23,15 +24,15 @@ def why_not(values: Tensor) -> str | None:
     return _extension.without_cuda()
 
 
-def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
+def select(selection: Selection) -> tuple[Cut, list[Tensor]]:
     """As :func:`.reference.select`."""
-    device = problem.values[0].device
-    excluded = problem.set_aside()
-    k, candidates = _device.counts(problem, excluded)
-    rows = problem.rows
-    values = [_device.as_rows(t) if problem.by_rows else _device.as_rows(t.reshape(1, -1)) for t in problem.values]
-    aside, always = ([_device.as_rows(m.reshape(rows, -1)) for m in masks] for masks in (excluded, problem.protected))
-    kind = problem.output if problem.by_rows or problem.output == "cut" else "bool"
+    device = selection.values[0].device
+    excluded = selection.set_aside()
+    k, candidates = _device.counts(selection, excluded)
+    rows = selection.rows
+    values = [gapless(t) if selection.by_rows else gapless(t.reshape(1, -1)) for t in selection.values]
+    aside, always = ([gapless(m.reshape(rows, -1)) for m in masks] for masks in (excluded, selection.protected))
+    kind = selection.output if selection.by_rows or selection.output == "cut" else "bool"
     masks: list[Tensor] = []
     if kind != "cut":
         shapes = [mask_shape((rows, v.shape[1]), kind) for v in values]
@@ -46,14 +47,14 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
         for size in (SELECTION_STATE_COLUMNS, SELECTION_COUNTERS, chunks)
     )
     unit = 0 if kind == "cut" else BITS.get(masks[0].dtype, 1)
-    guess = None if problem.guess is None else problem.guess.float().reshape(-1).contiguous()
+    guess = None if selection.guess is None else selection.guess.float().reshape(-1).contiguous()
     torch.ops.sfpk_cpp.topk_device_(
-        values, score_code(problem.score), [t.float().reshape(-1).contiguous() for t in problem.saliency], aside,
+        values, score_code(selection.score), [t.float().reshape(-1).contiguous() for t in selection.saliency], aside,
         always, k, candidates, guess, unit, masks, cut.threshold, cut.tie_end, state, bins, ties,
     )  # fmt: skip
-    if not _device.knows_all(problem):
-        _device.check_nan(problem, cut.threshold.isnan())
-    if problem.by_rows or not masks:
+    if not _device.knows_all(selection):
+        _device.check_nan(selection, cut.threshold.isnan())
+    if selection.by_rows or not masks:
         return cut, masks
-    shaped = [m.view(t.shape) for m, t in zip(masks, problem.values, strict=True)]
-    return cut, [bits.pack_mask(mask, problem.output) for mask in shaped]
+    shaped = [m.view(t.shape) for m, t in zip(masks, selection.values, strict=True)]
+    return cut, [bits.pack_mask(mask, selection.output) for mask in shaped]

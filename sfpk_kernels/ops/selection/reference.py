@@ -7,22 +7,22 @@ from torch import Tensor
 
 from ..bits.reference import pack_mask
 from ._arguments import Cut
-from ._problem import Problem, nan_error, plan
+from ._selection import Selection, nan_error, remaining
 
 _INF = float("inf")
 
 
-def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
+def select(selection: Selection) -> tuple[Cut, list[Tensor]]:
     """The cuts, and one mask per tensor of ``values`` unless only the cut is asked for."""
-    scores = score_rows(problem)
-    _check_nan(problem, scores)
-    excluded = problem.set_aside()
-    if problem.pattern is not None:
-        excluded = _split(problem, _leave_out_by_pattern(problem, scores))
-    counts, limits = plan(problem, excluded)
-    out_of_ranking = _joined(problem, excluded, scores)
-    sizes = _joined(problem, problem.sizes, scores) if problem.sizes else None
-    masks = _joined(problem, problem.protected, scores)
+    scores = score_rows(selection)
+    _check_nan(selection, scores)
+    excluded = selection.set_aside()
+    if selection.pattern is not None:
+        excluded = _split(selection, _leave_out_by_pattern(selection, scores))
+    counts, limits = remaining(selection, excluded)
+    out_of_ranking = _joined(selection, excluded, scores)
+    sizes = _joined(selection, selection.sizes, scores) if selection.sizes else None
+    masks = _joined(selection, selection.protected, scores)
     cut = Cut(
         scores.new_empty(limits.shape[1:]), torch.empty(limits.shape[1:], dtype=torch.int64, device=scores.device)
     )
@@ -32,30 +32,30 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
         if sizes is not None:
             kept = order[sizes[row][order].cumsum(0) <= k]
         else:
-            kept = order[_within_limits(problem, order, k, limits[:, row].to(order.device))]
+            kept = order[_within_limits(selection, order, k, limits[:, row].to(order.device))]
         chosen = torch.zeros_like(out_of_ranking[row])
         chosen[kept] = True
         masks[row] |= chosen
-        for s, (begin, end) in enumerate(zip(problem.segments, problem.segments[1:], strict=False)):
+        for s, (begin, end) in enumerate(zip(selection.segments, selection.segments[1:], strict=False)):
             cut.threshold[row, s], cut.tie_end[row, s] = _describe(
                 scores[row], chosen, ~out_of_ranking[row], begin, end
             )
-    if problem.output == "cut":
+    if selection.output == "cut":
         return cut, []
-    return cut, [pack_mask(mask.clone(), problem.output) for mask in _split(problem, masks)]
+    return cut, [pack_mask(mask.clone(), selection.output) for mask in _split(selection, masks)]
 
 
-def score_rows(problem: Problem) -> Tensor:  # (rows, d) fp32, fp64 for fp64 values
+def score_rows(selection: Selection) -> Tensor:  # (rows, d) fp32, fp64 for fp64 values
     """The scores, rounded as every backend rounds them; +0 for both zeros."""
-    dtype = torch.float64 if problem.values[0].dtype == torch.float64 else torch.float32
-    if problem.by_rows:
-        values = problem.values[0].to(dtype)
-        saliency = problem.saliency[0].to(dtype) if problem.saliency else None
+    dtype = torch.float64 if selection.values[0].dtype == torch.float64 else torch.float32
+    if selection.by_rows:
+        values = selection.values[0].to(dtype)
+        saliency = selection.saliency[0].to(dtype) if selection.saliency else None
     else:
-        values = torch.cat([t.flatten() for t in problem.values]).to(dtype)[None]
-        saliency = torch.cat([t.flatten() for t in problem.saliency]).to(dtype) if problem.saliency else None
-    if problem.score != "mean_abs_saliency":
-        return score_of(values, problem.score, saliency)
+        values = torch.cat([t.flatten() for t in selection.values]).to(dtype)[None]
+        saliency = torch.cat([t.flatten() for t in selection.saliency]).to(dtype) if selection.saliency else None
+    if selection.score != "mean_abs_saliency":
+        return score_of(values, selection.score, saliency)
     assert saliency is not None
     total = values[0].abs()
     for row in values[1:]:
@@ -78,38 +78,38 @@ def score_of(
     return wide.abs() * saliency.to(wide.dtype) + 0.0
 
 
-def _check_nan(problem: Problem, scores: Tensor) -> None:
+def _check_nan(selection: Selection, scores: Tensor) -> None:
     nan = torch.isnan(scores)
     if not nan.any():
         return
-    if problem.by_rows:
-        raise nan_error(problem, int(nan.any(dim=1).int().argmax()))
-    lengths = [t.numel() for t in problem.values]
-    raise nan_error(problem, next(i for i, part in enumerate(nan[0].split(lengths)) if part.any()))
+    if selection.by_rows:
+        raise nan_error(selection, int(nan.any(dim=1).int().argmax()))
+    lengths = [t.numel() for t in selection.values]
+    raise nan_error(selection, next(i for i, part in enumerate(nan[0].split(lengths)) if part.any()))
 
 
-def _joined(problem: Problem, tensors: list[Tensor], scores: Tensor) -> Tensor:
+def _joined(selection: Selection, tensors: list[Tensor], scores: Tensor) -> Tensor:
     """Companions as one (rows, d) tensor; False where there are none."""
     if not tensors:
         return torch.zeros_like(scores, dtype=torch.bool)
-    flat = tensors[0] if problem.by_rows else torch.cat([t.flatten() for t in tensors])
+    flat = tensors[0] if selection.by_rows else torch.cat([t.flatten() for t in tensors])
     return flat.expand(scores.shape).clone()
 
 
-def _split(problem: Problem, rows: Tensor) -> list[Tensor]:
+def _split(selection: Selection, rows: Tensor) -> list[Tensor]:
     """(rows, d) in the shapes of the values."""
-    if problem.by_rows:
+    if selection.by_rows:
         return [rows]
-    parts = rows[0].split([t.numel() for t in problem.values])
-    return [part.reshape(t.shape) for part, t in zip(parts, problem.values, strict=True)]
+    parts = rows[0].split([t.numel() for t in selection.values])
+    return [part.reshape(t.shape) for part, t in zip(parts, selection.values, strict=True)]
 
 
-def _leave_out_by_pattern(problem: Problem, scores: Tensor) -> Tensor:  # (rows, d) bool
+def _leave_out_by_pattern(selection: Selection, scores: Tensor) -> Tensor:  # (rows, d) bool
     """All but the best N of each group of M; protected entries take their places first, removed ones never."""
-    assert problem.pattern is not None
-    keep, group = problem.pattern
-    protected = _joined(problem, problem.protected, scores).reshape(-1, group)
-    aside = _joined(problem, problem.set_aside(), scores).reshape(-1, group)
+    assert selection.pattern is not None
+    keep, group = selection.pattern
+    protected = _joined(selection, selection.protected, scores).reshape(-1, group)
+    aside = _joined(selection, selection.set_aside(), scores).reshape(-1, group)
     order = scores.reshape(-1, group).sort(dim=1, descending=True, stable=True).indices
     places = keep - protected.sum(dim=1, keepdim=True)
     candidate = ~aside.gather(1, order)
@@ -118,7 +118,7 @@ def _leave_out_by_pattern(problem: Problem, scores: Tensor) -> Tensor:  # (rows,
 
 
 def _within_limits(
-    problem: Problem,
+    selection: Selection,
     order: Tensor,  # candidates, best first
     k: int,
     limits: Tensor,  # (3, S)
@@ -126,7 +126,7 @@ def _within_limits(
     """Every segment's floor first, then the best of the others below their segment's ceiling."""
     if limits.shape[1] == 1:
         return torch.arange(order.numel(), dtype=torch.int64, device=order.device) < k
-    borders = torch.tensor(problem.segments[1:-1], dtype=torch.int64, device=order.device)
+    borders = torch.tensor(selection.segments[1:-1], dtype=torch.int64, device=order.device)
     segment = torch.bucketize(order, borders, right=True)
     rank = torch.empty_like(order)
     for s in range(limits.shape[1]):

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ... import _triton
+from ...utils.tensors import gapless
 from ..bits import reference as bits
-from ..bits._shape import BITS, mask_shape
 from ..codes import score_code
+from ..packing import BITS, mask_shape
 from . import _device
 from ._arguments import Cut
-from ._problem import Problem
+from ._selection import Selection
 
 _BLOCK, _TILES = 1024, 16
 _CHUNK = _BLOCK * _TILES
@@ -30,16 +31,16 @@ def why_not(values: Tensor) -> str | None:
     return _triton.why_not(values)
 
 
-def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
+def select(selection: Selection) -> tuple[Cut, list[Tensor]]:
     """As :func:`.reference.select`."""
     from . import triton_kernels as kernels
 
-    device = problem.values[0].device
-    excluded = problem.set_aside()
-    k, candidates = _device.counts(problem, excluded)
-    rows = problem.rows
-    d = problem.segments[-1]
-    parts = _parts(problem, excluded)
+    device = selection.values[0].device
+    excluded = selection.set_aside()
+    k, candidates = _device.counts(selection, excluded)
+    rows = selection.rows
+    d = selection.segments[-1]
+    parts = _parts(selection, excluded)
     chunks = sum(-(-part["d"] // _CHUNK) for part in parts)
     state = torch.zeros((rows, kernels.COLUMNS.value), dtype=torch.int64, device=device)
     state[:, kernels.WANTED.value] = k
@@ -49,7 +50,7 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
         torch.empty((rows, 1), dtype=torch.float32, device=device),
         torch.empty((rows, 1), dtype=torch.int64, device=device),
     )
-    constants = {"SCORE": score_code(problem.score), "EXCLUDES": bool(excluded), "BLOCK": _BLOCK, "TILES": _TILES}
+    constants = {"SCORE": score_code(selection.score), "EXCLUDES": bool(excluded), "BLOCK": _BLOCK, "TILES": _TILES}
 
     for shift in (24, 16, 8, 0):
         for part in parts:
@@ -76,22 +77,22 @@ def select(problem: Problem) -> tuple[Cut, list[Tensor]]:
             first_chunk, last, **constants,
         )  # fmt: skip
         first_chunk = last
-    if not _device.knows_all(problem):
-        _device.check_nan(problem, state[:, kernels.NAN.value] != 0)
-    masks = [] if problem.output == "cut" else _write(problem, parts, state, cut, constants)
+    if not _device.knows_all(selection):
+        _device.check_nan(selection, state[:, kernels.NAN.value] != 0)
+    masks = [] if selection.output == "cut" else _write(selection, parts, state, cut, constants)
     return cut, masks
 
 
-def _parts(problem: Problem, excluded: list[Tensor]) -> list[dict[str, Any]]:
+def _parts(selection: Selection, excluded: list[Tensor]) -> list[dict[str, Any]]:
     """What the kernels take of each tensor; rows beside each other, tensors one after the other."""
     parts, first = [], 0
-    n = problem.values[0].shape[0] if problem.by_rows else 1
-    for i, tensor in enumerate(problem.values):
-        values = _device.as_rows(tensor if problem.by_rows else tensor.reshape(1, -1))
+    n = selection.values[0].shape[0] if selection.by_rows else 1
+    for i, tensor in enumerate(selection.values):
+        values = gapless(tensor if selection.by_rows else tensor.reshape(1, -1))
         d = values.shape[1]
-        saliency = problem.saliency[i].float().reshape(-1).contiguous() if problem.saliency else values
+        saliency = selection.saliency[i].float().reshape(-1).contiguous() if selection.saliency else values
         aside, row_aside = _rows(excluded[i], d) if excluded else (values, 0)
-        always, row_always = _rows(problem.protected[i], d) if problem.protected else (values, 0)
+        always, row_always = _rows(selection.protected[i], d) if selection.protected else (values, 0)
         if d:
             parts.append({
                 "d": d, "first": first, "index": i, "source": (values, saliency, aside), "always": (always, row_always),
@@ -103,19 +104,19 @@ def _parts(problem: Problem, excluded: list[Tensor]) -> list[dict[str, Any]]:
 
 def _rows(mask: Tensor, d: int) -> tuple[Tensor, int]:
     """A bool mask as bytes in rows, and the distance of its rows."""
-    rows = _device.as_rows(mask.reshape(-1, d) if mask.dim() != 2 or mask.shape[1] != d else mask)
+    rows = gapless(mask.reshape(-1, d) if mask.dim() != 2 or mask.shape[1] != d else mask)
     return rows.view(torch.uint8), rows.stride(0)
 
 
 def _write(
-    problem: Problem, parts: list[dict[str, Any]], state: Tensor, cut: Cut, constants: dict[str, Any]
+    selection: Selection, parts: list[dict[str, Any]], state: Tensor, cut: Cut, constants: dict[str, Any]
 ) -> list[Tensor]:
     from . import triton_kernels as kernels
 
     rows, device = state.shape[0], state.device
     # Bits lie along the last dimension: those of rows are packed at once, those of a list's tensors afterwards.
-    kind = problem.output if problem.by_rows else "bool"
-    shapes = [(rows, problem.segments[-1])] if problem.by_rows else [tuple(t.shape) for t in problem.values]
+    kind = selection.output if selection.by_rows else "bool"
+    shapes = [(rows, selection.segments[-1])] if selection.by_rows else [tuple(t.shape) for t in selection.values]
     masks = []
     for shape in shapes:
         packed, dtype = mask_shape(shape, kind)
@@ -128,7 +129,7 @@ def _write(
         _triton.launch(
             kernels.write_mask, (-(-d // _BLOCK), rows), device,
             *part["source"], always, state, *cut, out, n, stride, row_aside, row_always, out.stride(0), d, scale,
-            part["first"], SCORE=constants["SCORE"], EXCLUDES=constants["EXCLUDES"], ALWAYS=bool(problem.protected),
+            part["first"], SCORE=constants["SCORE"], EXCLUDES=constants["EXCLUDES"], ALWAYS=bool(selection.protected),
             UNIT=BITS.get(mask.dtype, 1), BLOCK=_BLOCK,
         )  # fmt: skip
-    return masks if problem.by_rows else [bits.pack_mask(mask, problem.output) for mask in masks]
+    return masks if selection.by_rows else [bits.pack_mask(mask, selection.output) for mask in masks]

@@ -1,7 +1,7 @@
 """Triton kernels of the exact selection: a radix select of 8 bits a pass, ties by flat index.
 
 A score becomes a key that is ordered as an unsigned integer; 0 is no candidate. Every count is an integer, so the order
-of the atomic additions changes nothing. ``state`` has one row per problem, all int64: see the columns below.
+of the atomic additions changes nothing. ``state`` has one row per selection, all int64: see the columns below.
 """
 
 import triton

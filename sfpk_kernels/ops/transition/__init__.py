@@ -20,7 +20,7 @@ DENSITIES = ("l2", "l2_squared")
 NONFINITE = ("raise", "skip", "hold")
 
 _OP = "transition_"
-_BACKENDS = {
+BACKENDS = {
     "cpp": Backend(cpp.transition_, cpp.why_not),
     "triton": Backend(triton_backend.transition_, triton_backend.why_not),
     "reference": Backend(reference.transition_),
@@ -217,7 +217,7 @@ def _transition_(
     if kernel == "weighted_rbf" and saliency is not None:
         check.at_least(_OP, "saliency", saliency, 0.0)
     with check.writing(masks, residual):
-        stats: TransitionStats = choose(_OP, backend, _BACKENDS, masks)(
+        stats: TransitionStats = choose(_OP, backend, BACKENDS, masks)(
             masks,
             grads,
             weights,

@@ -15,7 +15,7 @@ from ...utils.tensors import as_numpy
 
 
 @dataclass(frozen=True)
-class Problem:
+class Selection:
     """Rows of one (n, d) tensor ranked each by itself, or the tensors of a list ranked together.
 
     Every list beside ``values`` has one tensor per tensor of ``values``, or is empty.
@@ -64,54 +64,54 @@ class Problem:
         return self.protected or self.removed
 
 
-class Plan(NamedTuple):
+class Remaining(NamedTuple):
     """What is left to solve once protected entries are counted."""
 
     counts: list[int]  # (rows,) how many candidates to keep, or the budget left for them
     limits: Tensor  # (3, rows, S) int64 on the CPU: candidates to keep at least, at most; candidates there are
 
 
-def nan_error(problem: Problem, where: int) -> ValueError:
+def nan_error(selection: Selection, where: int) -> ValueError:
     """The error for a NaN score in row, or tensor of the list, number ``where``."""
-    place = f"row {where}" if problem.by_rows else f"values[{where}]"
-    return ValueError(f"{problem.op}: values: wanted no NaN score, got NaN in {place}")
+    place = f"row {where}" if selection.by_rows else f"values[{where}]"
+    return ValueError(f"{selection.op}: values: wanted no NaN score, got NaN in {place}")
 
 
-def check_pattern(problem: Problem) -> None:
+def check_pattern(selection: Selection) -> None:
     """No group may have more protected entries than the pattern keeps."""
-    if problem.pattern is None:
+    if selection.pattern is None:
         return
-    keep, group = problem.pattern
-    for protected in problem.protected:
+    keep, group = selection.pattern
+    for protected in selection.protected:
         if protected.numel():
             most = int(protected.reshape(-1, group).sum(dim=1).max())
             if most > keep:
                 raise ValueError(
-                    f"{problem.op}: protected: wanted at most {keep} in each group of {group}, got {most} in one"
+                    f"{selection.op}: protected: wanted at most {keep} in each group of {group}, got {most} in one"
                 )
 
 
-def check_values(problem: Problem) -> None:
+def check_values(selection: Selection) -> None:
     """What only the values of companions can tell."""
-    for sizes in problem.sizes:
+    for sizes in selection.sizes:
         if sizes.numel() and not bool(sizes.min() >= 1):
-            raise ValueError(f"{problem.op}: sizes: wanted integers ≥ 1, got {int(sizes.min())}")
-    for protected, removed in zip(problem.protected, problem.removed, strict=False):
+            raise ValueError(f"{selection.op}: sizes: wanted integers ≥ 1, got {int(sizes.min())}")
+    for protected, removed in zip(selection.protected, selection.removed, strict=False):
         both = _true(protected & removed)
         if both:
-            raise ValueError(f"{problem.op}: removed: wanted no protected entries, got {both}")
-    check_pattern(problem)
+            raise ValueError(f"{selection.op}: removed: wanted no protected entries, got {both}")
+    check_pattern(selection)
 
 
-def _count(problem: Problem, masks: list[Tensor]) -> list[list[int]]:
+def _count(selection: Selection, masks: list[Tensor]) -> list[list[int]]:
     """True entries per row and segment."""
-    borders = list(itertools.pairwise(problem.segments))
+    borders = list(itertools.pairwise(selection.segments))
     if not masks:
-        return [[0] * len(borders)] * problem.rows
-    if problem.by_rows:
+        return [[0] * len(borders)] * selection.rows
+    if selection.by_rows:
         alike = masks[0].stride(0) == 0  # one mask expanded to all rows
         rows = [[_true(row[begin:end]) for begin, end in borders] for row in (masks[0][:1] if alike else masks[0])]
-        return rows * problem.rows if alike else rows
+        return rows * selection.rows if alike else rows
     counts = [_true(mask) for mask in masks]
     return [counts if len(borders) == len(counts) else [sum(counts)]]
 
@@ -121,73 +121,73 @@ def _true(mask: Tensor) -> int:
     return int(np.count_nonzero(as_numpy(mask))) if mask.device.type == "cpu" else int(torch.count_nonzero(mask))
 
 
-def plan(
-    problem: Problem,
+def remaining(
+    selection: Selection,
     excluded: list[Tensor],  # bool, one per tensor of values, or empty: protected, removed or left out by the pattern
-) -> Plan:
+) -> Remaining:
     """What the backends have to solve.
 
     Raises:
         ValueError: no selection satisfies the constraints; the message says which.
     """
-    fixed, aside = _count(problem, problem.protected), _count(problem, excluded)
-    lengths = [b - a for a, b in zip(problem.segments, problem.segments[1:], strict=False)]
+    fixed, aside = _count(selection, selection.protected), _count(selection, excluded)
+    lengths = [b - a for a, b in zip(selection.segments, selection.segments[1:], strict=False)]
     counts, limits = [], []
-    for row, k in enumerate(problem.counts):
+    for row, k in enumerate(selection.counts):
         free = [length - out for length, out in zip(lengths, aside[row], strict=True)]
-        if problem.sizes:
-            counts.append(_budget(problem, row, k))
+        if selection.sizes:
+            counts.append(_budget(selection, row, k))
             limits.append([[0] * len(free), free, free])
         else:
-            counts.append(_check_count(problem, row, k, sum(fixed[row]), sum(free)))
-            limits.append(_row_limits(problem, row, k, fixed[row], free))
+            counts.append(_check_count(selection, row, k, sum(fixed[row]), sum(free)))
+            limits.append(_row_limits(selection, row, k, fixed[row], free))
     table = torch.tensor(limits, dtype=torch.int64, device="cpu").reshape(len(limits), 3, len(lengths))
-    return Plan(counts, table.transpose(0, 1).contiguous())
+    return Remaining(counts, table.transpose(0, 1).contiguous())
 
 
-def _budget(problem: Problem, row: int, k: int) -> int:
+def _budget(selection: Selection, row: int, k: int) -> int:
     spent = 0
-    for sizes, protected in zip(problem.sizes, problem.protected, strict=False):
-        spent += int(sizes[protected[row] if problem.by_rows else protected].sum())
+    for sizes, protected in zip(selection.sizes, selection.protected, strict=False):
+        spent += int(sizes[protected[row] if selection.by_rows else protected].sum())
     if k < max(spent, 0):
         what = f"≥ {spent}, the weights of the protected entries" if spent else "≥ 0"
-        raise ValueError(f"{problem.op}: k: wanted {what}, got {k}{problem.who(row)}")
+        raise ValueError(f"{selection.op}: k: wanted {what}, got {k}{selection.who(row)}")
     return k - spent
 
 
-def _check_count(problem: Problem, row: int, k: int, fixed: int, free: int) -> int:
-    d = problem.segments[-1]
+def _check_count(selection: Selection, row: int, k: int, fixed: int, free: int) -> int:
+    d = selection.segments[-1]
     if not 0 <= k <= d:
-        raise ValueError(f"{problem.op}: k: wanted 0 ≤ k ≤ {d}, got {k}{problem.who(row)}")
+        raise ValueError(f"{selection.op}: k: wanted 0 ≤ k ≤ {d}, got {k}{selection.who(row)}")
     if k < fixed:
-        raise ValueError(f"{problem.op}: k: wanted ≥ {fixed}, the protected entries, got {k}{problem.who(row)}")
+        raise ValueError(f"{selection.op}: k: wanted ≥ {fixed}, the protected entries, got {k}{selection.who(row)}")
     if k > fixed + free:
         raise ValueError(
-            f"{problem.op}: k: wanted ≤ {fixed + free}, the entries that removed and pattern leave, "
-            f"got {k}{problem.who(row)}"
+            f"{selection.op}: k: wanted ≤ {fixed + free}, the entries that removed and pattern leave, "
+            f"got {k}{selection.who(row)}"
         )
     return k - fixed
 
 
-def _row_limits(problem: Problem, row: int, k: int, fixed: list[int], free: list[int]) -> list[list[int]]:
+def _row_limits(selection: Selection, row: int, k: int, fixed: list[int], free: list[int]) -> list[list[int]]:
     parts = len(free)
-    floors, caps = problem.min_keep or [0] * parts, problem.max_keep or [problem.segments[-1]] * parts
+    floors, caps = selection.min_keep or [0] * parts, selection.max_keep or [selection.segments[-1]] * parts
     for s in range(parts):
         if floors[s] > fixed[s] + free[s]:
             raise ValueError(
-                f"{problem.op}: min_keep: wanted ≤ {fixed[s] + free[s]}, the candidates of segment {s}, "
-                f"got {floors[s]}{problem.who(row)}"
+                f"{selection.op}: min_keep: wanted ≤ {fixed[s] + free[s]}, the candidates of segment {s}, "
+                f"got {floors[s]}{selection.who(row)}"
             )
         if caps[s] < fixed[s]:
             raise ValueError(
-                f"{problem.op}: max_keep: wanted ≥ {fixed[s]}, the protected entries of segment {s}, "
-                f"got {caps[s]}{problem.who(row)}"
+                f"{selection.op}: max_keep: wanted ≥ {fixed[s]}, the protected entries of segment {s}, "
+                f"got {caps[s]}{selection.who(row)}"
             )
     low = [max(floor - p, 0) for floor, p in zip(floors, fixed, strict=True)]
     high = [min(cap - p, f) for cap, p, f in zip(caps, fixed, free, strict=True)]
     least, most = sum(low) + sum(fixed), sum(high) + sum(fixed)
     if k < least:
-        raise ValueError(f"{problem.op}: k: wanted ≥ {least}, what min_keep demands, got {k}{problem.who(row)}")
+        raise ValueError(f"{selection.op}: k: wanted ≥ {least}, what min_keep demands, got {k}{selection.who(row)}")
     if k > most:
-        raise ValueError(f"{problem.op}: k: wanted ≤ {most}, what max_keep allows, got {k}{problem.who(row)}")
+        raise ValueError(f"{selection.op}: k: wanted ≤ {most}, what max_keep allows, got {k}{selection.who(row)}")
     return [low, high, free]
