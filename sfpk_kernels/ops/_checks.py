@@ -38,13 +38,19 @@ def same_device(op: str, name: str, value: Tensor, device: torch.device) -> None
 
 def is_real(op: str, name: str, value: Any, wanted: str, low: float, high: float, *, open_low: bool = True) -> float:
     """``value`` is a finite number within the range that ``wanted`` puts in words."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{op}: {name}: wanted a number {wanted}, got {value!r}")
     number = float(value)
     above = number > low if open_low else number >= low
     if not (above and number <= high and number < float("inf")):
         raise ValueError(f"{op}: {name}: wanted a number {wanted}, got {value!r}")
     return number
+
+
+def is_integer(op: str, name: str, value: Any, wanted: str = "an integer") -> None:
+    """``value`` is a whole number of any type."""
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+        raise TypeError(f"{op}: {name}: wanted {wanted}, got {value!r}")
 
 
 _lowest: Any = WeakTensorKeyDictionary()  # tensor → (version, lowest value): constants of a run are looked at once
@@ -80,6 +86,8 @@ def writing(*tensors: Tensor | None) -> Iterator[None]:
 
 def owns_memory(op: str, name: str, value: Tensor) -> None:
     """No two entries of ``value`` lie in the same place."""
+    if value.is_contiguous():
+        return
     extent = 1
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1 and stride < extent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ def by_name(op: str, function: Callable[[Any], Any]) -> Callable[..., Any]:
         return function(bind(*values, **named))
 
     return call
+
+
+def part(fields: Any) -> Callable[[Any], Any]:
+    """Takes the fields of a NamedTuple class from a value that has them all, as one of that class."""
+    get = attrgetter(*fields._fields)
+    return lambda arguments: fields._make(get(arguments))
 
 
 def register(op: str, function: Callable[[Any], Any], fake: Callable[[Any], Any]) -> None:

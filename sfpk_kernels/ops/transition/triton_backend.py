@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _triton
-from .reference import TransitionStats
+from .spec import Columns, TransitionSpec, TransitionStats
 
 MOST_PARTICLES = 256
 WHOLE_COLUMNS = 4096  # up to here one program does the step: launches would cost more than the arithmetic
@@ -81,40 +81,26 @@ def _two_floats(value: float) -> tuple[float, float]:
 
 def transition_(
     masks: Tensor,  # (n, d) fp32, fp16 or bf16, moved in place
-    grads: Tensor,  # (n, d), or (1, d) with only
-    weights: Tensor | None,
-    saliency: Tensor | None,
-    sizes: Tensor | None,
+    grads: Tensor,  # (n, d), or (1, d) with spec.only
+    columns: Columns,
     residual: Tensor | None,
     state: TransitionStats | None,
-    *,
-    step: float,
-    radius: float,
-    repulsion: float,
-    kernel: str,
-    density: str,
-    target_density: float | None,
-    consensus: float,
-    eps: float,
-    key: int,
-    skip: bool,
-    only: int,
+    spec: TransitionSpec,
 ) -> TransitionStats:
     """As :func:`.reference.transition_`, in two passes over the particles and without a host synchronisation."""
     from . import triton_kernels
 
     if grads.shape[1] > 1 and grads.stride(1) != 1:
         grads = grads.contiguous()
-    grads = grads.expand_as(masks)  # with ``only`` its one row for all: what the others make of it is not used
+    grads = grads.expand_as(masks)  # with spec.only its one row for all: what the others make of it is not used
     if residual is not None and residual.shape[1] > 1 and residual.stride(1) != 1:
         raise ValueError("transition_: residual: wanted rows without gaps for backend 'triton', got a column stride")
-    weights, saliency, sizes = (t if t is None else t.contiguous() for t in (weights, saliency, sizes))
+    weights, saliency, sizes = (t if t is None else t.contiguous() for t in columns)
     n, d = masks.shape
     sized = sizes is not None
     tile = tiling(n, sized, residual is not None)
-    weighted, retract, pulls = kernel == "weighted_rbf", target_density is not None, consensus > 0 and n > 1
-    grams = pulls and retract and sums_gram_matrices(n, sized, weighted)
-    rescales = pulls and retract and not grams
+    grams = spec.retracts_after_pull(n) and sums_gram_matrices(n, sized, spec.weighted)
+    rescales = spec.retracts_after_pull(n) and not grams
     square = tile.n**2
     size = max(8 * tile.n + grams * (6 if sized else 3) * square, 4 * tile.n + square)
 
@@ -139,7 +125,8 @@ def transition_(
     mix, guess, moves = (empty(*s, dtype=torch.float32) for s in ((tile.n, tile.n), (tile.n,), (7, tile.n)))
     scratch = empty(5, tile.n)
     total = None if sizes is None else sizes.sum(dtype=torch.float64)
-    numbers = (float(d), step, math.sqrt(radius**2 - 1), repulsion, eps, target_density or 1.0, consensus)
+    numbers = (float(d), spec.step, spec.root, spec.repulsion, spec.eps, spec.target_density or 1.0, spec.consensus)
+    key = spec.key
     floats = [part for number in numbers for part in _two_floats(number)]
 
     def launch(stage: str, grid: tuple[int, ...], before: TransitionStats, after: TransitionStats, key: int) -> None:
@@ -149,10 +136,11 @@ def transition_(
             masks, masks.stride(0), residual, 0 if residual is None else residual.stride(0), grads, grads.stride(0),
             weights, saliency, sizes, total, *before[:5], *after, mix, guess, moves, scratch, slot_sums, sums,
             n, d, tiles_per_slot * tile.columns, max(1, tiles // 16) * tile.columns, *floats,
-            key & 0x7FFFFFFF, key >> 31, only,
+            key & 0x7FFFFFFF, key >> 31, spec.only,
             STAGE=stage, SIZE=size, N=tile.n, B=tile.columns, PART=tile.part, FLUSH=tile.flush // tile.columns,
-            WEIGHTED=weighted, SQUARED=density == "l2_squared", RETRACT=retract,
-            REPEL=repulsion > 0 and n > 1 and stage != "rescale", PULL=pulls, GRAMS=grams, HAS_EPS=eps > 0, SKIP=skip,
+            WEIGHTED=spec.weighted, SQUARED=spec.squared, RETRACT=spec.target_density is not None,
+            REPEL=spec.repels(n) and stage != "rescale", PULL=spec.pulls(n), GRAMS=grams, HAS_EPS=spec.eps > 0,
+            SKIP=spec.skip,
             DISTANCES=tile.distances, ROWS=n if tile.by_columns else 0,
             num_warps=tile.warps, num_stages=1, enable_fp_fusion=True,
         )
