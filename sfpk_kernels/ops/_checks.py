@@ -58,6 +58,8 @@ _lowest: Any = WeakTensorKeyDictionary()  # tensor → (version, lowest value): 
 
 def at_least(op: str, name: str, value: Tensor, low: float, *, strictly: bool = False) -> None:
     """Every entry of ``value`` is ≥ ``low`` (> with ``strictly``)."""
+    if value.numel() == 0:
+        return
     if value.is_inference():  # it has no version to notice changes by
         lowest = float(value.min())
     else:

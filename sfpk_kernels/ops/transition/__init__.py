@@ -12,8 +12,8 @@ from .. import _checks as check
 from .. import _named
 from .. import _transforms as transforms
 from . import _arguments as arguments
-from . import cpp, reference, triton_backend
-from .spec import DENSITIES, KERNELS, NONFINITE, Columns, TransitionSpec, TransitionStats
+from . import cpp, reference, stages, triton_backend
+from .spec import DENSITIES, KERNELS, NONFINITE, Columns, Shard, TransitionSpec, TransitionStats
 
 _OP = "transition_"
 BACKENDS = {
@@ -160,5 +160,6 @@ _named.register("sfpk::transition_", _transition_, _transition_fake)
 transforms.register_vmap("sfpk::transition_", torch.ops.sfpk.transition_, mutated={0: "masks", 5: "residual"})
 
 __all__ = [
-    "BACKENDS", "DENSITIES", "KERNELS", "NONFINITE", "Columns", "TransitionSpec", "TransitionStats", "transition_",
+    "BACKENDS", "DENSITIES", "KERNELS", "NONFINITE", "Columns", "Shard", "TransitionSpec", "TransitionStats", "stages",
+    "transition_",
 ]  # fmt: skip

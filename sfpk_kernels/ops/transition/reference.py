@@ -59,13 +59,12 @@ def descent_of(
     descent = -grads.to(masks.dtype)
     if columns.weights is not None:
         descent = descent * columns.weights
-    return descent if spec.only < 0 else torch.where(held(masks, spec)[:, None], 0.0, descent)
+    return descent if spec.only < 0 else torch.where(held(len(masks), spec, masks.device)[:, None], 0.0, descent)
 
 
-def held(masks: Tensor, spec: TransitionSpec) -> Tensor:  # (n,) bool
+def held(n: int, spec: TransitionSpec, device: torch.device) -> Tensor:  # (n,) bool
     """Which particles do not move, as another one does."""
-    rows = torch.arange(masks.shape[0], device=masks.device)
-    return (rows != spec.only) & (spec.only >= 0)
+    return (torch.arange(n, dtype=torch.int64, device=device) != spec.only) & (spec.only >= 0)
 
 
 def repulsion_of(
@@ -115,7 +114,7 @@ def transition_(
     descent = descent_of(particles, grads, columns, spec)
     descent_norm = sum_of(descent.square()).sqrt()
     bad = ~torch.isfinite(descent_norm)
-    skipped = bad | held(particles, spec)
+    skipped = bad | held(n, spec, masks.device)
     if not spec.skip:
         skipped |= bad.any()  # one bad gradient, and nothing moves
     descent[skipped], descent_norm[skipped] = 0.0, 0.0
