@@ -9,7 +9,7 @@ import torch
 
 from sfpk_kernels.ops import TransitionStats, transition_
 from sfpk_kernels.ops._named import by_name
-from sfpk_kernels.ops.transition import Columns, Shard, TransitionSpec, _stage_ops, stages
+from sfpk_kernels.ops.transition import Columns, Shard, Step, TransitionSpec, _stage_ops, stages
 
 from .test_transition_backends import problem
 
@@ -61,7 +61,7 @@ def staged(masks, grads, columns, residual, spec, count=1, state=None, backend=N
         return sum(parts[1:], parts[0])
 
     def over(stage, *more):
-        return lambda m, g, c, r, s: stage(m, g, state, *more, spec, s, c, residual=r, backend=backend)
+        return lambda m, g, c, r, s: stage(Step(m, g, spec, c, r, state), s, *more, backend=backend)
 
     whole = shards[0][-1]
     if state is None:
@@ -173,10 +173,11 @@ def test_backends_may_be_mixed(n):
     found = {}
     for backend in ("cpp", "reference"):
         state = stages.stats(stages.measure(masks, spec, columns, backend="cpp"), spec, shard, backend=backend)
-        lean = stages.sample(masks, grads, state, spec, shard, columns, backend="cpp")
-        sums = stages.sums(masks, grads, state, lean, spec, shard, columns, backend="cpp")
+        step = Step(masks, grads, spec, columns, state=state)
+        lean = stages.sample(step, shard, backend="cpp")
+        sums = stages.sums(step, shard, lean, backend="cpp")
         found[backend] = (*state, *stages.plan(state, lean, sums, spec, shard, backend=backend))
-        own = stages.sums(masks, grads, state, lean, spec, shard, columns, backend="reference")
+        own = stages.sums(step, shard, lean, backend="reference")
         counted = torch.ones_like(sums, dtype=torch.bool)
         for k in (0, 2, 3, 5) if n > 1 else ():
             counted[8 + k * n : 8 + (k + 1) * n].triu_()
@@ -190,8 +191,9 @@ def test_the_plan_raises_before_anything_moves():
     masks, grads, columns, _ = start(3, 50, torch.float32)
     grads[1, 3] = math.inf
     state = stages.stats(stages.measure(masks, spec, columns), spec, shard)
-    lean = stages.sample(masks, grads, state, spec, shard, columns)
-    sums = stages.sums(masks, grads, state, lean, spec, shard, columns)
+    step = Step(masks, grads, spec, columns, state=state)
+    lean = stages.sample(step, shard)
+    sums = stages.sums(step, shard, lean)
     with pytest.raises(ValueError, match=r"non-finite ones in particles \[1\]"):
         stages.plan(state, lean, sums, spec, shard)
 
@@ -211,16 +213,16 @@ def test_bad_arguments():
     masks, grads, columns, _ = start(3, 50, torch.float32, sized=True)
     spec, shard = TransitionSpec(**STEP), Shard(50, torch.tensor([100.0]).double())
     state = stages.stats(stages.measure(masks, spec, columns), spec, shard)
-    lean = stages.sample(masks, grads, state, spec, shard, columns)
-    given = masks, grads, state
+    step = Step(masks, grads, spec, columns, state=state)
+    lean = stages.sample(step, shard)
     for call, message in (
-        (lambda: stages.sample(*given, spec, Shard(50), columns), "shard.total: wanted the sum of all sizes, got None"),
-        (lambda: stages.sample(*given, spec, shard), "shard.total: wanted None without sizes"),
-        (lambda: stages.sample(*given, spec, shard._replace(first_column=1), columns),
+        (lambda: stages.sample(step, Shard(50)), "shard.total: wanted the sum of all sizes, got None"),
+        (lambda: stages.sample(step._replace(columns=Columns()), shard), "shard.total: wanted None without sizes"),
+        (lambda: stages.sample(step, shard._replace(first_column=1)),
          "shard.first_column: wanted 0 … 0, as 50 of 50 columns are here, got 1"),
-        (lambda: stages.sample(*given, spec._replace(only=3), shard, columns), "spec.only: wanted 0 … 2, got 3"),
-        (lambda: stages.sample(*given, spec._replace(radius=1), shard, columns), "radius: wanted a number > 1"),
-        (lambda: stages.sums(*given, lean[:1], spec, shard, columns), r"sample: wanted shape \(2, 3\)"),
+        (lambda: stages.sample(step._replace(spec=spec._replace(only=3)), shard), "spec.only: wanted 0 … 2, got 3"),
+        (lambda: stages.sample(step._replace(spec=spec._replace(radius=1)), shard), "radius: wanted a number > 1"),
+        (lambda: stages.sums(step, shard, lean[:1]), r"sample: wanted shape \(2, 3\)"),
         (lambda: stages.plan(state, lean, lean, spec, shard), r"sums: wanted shape \(8, 3\), got \(2, 3\)"),
         (lambda: stages.stats(lean, spec, shard), r"sums: wanted shape \(7, 3\), got \(2, 3\)"),
         (lambda: stages.stats(lean, spec, Shard(0)), "wanted"),
@@ -229,6 +231,8 @@ def test_bad_arguments():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(TypeError, match="state: wanted TransitionStats, got NoneType"):
+        stages.sample(step._replace(state=None), shard)
     with pytest.raises(TypeError, match="sums: wanted float64, got float32"):
         stages.stats(lean.float(), spec, shard)
 
@@ -237,11 +241,10 @@ def two_steps(masks, grads, theta):
     spec, shard, columns = TransitionSpec(**STEP, nonfinite="hold"), Shard(masks.shape[1]), Columns(theta)
     state = stages.stats(stages.measure(masks, spec, columns), spec, shard)
     for _ in range(2):
-        lean = stages.sample(masks, grads, state, spec, shard, columns)
-        sums = stages.sums(masks, grads, state, lean, spec, shard, columns)
-        plan = stages.plan(state, lean, sums, spec, shard)
-        moved = stages.apply_(masks, grads, state, plan, spec, shard, columns)
-        state = stages.stats(moved, spec, shard, cosines=plan.cosines)
+        step = Step(masks, grads, spec, columns, state=state)
+        lean = stages.sample(step, shard)
+        plan = stages.plan(state, lean, stages.sums(step, shard, lean), spec, shard)
+        state = stages.stats(stages.apply_(step, shard, plan), spec, shard, cosines=plan.cosines)
     return state
 
 

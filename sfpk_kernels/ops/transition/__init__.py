@@ -13,7 +13,7 @@ from .. import _named
 from .. import _transforms as transforms
 from . import _arguments as arguments
 from . import cpp, reference, stages, triton_backend
-from .spec import DENSITIES, KERNELS, NONFINITE, Columns, Shard, TransitionSpec, TransitionStats
+from .spec import DENSITIES, KERNELS, NONFINITE, Columns, Shard, Step, TransitionSpec, TransitionStats
 
 _OP = "transition_"
 BACKENDS = {
@@ -120,7 +120,7 @@ def transition_(
     # fmt: on
     arguments.check_columns(_OP, masks, columns, kernel)
     if state is not None:
-        arguments.check_state(_OP, state, masks.shape[0], masks.device)
+        arguments.check_state(_OP, state, masks.shape[0], masks.device, "TransitionStats or None")
     arguments.refuse_derivatives(_OP, columns, [("masks", masks), ("grads", grads)])
     known = [] if state is None else list(state)
     return TransitionStats(*torch.ops.sfpk.transition_(masks, grads, *columns, residual, known, *spec, backend or ""))
@@ -142,7 +142,7 @@ def _transition_(given: Any) -> tuple[Tensor, ...]:
     state = TransitionStats(*given.state) if given.state else None
     with check.writing(masks, residual):
         run = choose(_OP, given.backend, BACKENDS, masks)
-        stats: TransitionStats = run(masks, grads, columns, residual, state, spec)
+        stats: TransitionStats = run(Step(masks, grads, spec, columns, residual, state))
     check.was_written(masks, *([] if residual is None else [residual]))
     if stats.norms.is_inference() and not torch.is_inference_mode_enabled():
         stats = TransitionStats(*(t.clone() for t in stats))
@@ -160,6 +160,6 @@ _named.register("sfpk::transition_", _transition_, _transition_fake)
 transforms.register_vmap("sfpk::transition_", torch.ops.sfpk.transition_, mutated={0: "masks", 5: "residual"})
 
 __all__ = [
-    "BACKENDS", "DENSITIES", "KERNELS", "NONFINITE", "Columns", "Shard", "TransitionSpec", "TransitionStats", "stages",
-    "transition_",
+    "BACKENDS", "DENSITIES", "KERNELS", "NONFINITE", "Columns", "Shard", "Step", "TransitionSpec", "TransitionStats",
+    "stages", "transition_",
 ]  # fmt: skip

@@ -64,10 +64,10 @@ def check_columns(op: str, masks: Tensor, columns: Columns, kernel: str) -> None
         raise ValueError(f"{op}: saliency: wanted shape ({masks.shape[1]},) with kernel='weighted_rbf', got None")
 
 
-def check_state(op: str, state: Any, n: int, device: torch.device) -> None:
+def check_state(op: str, state: Any, n: int, device: torch.device, wanted: str = "TransitionStats") -> None:
     """The statistics of n particles."""
     if not isinstance(state, TransitionStats):
-        raise TypeError(f"{op}: state: wanted TransitionStats or None, got {type(state).__name__}")
+        raise TypeError(f"{op}: state: wanted {wanted}, got {type(state).__name__}")
     check.has_shape(op, "state", state.sq_distances, (n, n))
     check.same_device(op, "state", state.sq_distances, device)
 

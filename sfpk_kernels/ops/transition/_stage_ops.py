@@ -14,7 +14,7 @@ from .. import _named
 from .. import _transforms as transforms
 from . import _arguments as arguments
 from . import cpp, reference_stages
-from .spec import Columns, Pass, Shard, TransitionSpec, TransitionStats
+from .spec import Columns, Shard, Step, TransitionSpec, TransitionStats
 
 _COLUMNS, _SPEC, _SHARD = (_named.schema_of(part) for part in (Columns, TransitionSpec, Shard))
 _MOVED = f"Tensor grads, {_COLUMNS}, Tensor(b!)? residual, Tensor[] state, {_SPEC}, {_SHARD}"
@@ -37,9 +37,10 @@ BACKENDS = {
 _columns_of, _spec_of, _shard_of = (_named.part(part) for part in (Columns, TransitionSpec, Shard))
 
 
-def _pass_of(given: Any) -> Pass:
+def _step_of(given: Any) -> tuple[Step, Shard]:
     state = TransitionStats(*given.state)
-    return Pass(given.masks, given.grads, _columns_of(given), given.residual, state, _spec_of(given), _shard_of(given))
+    step = Step(given.masks, given.grads, _spec_of(given), _columns_of(given), given.residual, state)
+    return step, _shard_of(given)
 
 
 def _run(stage: str, given: Any, *tensors: Tensor) -> Callable[..., Any]:
@@ -54,13 +55,13 @@ def _measure(given: Any) -> Tensor:
 
 
 def _sample(given: Any) -> Tensor:
-    result: Tensor = _run("sample", given, given.masks)(_pass_of(given))
+    result: Tensor = _run("sample", given, given.masks)(*_step_of(given))
     return result
 
 
 def _sums(given: Any) -> Tensor:
     arguments.check_values("transition_sums", _columns_of(given), _spec_of(given))
-    result: Tensor = _run("sums", given, given.masks)(_pass_of(given), given.sample)
+    result: Tensor = _run("sums", given, given.masks)(*_step_of(given), given.sample)
     return result
 
 
@@ -76,7 +77,7 @@ def _apply_(given: Any) -> Tensor:
     masks, residual = given.masks, given.residual
     arguments.check_memory("transition_apply_", masks, given.grads, residual)
     with check.writing(masks, residual):
-        sums: Tensor = _run("apply_", given, masks)(_pass_of(given), given.coefficients)
+        sums: Tensor = _run("apply_", given, masks)(*_step_of(given), given.coefficients)
     check.was_written(masks, *([] if residual is None else [residual]))
     return sums.clone() if sums.is_inference() and not torch.is_inference_mode_enabled() else sums
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _extension
-from .spec import Columns, Pass, Shard, TransitionSpec, TransitionStats
+from .spec import Columns, Shard, Step, TransitionSpec, TransitionStats
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,15 +33,9 @@ def no_extension(sums: Tensor) -> str | None:
     return _extension.unavailable()
 
 
-def transition_(
-    masks: Tensor,  # (n, d) fp32, fp16 or bf16, moved in place
-    grads: Tensor,  # (n, d), or (1, d) with spec.only
-    columns: Columns,
-    residual: Tensor | None,
-    state: TransitionStats | None,
-    spec: TransitionSpec,
-) -> TransitionStats:
+def transition_(step: Step) -> TransitionStats:
     """As :func:`.reference.transition_`."""
+    masks, grads, spec, columns, residual, state = step
     _check_residual(residual)
     # fmt: off
     stats = torch.ops.sfpk_cpp.transition_(
@@ -60,25 +54,21 @@ def measure(masks: Tensor, columns: Columns, residual: Tensor | None, spec: Tran
     return sums
 
 
-def sample(given: Pass) -> Tensor:
+def sample(step: Step, shard: Shard) -> Tensor:
     """As :func:`.reference_stages.sample`."""
-    result: Tensor = torch.ops.sfpk_cpp.transition_sample(*_gradients(given))
+    result: Tensor = torch.ops.sfpk_cpp.transition_sample(*_gradients(step, shard))
     return result
 
 
-def sums(given: Pass, sample: Tensor) -> Tensor:
+def sums(step: Step, shard: Shard, sample: Tensor) -> Tensor:
     """As :func:`.reference_stages.sums`."""
-    grams = given.spec.retracts_after_pull(given.masks.shape[0])
-    result: Tensor = torch.ops.sfpk_cpp.transition_sums(*_gradients(given), sample, grams)
+    grams = step.spec.retracts_after_pull(step.masks.shape[0])
+    result: Tensor = torch.ops.sfpk_cpp.transition_sums(*_gradients(step, shard), sample, grams)
     return result
 
 
 def plan(
-    state: TransitionStats,
-    sample: Tensor,  # (2, n)
-    sums: Tensor,  # (8, n) or (8 + 6n, n)
-    spec: TransitionSpec,
-    shard: Shard,
+    state: TransitionStats, sample: Tensor, sums: Tensor, spec: TransitionSpec, shard: Shard
 ) -> tuple[Tensor, Tensor]:
     """As :func:`.reference_stages.plan`."""
     # fmt: off
@@ -90,11 +80,11 @@ def plan(
     return coefficients, cosines
 
 
-def apply_(given: Pass, coefficients: Tensor) -> Tensor:
+def apply_(step: Step, shard: Shard, coefficients: Tensor) -> Tensor:
     """As :func:`.reference_stages.apply_`."""
-    spec = given.spec
+    spec = step.spec
     result: Tensor = torch.ops.sfpk_cpp.transition_apply_(
-        *_gradients(given), coefficients, spec.consensus, spec.key, given.shard.first_column
+        *_gradients(step, shard), coefficients, spec.consensus, spec.key, shard.first_column
     )
     return result
 
@@ -104,17 +94,17 @@ def stats(sums: Tensor, spec: TransitionSpec, shard: Shard) -> tuple[Tensor, ...
     return tuple(torch.ops.sfpk_cpp.transition_stats(sums, _total(shard), spec.weighted, spec.squared))
 
 
-def _gradients(given: Pass) -> tuple[Any, ...]:
+def _gradients(step: Step, shard: Shard) -> tuple[Any, ...]:
     """What the C++ stages of particles and gradients take first."""
-    masks, state, spec = given.masks, given.state, given.spec
-    _check_residual(given.residual)
+    masks, grads, spec, columns, residual, state = step
+    _check_residual(residual)
     mix = None
     if spec.repels(masks.shape[0]):
+        assert state is not None
         mix = torch.ops.sfpk_cpp.transition_mix(
-            state.saliency_norms, state.sq_distances, given.shard.d, spec.repulsion, spec.weighted
+            state.saliency_norms, state.sq_distances, shard.d, spec.repulsion, spec.weighted
         )
-    vectors = _vectors(given.columns, spec)
-    return (masks, given.residual, _rows(given.grads), *vectors, mix, spec.only)
+    return (masks, residual, _rows(grads), *_vectors(columns, spec), mix, spec.only)
 
 
 def _total(shard: Shard) -> float:

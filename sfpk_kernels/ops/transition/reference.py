@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..codes import TANGENT_TOLERANCE
 from . import rounding
-from .spec import Columns, TransitionSpec, TransitionStats
+from .spec import Columns, Step, TransitionSpec, TransitionStats
 
 
 def sum_of(values: Tensor) -> Tensor:
@@ -98,15 +98,9 @@ def _retract_(masks: Tensor, sizes: Tensor | None, spec: TransitionSpec) -> None
     masks.mul_(torch.where(torch.isfinite(factor), factor, 1.0).to(masks.dtype)[:, None])
 
 
-def transition_(
-    masks: Tensor,  # (n, d), moved in place
-    grads: Tensor,  # (n, d), or (1, d) with spec.only
-    columns: Columns,
-    residual: Tensor | None,  # (n, d)
-    state: TransitionStats | None,
-    spec: TransitionSpec,
-) -> TransitionStats:
+def transition_(step: Step) -> TransitionStats:
     """One step of every particle, all reading the old positions; see :func:`sfpk_kernels.ops.transition_`."""
+    masks, grads, spec, columns, residual, state = step
     particles = rounding.read(masks, residual)
     (n, d), dtype = masks.shape, particles.dtype
     columns = Columns(*(t if t is None else t.to(dtype) for t in columns))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..codes import TANGENT_TOLERANCE
 from . import rounding
 from .reference import descent_of, held, repulsion_of, sum_of
-from .spec import Columns, Pass, Shard, TransitionSpec, TransitionStats
+from .spec import Columns, Shard, Step, TransitionSpec, TransitionStats
 
 
 def measure(masks: Tensor, columns: Columns, residual: Tensor | None, spec: TransitionSpec) -> Tensor:
@@ -28,24 +28,25 @@ def measure(masks: Tensor, columns: Columns, residual: Tensor | None, spec: Tran
     return torch.cat([torch.stack([own, *by_size, by_saliency]), _products(apart, apart)])
 
 
-def sample(given: Pass) -> Tensor:
+def sample(step: Step, shard: Shard) -> Tensor:
     """Sums (2, n) of all columns; see :func:`.stages.sample`."""
-    _, _, g, s, sizes = _rows(given)
+    _, _, g, s, sizes = _rows(step, shard)
     return torch.stack([sum_of(_by(sizes, s) * g), sum_of(_by(sizes, s) * s)])
 
 
 def sums(
-    given: Pass,
+    step: Step,
+    shard: Shard,
     sample: Tensor,  # (2, n)
 ) -> Tensor:
     """Sums (8, n) or (8 + 6n, n) of the gradients; see :func:`.stages.sums`."""
-    particles, e, g, s, sizes = _rows(given)
+    particles, e, g, s, sizes = _rows(step, shard)
     u = g - _lean(sample).to(g.dtype)[:, None] * s
-    if given.spec.only >= 0:
-        u = torch.where(held(len(u), given.spec, u.device)[:, None], 0.0, u)
+    if step.spec.only >= 0:
+        u = torch.where(held(len(u), step.spec, u.device)[:, None], 0.0, u)
     cs, cu = _by(sizes, s), _by(sizes, u)
     rows = torch.stack([sum_of(x * y) for x, y in ((e, e), (e, s), (e, u), (u, u), (u, s), (cu, u), (cs, u), (cs, s))])
-    if not given.spec.retracts_after_pull(len(particles)):
+    if not step.spec.retracts_after_pull(len(particles)):
         return rows
     grams = [_products(particles, s), _products(s, u), _products(u, cu)]
     grams += (
@@ -55,11 +56,7 @@ def sums(
 
 
 def plan(
-    state: TransitionStats,
-    sample: Tensor,  # (2, n)
-    sums: Tensor,  # (8, n) or (8 + 6n, n)
-    spec: TransitionSpec,
-    shard: Shard,
+    state: TransitionStats, sample: Tensor, sums: Tensor, spec: TransitionSpec, shard: Shard
 ) -> tuple[Tensor, Tensor]:
     """Coefficients (6, n) of the move, and its cosines (n,); see :func:`.stages.plan`."""
     ee, es, eu, uu, us, cuu, csu, css = sums[:8]
@@ -139,11 +136,12 @@ def _pulled_squares(
 
 
 def apply_(
-    given: Pass,
+    step: Step,
+    shard: Shard,
     coefficients: Tensor,  # (6, n)
 ) -> Tensor:
     """Move the particles; sums (4 + n, n) of the moved ones; see :func:`.stages.apply_`."""
-    particles, _, g, s, _ = _rows(given)
+    particles, _, g, s, _ = _rows(step, shard)
     high = coefficients.to(particles.dtype)
     slope, keep, radial, tangential, after_pull, skipped = high[:, :, None]
     slope_low = (coefficients[0] - high[0].double()).to(particles.dtype)[:, None]
@@ -151,11 +149,11 @@ def apply_(
     u = (g - slope * s) - slope_low * s
     moved = particles + (keep * particles + radial * s + tangential * u)
     moved = torch.where(stays[:, None], particles, moved)
-    if given.spec.pulls(len(particles)):
-        pulled = moved + given.spec.consensus * (moved.mean(dim=0) - moved)
+    if step.spec.pulls(len(particles)):
+        pulled = moved + step.spec.consensus * (moved.mean(dim=0) - moved)
         moved = pulled + after_pull * pulled
-    rounding.write_(moved, given.masks, given.residual, stays, given.spec.key, given.shard.first_column)
-    return measure(given.masks, given.columns, given.residual, given.spec)
+    rounding.write_(moved, step.masks, step.residual, stays, step.spec.key, shard.first_column)
+    return measure(step.masks, step.columns, step.residual, step.spec)
 
 
 def stats(
@@ -178,14 +176,15 @@ def stats(
     )
 
 
-def _rows(given: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def _rows(step: Step, shard: Shard) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The particles, e = -∂L/∂m, g = e + repulsion, s = c ⊙ m, (n, d) each, and c."""
-    particles = rounding.read(given.masks, given.residual)
-    columns, spec = _cast(given.columns, particles.dtype), given.spec
-    descent = descent_of(particles, given.grads, columns, spec)
+    particles = rounding.read(step.masks, step.residual)
+    columns, spec = _cast(step.columns, particles.dtype), step.spec
+    descent = descent_of(particles, step.grads, columns, spec)
     g = descent
     if spec.repels(len(particles)):
-        g = g + repulsion_of(particles, given.state, columns, spec, given.shard.d)
+        assert step.state is not None
+        g = g + repulsion_of(particles, step.state, columns, spec, shard.d)
     return particles, descent, g, _by(columns.sizes, particles), columns.sizes
 
 
@@ -208,7 +207,7 @@ def _products(x: Tensor, y: Tensor) -> Tensor:  # (n, n)
 
 
 def _mirrored(matrix: Tensor) -> Tensor:
-    """A symmetric matrix of which the upper triangle is given."""
+    """A symmetric matrix of which the upper triangle is step."""
     return matrix.triu() + matrix.triu(1).T
 
 

@@ -131,16 +131,15 @@ class TransitionSpec(NamedTuple):
         )
 
 
-class Pass(NamedTuple):
-    """What a stage that reads a shard's particles and gradients is given."""
+class Step(NamedTuple):
+    """The particles of one step, and all that moves them."""
 
-    masks: Tensor  # (n, d) of the shard
-    grads: Tensor  # (n, d), or (1, d) with spec.only
-    columns: Columns
-    residual: Tensor | None
-    state: TransitionStats  # of all shards together, before the step
+    masks: Tensor  # (n, d) fp32, fp64, fp16, or bf16 with residual
+    grads: Tensor  # (n, d) any float, or (1, d) with spec.only: ∂L/∂m, or ∂L/∂W with columns.weights
     spec: TransitionSpec
-    shard: Shard
+    columns: Columns = Columns()
+    residual: Tensor | None = None  # (n, d) bf16: what rounding took from bf16 particles
+    state: TransitionStats | None = None  # before the step; None: to be measured first
 
 
 def _word(value: Any) -> Any:

@@ -3,12 +3,12 @@
 Where the coordinates are split over shards (each holding all n particles, some of the d columns), every shard calls
 the stages on what it holds, and what it gets from a sum is added over the shards (all-reduced) before it goes on::
 
-    state = stats(add(measure(masks, spec, columns)), spec, shard)            # once, before the first step
-    lean = add(sample(masks, grads, state, spec, shard, columns))
-    total = add(sums(masks, grads, state, lean, spec, shard, columns))
-    move = plan(state, lean, total, spec, shard)                              # n × n numbers: the same on every shard
-    moved = add(apply_(masks, grads, state, move, spec, shard, columns))
-    state = stats(moved, spec, shard, cosines=move.cosines)
+    state = stats(add(measure(masks, spec, columns)), spec, shard)  # once, before the first step
+    step = Step(masks, grads, spec, columns, state=state)
+    lean = add(sample(step, shard))
+    total = add(sums(step, shard, lean))
+    move = plan(state, lean, total, spec, shard)                    # n × n numbers: the same on every shard
+    state = stats(add(apply_(step, shard, move)), spec, shard, cosines=move.cosines)
 
 With one shard that is :func:`sfpk_kernels.ops.transition_`, bit for bit in C++; over several the same within the
 rounding of sums. A shard may have no columns at all. All stages of a step take the same spec and the same shard.
@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import _checks as check
 from . import _arguments as arguments
 from . import _stage_ops
-from .spec import Columns, Shard, TransitionSpec, TransitionStats
+from .spec import Columns, Shard, Step, TransitionSpec, TransitionStats
 
 BACKENDS = _stage_ops.BACKENDS
 _NONE = Columns()
@@ -55,7 +55,7 @@ def measure(
         products of their differences to particle 0 (times a for "weighted_rbf"), of which the upper triangle counts.
 
     Raises:
-        TypeError, ValueError: as :func:`sfpk_kernels.ops.transition_` for these arguments.
+        TypeError, ValueError: as :func:`sfpk_kernels.ops.transition_` for what is given.
     """
     op = "transition_measure"
     spec = spec.checked(op)
@@ -88,17 +88,7 @@ def stats(
     return TransitionStats._make([*found, sums.new_zeros(n) if cosines is None else cosines])
 
 
-def sample(
-    masks: Tensor,  # (n, d)
-    grads: Tensor,  # (n, d), or (1, d) with spec.only
-    state: TransitionStats,
-    spec: TransitionSpec,
-    shard: Shard,
-    columns: Columns = _NONE,  # (d,) each
-    *,
-    residual: Tensor | None = None,  # (n, d) bf16
-    backend: str | None = None,
-) -> Tensor:
+def sample(step: Step, shard: Shard, *, backend: str | None = None) -> Tensor:
     """How far g leans on the slope s = c ⊙ m, from some columns; to be added over the shards.
 
     :func:`sums` subtracts that part of s from g, which keeps the digits of what is left where they are nearly parallel.
@@ -107,23 +97,18 @@ def sample(
         (2, n) fp64: Σ c s g and Σ c s² per particle.
 
     Raises:
-        TypeError, ValueError: as :func:`sfpk_kernels.ops.transition_` for these arguments.
+        TypeError, ValueError: as :func:`sfpk_kernels.ops.transition_` for what is given.
     """
-    given = _given("transition_sample", masks, grads, state, spec, shard, columns, residual)
+    given = _given("transition_sample", step, shard)
     found: Tensor = torch.ops.sfpk.transition_sample(*given, backend or "")
     return found
 
 
 def sums(
-    masks: Tensor,  # (n, d)
-    grads: Tensor,  # (n, d), or (1, d) with spec.only
-    state: TransitionStats,
-    sample: Tensor,  # (2, n) fp64, over all shards
-    spec: TransitionSpec,
+    step: Step,
     shard: Shard,
-    columns: Columns = _NONE,  # (d,) each
+    sample: Tensor,  # (2, n) fp64, over all shards
     *,
-    residual: Tensor | None = None,  # (n, d) bf16
     backend: str | None = None,
 ) -> Tensor:
     """The one pass over particles and gradients that a step needs before it can move; to be added over the shards.
@@ -135,11 +120,11 @@ def sums(
         last three only with sizes; of all but cm·u and ccm·u the upper triangle counts.
 
     Raises:
-        TypeError, ValueError: as :func:`sfpk_kernels.ops.transition_` for these arguments.
+        TypeError, ValueError: as :func:`sfpk_kernels.ops.transition_` for what is given.
     """
     op = "transition_sums"
-    given = _given(op, masks, grads, state, spec, shard, columns, residual)
-    _check_numbers(op, "sample", sample, (2, masks.shape[0]), masks.device)
+    given = _given(op, step, shard)
+    _check_numbers(op, "sample", sample, (2, step.masks.shape[0]), step.masks.device)
     found: Tensor = torch.ops.sfpk.transition_sums(*given, sample, backend or "")
     return found
 
@@ -173,15 +158,10 @@ def plan(
 
 
 def apply_(
-    masks: Tensor,  # (n, d), moved in place
-    grads: Tensor,  # (n, d), or (1, d) with spec.only
-    state: TransitionStats,
-    plan: Plan,
-    spec: TransitionSpec,
+    step: Step,  # its masks and residual are changed in place
     shard: Shard,
-    columns: Columns = _NONE,  # (d,) each
+    plan: Plan,
     *,
-    residual: Tensor | None = None,  # (n, d) bf16, changed in place
     backend: str | None = None,
 ) -> Tensor:
     """Move the particles of this shard as planned, reading them and their gradients a second time.
@@ -193,26 +173,18 @@ def apply_(
         (4 + n, n) fp64: the sums of :func:`measure` of the moved particles; to be added over the shards.
 
     Raises:
-        TypeError, ValueError: as :func:`sfpk_kernels.ops.transition_` for these arguments.
+        TypeError, ValueError: as :func:`sfpk_kernels.ops.transition_` for what is given.
     """
     op = "transition_apply_"
-    given = _given(op, masks, grads, state, spec, shard, columns, residual)
-    _check_numbers(op, "plan", plan.coefficients, (6, masks.shape[0]), masks.device)
+    given = _given(op, step, shard)
+    _check_numbers(op, "plan", plan.coefficients, (6, step.masks.shape[0]), step.masks.device)
     found: Tensor = torch.ops.sfpk.transition_apply_(*given, plan.coefficients, backend or "")
     return found
 
 
-def _given(
-    op: str,
-    masks: Tensor,
-    grads: Tensor,
-    state: TransitionStats,
-    spec: TransitionSpec,
-    shard: Shard,
-    columns: Columns,
-    residual: Tensor | None,
-) -> tuple[object, ...]:
-    """The common arguments of the stages that read gradients, checked, as their ops take them."""
+def _given(op: str, step: Step, shard: Shard) -> tuple[object, ...]:
+    """A step of a shard, checked, as the ops of the stages take it."""
+    masks, grads, spec, columns, residual, state = step
     spec = spec.checked(op)
     arguments.check_particles(op, masks, residual, least=0)
     if spec.only != -1:
@@ -229,7 +201,7 @@ def _given(
         wanted = f"0 … {last}, as {here} of {shard.d} columns are here"
         raise ValueError(f"{op}: shard.first_column: wanted {wanted}, got {shard.first_column}")
     arguments.refuse_derivatives(op, columns, [("masks", masks), ("grads", grads)])
-    return (masks, grads, *columns, residual, list(state), *spec, *shard)
+    return (masks, grads, *columns, residual, list(step.state or []), *spec, *shard)
 
 
 def _particles_of(op: str, name: str, sums: Tensor) -> int:
