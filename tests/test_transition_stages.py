@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from sfpk_kernels._dispatch import where_present
 from sfpk_kernels.ops import TransitionStats, transition_
 from sfpk_kernels.ops._named import by_name
 from sfpk_kernels.ops.transition import Columns, Shard, Step, TransitionSpec, _stage_ops, stages
@@ -186,6 +187,33 @@ def test_backends_may_be_mixed(n):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
+# Sizes of every tiling, with products in the pass and without, one slot and several; interpreted, each takes its time.
+TRITON = [(3, 130, True, torch.float32), (3, 130, False, torch.float16), (9, 70, False, torch.bfloat16),
+          (20, 70, True, torch.float16), (40, 40, False, torch.float32), (130, 40, True, torch.float32),
+          (2, 5001, False, torch.float16)]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("n", "d", "sized", "dtype"), TRITON)
+@pytest.mark.parametrize("options", [OPTIONS[3], {**OPTIONS[15], "only": 2}, {}])
+def test_triton(n, d, sized, dtype, options, count):
+    pytest.importorskip("triton")
+    spec = TransitionSpec(**{**STEP, "seed": 3, **options})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = []
+    for run, backend in ((staged, where_present("triton")), (fused, "reference")):
+        masks, grads, columns, residual = start(n, d, dtype, sized)
+        grads = grads[:1] if spec.only >= 0 else grads
+        masks, grads, *vectors, residual = (
+            t if t is None else t.to(device) for t in (masks, grads, *columns, residual)
+        )
+        more = {"count": count} if run is staged else {}
+        results.append((masks, residual, run(masks, grads, Columns(*vectors), residual, spec, backend=backend, **more)))
+    if dtype == torch.float16:  # of other random bits, about half would differ
+        assert (results[0][0] != results[1][0]).double().mean() < 0.03
+    assert_close(*results, {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 3e-5}[dtype], 1e-3)
+
+
 def test_the_plan_raises_before_anything_moves():
     spec, shard = TransitionSpec(**STEP), Shard(50)
     masks, grads, columns, _ = start(3, 50, torch.float32)
@@ -282,7 +310,10 @@ def test_on_a_gpu_nothing_waits(dtype):
         assert str(moved.device) == "cuda:1"
         assert moved.shape == (7, 3)
     assert recording.waits == []
-    assert not recording.launches
+    launched = [launch.constants["STAGE"] for launch in recording.launches]
+    passes = ["measure", "prepare", "prepare", "reduce", "prepare", "update"]
+    assert launched == ([] if dtype == torch.float64 else passes)
+    assert {launch.device for launch in recording.launches} <= {torch.device("cuda:1")}
 
 
 def implementation(stage):

@@ -13,7 +13,7 @@ from .. import _checks as check
 from .. import _named
 from .. import _transforms as transforms
 from . import _arguments as arguments
-from . import cpp, reference_stages
+from . import cpp, reference_stages, triton_backend, triton_stages
 from .spec import Columns, Shard, Step, TransitionSpec, TransitionStats
 
 _COLUMNS, _SPEC, _SHARD = (_named.schema_of(part) for part in (Columns, TransitionSpec, Shard))
@@ -27,13 +27,16 @@ _SCHEMAS = {
     "apply_": f"(Tensor(a!) masks, {_MOVED}, Tensor coefficients, str backend) -> Tensor",
     "stats": f"(Tensor sums, {_SPEC}, {_SHARD}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
-BACKENDS = {
-    stage: {
-        "cpp": Backend(getattr(cpp, stage), cpp.no_extension if stage in ("plan", "stats") else cpp.why_not),
-        "reference": Backend(getattr(reference_stages, stage)),
-    }
-    for stage in _SCHEMAS
-}
+
+
+def _backends(stage: str) -> dict[str, Backend]:
+    found = {"cpp": Backend(getattr(cpp, stage), cpp.why_not), "reference": Backend(getattr(reference_stages, stage))}
+    if stage in ("plan", "stats"):
+        return {**found, "cpp": Backend(getattr(cpp, stage), cpp.no_extension)}
+    return {**found, "triton": Backend(getattr(triton_stages, stage), triton_backend.why_not)}
+
+
+BACKENDS = {stage: _backends(stage) for stage in _SCHEMAS}
 _columns_of, _spec_of, _shard_of = (_named.part(part) for part in (Columns, TransitionSpec, Shard))
 
 

@@ -41,7 +41,7 @@ def sums(
 ) -> Tensor:
     """Sums (8, n) or (8 + 6n, n) of the gradients; see :func:`.stages.sums`."""
     particles, e, g, s, sizes = _rows(step, shard)
-    u = g - _lean(sample).to(g.dtype)[:, None] * s
+    u = g - lean_of(sample).to(g.dtype)[:, None] * s
     if step.spec.only >= 0:
         u = torch.where(held(len(u), step.spec, u.device)[:, None], 0.0, u)
     cs, cu = _by(sizes, s), _by(sizes, u)
@@ -76,7 +76,7 @@ def plan(
     slope_norm = norm * scale  # ‖∇s‖
     rest = moving(us / ss)  # what the guess left over
     u_square = moving(uu - us * rest).clamp_min(0.0)
-    slope = moving(_lean(sample).double() + rest)
+    slope = moving(lean_of(sample).double() + rest)
     u_norm, g_norm = u_square.sqrt(), (u_square + slope.square() * ss).sqrt()
     divisor = slope_norm * u_norm if spec.eps == 0 else (slope_norm.square() * u_square + spec.eps).sqrt()
     b = moving(torch.where(u_norm > TANGENT_TOLERANCE * g_norm, spec.step * spec.root / divisor, 0.0))
@@ -196,8 +196,8 @@ def _by(sizes: Tensor | None, values: Tensor) -> Tensor:
     return values if sizes is None else values * sizes
 
 
-def _lean(sample: Tensor) -> Tensor:  # (n,) fp32
-    """How far g leans on s: the same number in every stage and backend, so rounded to fp32."""
+def lean_of(sample: Tensor) -> Tensor:  # (n,) fp32
+    """How far g leans on s, the lean of its sums: the same number in every stage and backend, so rounded to fp32."""
     return _finite(sample[0] / sample[1], 0.0).float()
 
 

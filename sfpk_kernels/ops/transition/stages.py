@@ -13,8 +13,9 @@ the stages on what it holds, and what it gets from a sum is added over the shard
 With one shard that is :func:`sfpk_kernels.ops.transition_`, bit for bit in C++; over several the same within the
 rounding of sums. A shard may have no columns at all. All stages of a step take the same spec and the same shard.
 
-C++ runs the stages on the CPU, for fp32, fp16 and bf16 particles; for fp64 ones, and on a GPU, they run in plain
-PyTorch, without waiting for the device unless ``nonfinite="raise"``.
+C++ runs the stages on the CPU, for fp32, fp16 and bf16 particles; on a GPU Triton runs those that read such particles,
+and the n × n algebra of plan and stats is plain PyTorch there, which does not wait for the device unless
+``nonfinite="raise"``. For fp64 particles all is plain PyTorch.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def measure(
     """Sums over the columns of particles as they are, to be added over the shards.
 
     Returns:
-        (4 + n, n) fp64: Σ m², Σ c m², Σ c² m² and Σ a m² (zeros for kernel "rbf") per particle; then the inner
-        products of their differences to particle 0 (times a for "weighted_rbf"), of which the upper triangle counts.
+        (4 + n, n) fp64: Σ m², Σ c m², Σ c² m² and Σ a m² (zeros for kernel "rbf") per particle; then (n, n) numbers p,
+        of which the upper triangle counts, with p_ii + p_jj - 2 p_ij = q_ij, the squared distance of two particles.
 
     Raises:
         TypeError, ValueError: as :func:`sfpk_kernels.ops.transition_` for what is given.
@@ -115,9 +116,9 @@ def sums(
 
     Returns:
         (8, n) fp64, per particle: e·e, e·s, e·u, u·u, u·s, c u·u, c s·u, c s·s of e = -∂L/∂m, s = c ⊙ m and
-        u = e + repulsion - lean s. Where particles are scaled again behind a pull (consensus and a target density)
-        (8 + 6n, n): behind them the (n, n) products of particles i and j, m·cm, cm·u, u·cu, cm·cm, ccm·u, ccm·cm, the
-        last three only with sizes; of all but cm·u and ccm·u the upper triangle counts.
+        u = e + repulsion - lean s; the last three count with sizes. Where particles are scaled again behind a pull
+        (consensus and a target density) (8 + 6n, n): behind them the (n, n) products of particles i and j, m·cm, cm·u,
+        u·cu, cm·cm, ccm·u, ccm·cm, the last three only with sizes; of all but cm·u and ccm·u the upper triangle counts.
 
     Raises:
         TypeError, ValueError: as :func:`sfpk_kernels.ops.transition_` for what is given.

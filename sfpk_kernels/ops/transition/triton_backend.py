@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _triton
-from .spec import Step, TransitionStats
+from .spec import Shard, Step, TransitionStats
 
 MOST_PARTICLES = 256
 WHOLE_COLUMNS = 4096  # up to here one program does the step: launches would cost more than the arithmetic
@@ -98,7 +98,7 @@ def transition_(step: Step) -> TransitionStats:
 class Launches:
     """The stages of one step, each of which may be launched alone; between them ``sums`` holds those of all columns."""
 
-    def __init__(self, step: Step):
+    def __init__(self, step: Step, shard: Shard | None = None):
         masks, grads, self.spec, columns, residual, state = step
         if residual is not None and residual.shape[1] > 1 and residual.stride(1) != 1:
             raise ValueError(
@@ -124,17 +124,18 @@ class Launches:
         self.old = self._statistics() if state is None else state
         self.sums = self._empty(self.size)
         self._slot_sums = self.sums if self.slots == 1 else self._empty(self.slots, self.size)
-        mix, guess, moves = (
+        mix, self.guess, self.moves = (
             self._empty(*shape, dtype=torch.float32) for shape in ((tile.n, tile.n), (tile.n,), (7, tile.n))
         )
         total = None if sizes is None else sizes.sum(dtype=torch.float64)
-        numbers = (float(d), spec.step, spec.root, spec.repulsion, spec.eps, spec.target_density or 1.0, spec.consensus)
-        self._key = spec.key
+        whole = float(d if shard is None else shard.d)
+        numbers = (whole, spec.step, spec.root, spec.repulsion, spec.eps, spec.target_density or 1.0, spec.consensus)
+        self._key, self._first_column = spec.key, 0 if shard is None else shard.first_column
         self._particles = (
             masks, masks.stride(0), residual, 0 if residual is None else residual.stride(0), grads, grads.stride(0),
             weights, saliency, sizes, total,
         )  # fmt: skip
-        self._buffers = mix, guess, moves, self._empty(5, tile.n), self._slot_sums, self.sums
+        self._buffers = mix, self.guess, self.moves, self._empty(5, tile.n), self._slot_sums, self.sums
         self._numbers = (
             n, d, chunk, max(1, tiles // 16) * tile.columns, *(part for x in numbers for part in _two_floats(x)),
         )  # fmt: skip
@@ -148,16 +149,12 @@ class Launches:
 
     def measure(self) -> None:
         """The statistics of the particles before the step."""
-        self._pass("measure", self.old)
+        self.reduce("measure", self.old)
         self.launch("finish", self.old)
 
     def prepare(self) -> None:
         """The repulsion as a mix of particles, and how far g leans on the slope, from a sample."""
         self.launch("prepare")
-
-    def reduce(self) -> None:
-        """The sums of particles and gradients."""
-        self._pass("reduce", self.new)
 
     def plan(self) -> None:
         """From those sums, what the step does with each particle; the cosines."""
@@ -165,10 +162,10 @@ class Launches:
 
     def update(self) -> None:
         """Move the particles; the sums of the moved ones."""
-        self._pass("update", self.new)
+        self.reduce("update")
         if self._rescales:
             self.launch("plan rescale")
-            self._pass("rescale", self.new)
+            self.reduce("rescale")
 
     def finish(self) -> None:
         """From those sums, the statistics behind the step."""
@@ -182,12 +179,12 @@ class Launches:
         _triton.launch(
             triton_kernels.transition, grid, self.masks.device,
             *self._particles, *self.old[:5], *(self.new if after is None else after), *self._buffers, *self._numbers,
-            key & 0x7FFFFFFF, key >> 31, self.spec.only,
+            key & 0x7FFFFFFF, key >> 31, self.spec.only, self._first_column,
             STAGE=stage, REPEL=self.spec.repels(self.n) and stage != "rescale", **self._constants,
         )  # fmt: skip
 
-    def _pass(self, stage: str, after: TransitionStats) -> None:
-        """One pass over the particles and its sums, slot by slot and together."""
+    def reduce(self, stage: str = "reduce", after: TransitionStats | None = None) -> None:
+        """One pass over the particles ("measure", "reduce", "update" or "rescale") and its sums, slots together."""
         from . import triton_kernels
 
         self.launch(stage, after, (self.slots,))
@@ -200,6 +197,17 @@ class Launches:
                 triton_kernels.combine, (math.ceil(self.size / block),), self.masks.device,
                 self._slot_sums, self.sums, self.slots, SIZE=self.size, BLOCK=block, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
+
+    def rows(self, first: int, last: int) -> Tensor:  # (last - first, n)
+        """Sums per particle, a row for each kind."""
+        size = self.tile.n
+        return self.sums[first * size : last * size].view(last - first, size)[:, : self.n]
+
+    def matrices(self, first: int, count: int) -> Tensor:  # (count, n, n)
+        """Sums per pair of particles, behind ``first`` rows."""
+        size = self.tile.n
+        begin = first * size
+        return self.sums[begin : begin + count * size**2].view(count, size, size)[:, : self.n, : self.n]
 
     def _slots(self, d: int, tiles: int) -> tuple[int, int]:
         """How many slots of how many columns the passes work on."""

@@ -174,7 +174,7 @@ def reduce_columns(
 @triton.jit
 def update_columns(
     masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, moves,
-    sums, begin, stop, end, pull, key_low, key_high,
+    sums, begin, stop, end, pull, key_low, key_high, first_column,
     ROWS: tl.constexpr, N: tl.constexpr, B: tl.constexpr, WEIGHTED: tl.constexpr, REPEL: tl.constexpr,
     PULL: tl.constexpr, MOVES: tl.constexpr, RESCALES: tl.constexpr,
 ):  # fmt: skip
@@ -225,7 +225,7 @@ def update_columns(
                     also += residual_stride
                 elif masks.dtype.element_ty == tl.float16:
                     row = tl.full([1], i, tl.int32)
-                    random = tl.reshape(random_bits(key_low, key_high, row, columns), [B])
+                    random = tl.reshape(random_bits(key_low, key_high, row, columns + first_column), [B])
                     x = round_to_half(x, random)
                     tl.store(to, x.to(tl.float16), mask=inside)
                 else:

@@ -42,7 +42,7 @@ def combine(slots, sums, count, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(sums + at, total, mask=at < SIZE)
 
 
-@triton.jit(do_not_specialize=["n", "chunk", "key_low", "key_high", "only"])
+@triton.jit(do_not_specialize=["n", "chunk", "key_low", "key_high", "only", "first_column"])
 def transition(
     masks,  # (n, d) fp32, fp16 or bf16
     mask_stride,
@@ -92,6 +92,7 @@ def transition(
     key_low,
     key_high,
     only,  # the particle that moves, -1 for all
+    first_column,  # the place of column 0 among the coordinates of all shards
     STAGE: tl.constexpr,
     SIZE: tl.constexpr,  # sums of a slot
     N: tl.constexpr,  # particles, padded
@@ -174,13 +175,13 @@ def transition(
         if ROWS > 0:
             update_columns(
                 masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, moves,
-                slot, begin, stop, d, pull_high, key_low, key_high,
+                slot, begin, stop, d, pull_high, key_low, key_high, first_column,
                 ROWS, N, B, WEIGHTED, REPEL, PULL, whole or STAGE == "update", STAGE == "rescale",
             )  # fmt: skip
         else:
             update_tiles(
                 masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, sizes, mix, moves,
-                slot, begin, stop, d, n, pull_high, key_low, key_high,
+                slot, begin, stop, d, n, pull_high, key_low, key_high, first_column,
                 N, B, PART, FLUSH, WEIGHTED, REPEL, PULL, whole or STAGE == "update", STAGE == "rescale", DISTANCES,
             )  # fmt: skip
         tl.debug_barrier()

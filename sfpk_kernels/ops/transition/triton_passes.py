@@ -96,7 +96,7 @@ def reduce_tiles(
 @triton.jit
 def update_tiles(
     masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, sizes, mix, moves,
-    sums, begin, stop, end, n, pull, key_low, key_high,
+    sums, begin, stop, end, n, pull, key_low, key_high, first_column,
     N: tl.constexpr, B: tl.constexpr, PART: tl.constexpr, FLUSH: tl.constexpr, WEIGHTED: tl.constexpr,
     REPEL: tl.constexpr, PULL: tl.constexpr, MOVES: tl.constexpr, RESCALES: tl.constexpr, DISTANCES: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +148,7 @@ def update_tiles(
                     tl.store(also, rest.to(tl.bfloat16), mask=inside)
                     new = rounded + rest
                 elif masks.dtype.element_ty == tl.float16:
-                    new = round_to_half(new, random_bits(key_low, key_high, rows, columns))
+                    new = round_to_half(new, random_bits(key_low, key_high, rows, columns + first_column))
                     tl.store(to, new.to(tl.float16), mask=inside)
                 else:
                     tl.store(to, new, mask=inside)
