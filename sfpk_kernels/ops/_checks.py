@@ -36,6 +36,16 @@ def same_device(op: str, name: str, value: Tensor, device: torch.device) -> None
         raise ValueError(f"{op}: {name}: wanted device {device}, got {value.device}")
 
 
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer, a symbolic one included; bools are none."""
+    return isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
+
+
+def plain(value: Any) -> Any:
+    """NumPy's integers as Python's; a symbolic one stays symbolic."""
+    return value if isinstance(value, int | torch.SymInt) else int(value)
+
+
 def is_real(op: str, name: str, value: Any, wanted: str, low: float, high: float, *, open_low: bool = True) -> float:
     """``value`` is a finite number within the range that ``wanted`` puts in words."""
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
@@ -45,12 +55,6 @@ def is_real(op: str, name: str, value: Any, wanted: str, low: float, high: float
     if not (above and number <= high and number < float("inf")):
         raise ValueError(f"{op}: {name}: wanted a number {wanted}, got {value!r}")
     return number
-
-
-def is_integer(op: str, name: str, value: Any, wanted: str = "an integer") -> None:
-    """``value`` is a whole number of any type."""
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
-        raise TypeError(f"{op}: {name}: wanted {wanted}, got {value!r}")
 
 
 _lowest: Any = WeakTensorKeyDictionary()  # tensor → (version, lowest value): constants of a run are looked at once

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -31,29 +30,27 @@ def argument_names(op: str) -> tuple[str, ...]:
     return tuple(argument.name for argument in _schema(op).arguments)
 
 
+def argument_tuple(op: str) -> Any:
+    """The class of named tuples of an op's arguments, in the order of its schema, with its defaults."""
+    arguments = _schema(op).arguments
+    # The dispatcher leaves out trailing arguments that have their default value.
+    defaults = [argument.default_value for argument in arguments if argument.has_default_value()]
+    make: Any = namedtuple  # whose fields a type checker wants literal
+    return make("Arguments", argument_names(op), defaults=defaults)
+
+
 def by_name(op: str, function: Callable[[Any], Any]) -> Callable[..., Any]:
     """``function`` of one value, whose attributes are the arguments of ``op``, called with the arguments themselves.
 
     The value is a named tuple in the order of the schema. ``op`` ("sfpk::name") must be defined; what comes back is
     what ``torch.library.impl`` and ``torch.library.register_fake`` take.
     """
-    arguments = _schema(op).arguments
-    names = [argument.name for argument in arguments]
-    # The dispatcher leaves out trailing arguments that have their default value.
-    defaults = [argument.default_value for argument in arguments if argument.has_default_value()]
-    make: Any = namedtuple  # whose fields a type checker wants literal
-    bind = make("Arguments", names, defaults=defaults)
+    bind = argument_tuple(op)
 
     def call(*values: Any, **named: Any) -> Any:
         return function(bind(*values, **named))
 
     return call
-
-
-def part(fields: Any) -> Callable[[Any], Any]:
-    """Takes the fields of a NamedTuple class from a value that has them all, as one of that class."""
-    get = attrgetter(*fields._fields)
-    return lambda arguments: fields._make(get(arguments))
 
 
 def register(op: str, function: Callable[[Any], Any], fake: Callable[[Any], Any]) -> None:

@@ -13,7 +13,7 @@ from .. import _named
 from .. import _transforms as transforms
 from . import _arguments as arguments
 from . import cpp, reference, stages, triton_backend
-from .spec import DENSITIES, KERNELS, NONFINITE, Columns, Shard, Step, TransitionSpec, TransitionStats
+from .spec import DENSITIES, KERNELS, NONFINITE, Columns, Shard, Step, TransitionSpec, TransitionStats, part_of
 
 _OP = "transition_"
 BACKENDS = {
@@ -131,7 +131,7 @@ torch.library.define(
     f"(Tensor(a!) masks, Tensor grads, {_named.schema_of(Columns)}, Tensor(b!)? residual, Tensor[] state, "
     f"{_named.schema_of(TransitionSpec)}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-_columns_of, _spec_of = _named.part(Columns), _named.part(TransitionSpec)
+_columns_of, _spec_of = part_of(Columns), part_of(TransitionSpec)
 
 
 def _transition_(given: Any) -> tuple[Tensor, ...]:

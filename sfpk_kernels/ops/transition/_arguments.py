@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import _transforms as transforms
-from .spec import Columns, TransitionSpec, TransitionStats
+from .spec import Columns, TransitionSpec, TransitionStats, check_integer
 
 
 def check_particles(
@@ -36,7 +36,7 @@ def check_particles(
 
 def check_row(op: str, name: str, row: Any, n: int) -> None:
     """The number of a particle."""
-    check.is_integer(op, name, row, "an integer or None")
+    check_integer(op, name, row, "an integer or None")
     if not 0 <= row < n:
         raise ValueError(f"{op}: {name}: wanted 0 … {n - 1}, got {row}")
 

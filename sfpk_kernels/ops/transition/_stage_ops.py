@@ -14,7 +14,7 @@ from .. import _named
 from .. import _transforms as transforms
 from . import _arguments as arguments
 from . import cpp, reference_stages, triton_backend, triton_stages
-from .spec import Columns, Shard, Step, TransitionSpec, TransitionStats
+from .spec import Columns, Shard, Step, TransitionSpec, TransitionStats, part_of
 
 _COLUMNS, _SPEC, _SHARD = (_named.schema_of(part) for part in (Columns, TransitionSpec, Shard))
 _MOVED = f"Tensor grads, {_COLUMNS}, Tensor(b!)? residual, Tensor[] state, {_SPEC}, {_SHARD}"
@@ -37,7 +37,7 @@ def _backends(stage: str) -> dict[str, Backend]:
 
 
 BACKENDS = {stage: _backends(stage) for stage in _SCHEMAS}
-_columns_of, _spec_of, _shard_of = (_named.part(part) for part in (Columns, TransitionSpec, Shard))
+_columns_of, _spec_of, _shard_of = (part_of(part) for part in (Columns, TransitionSpec, Shard))
 
 
 def _step_of(given: Any) -> tuple[Step, Shard]:

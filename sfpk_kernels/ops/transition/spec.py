@@ -6,9 +6,10 @@ The schemas of the ops are made from these fields; backends read them by name.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import _checks as check
@@ -106,8 +107,8 @@ class TransitionSpec(NamedTuple):
             TypeError: a number of the wrong type.
             ValueError: a number outside its range, or an unknown word.
         """
-        check.is_integer(op, "seed", self.seed)
-        check.is_integer(op, "step_index", self.step_index)
+        check_integer(op, "seed", self.seed)
+        check_integer(op, "step_index", self.step_index)
         check.is_one_of(op, "nonfinite", self.nonfinite, NONFINITE)
         check.is_one_of(op, "kernel", self.kernel, KERNELS)
         check.is_one_of(op, "density", self.density, DENSITIES)
@@ -142,7 +143,19 @@ class Step(NamedTuple):
     state: TransitionStats | None = None  # before the step; None: to be measured first
 
 
+def check_integer(op: str, name: str, value: Any, wanted: str = "an integer") -> None:
+    """``value`` is a whole number of any type."""
+    if type(value) is not int and not check.is_integer(value):
+        raise TypeError(f"{op}: {name}: wanted {wanted}, got {value!r}")
+
+
+def part_of(fields: Any) -> Callable[[Any], Any]:
+    """Takes the fields of one of the classes above from the arguments of an op, which has them all."""
+    get = attrgetter(*fields._fields)
+    return lambda arguments: fields._make(get(arguments))
+
+
 def _word(value: Any) -> Any:
     """Any integer as a signed one of 64 bits, which is all that the random bits depend on."""
-    number: Any = value if isinstance(value, int | torch.SymInt) else int(value)
+    number = check.plain(value)
     return number if -(1 << 63) <= number < 1 << 63 else (number + (1 << 63)) % (1 << 64) - (1 << 63)

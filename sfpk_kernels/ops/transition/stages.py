@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import _checks as check
 from . import _arguments as arguments
 from . import _stage_ops
-from .spec import Columns, Shard, Step, TransitionSpec, TransitionStats
+from .spec import Columns, Shard, Step, TransitionSpec, TransitionStats, check_integer
 
 BACKENDS = _stage_ops.BACKENDS
 _NONE = Columns()
@@ -220,8 +220,8 @@ def _check_numbers(op: str, name: str, value: Tensor, shape: tuple[int, ...], de
 
 
 def _check_shard(op: str, shard: Shard, device: torch.device) -> None:
-    check.is_integer(op, "shard.d", shard.d)
-    check.is_integer(op, "shard.first_column", shard.first_column)
+    check_integer(op, "shard.d", shard.d)
+    check_integer(op, "shard.first_column", shard.first_column)
     if shard.d < 1:
         raise ValueError(f"{op}: shard.d: wanted at least 1 coordinate, got {shard.d}")
     if shard.total is not None:
