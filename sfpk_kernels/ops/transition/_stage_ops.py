@@ -46,8 +46,8 @@ def _step_of(given: Any) -> tuple[Step, Shard]:
     return step, _shard_of(given)
 
 
-def _run(stage: str, given: Any, *tensors: Tensor) -> Callable[..., Any]:
-    return choose(f"transition_{stage}", given.backend, BACKENDS[stage], *tensors)
+def _run(stage: str, given: Any, tensor: Tensor) -> Callable[..., Any]:
+    return choose(f"transition_{stage}", given.backend, BACKENDS[stage], tensor)
 
 
 def _measure(given: Any) -> Tensor:

@@ -34,12 +34,8 @@ def sample(step: Step, shard: Shard) -> Tensor:
     return torch.stack([sum_of(_by(sizes, s) * g), sum_of(_by(sizes, s) * s)])
 
 
-def sums(
-    step: Step,
-    shard: Shard,
-    sample: Tensor,  # (2, n)
-) -> Tensor:
-    """Sums (8, n) or (8 + 6n, n) of the gradients; see :func:`.stages.sums`."""
+def sums(step: Step, shard: Shard, sample: Tensor) -> Tensor:
+    """Sums (8, n) or (8 + 6n, n) of the gradients, from the sample's (2, n); see :func:`.stages.sums`."""
     particles, e, g, s, sizes = _rows(step, shard)
     u = g - lean_of(sample).to(g.dtype)[:, None] * s
     if step.spec.only >= 0:
@@ -135,12 +131,8 @@ def _pulled_squares(
     return (1 - pull) ** 2 * y.diagonal() + 2 * (1 - pull) * pull * with_mean + pull**2 * with_mean.mean()
 
 
-def apply_(
-    step: Step,
-    shard: Shard,
-    coefficients: Tensor,  # (6, n)
-) -> Tensor:
-    """Move the particles; sums (4 + n, n) of the moved ones; see :func:`.stages.apply_`."""
+def apply_(step: Step, shard: Shard, coefficients: Tensor) -> Tensor:
+    """Move the particles by coefficients (6, n); sums (4 + n, n) of the moved ones; see :func:`.stages.apply_`."""
     particles, _, g, s, _ = _rows(step, shard)
     high = coefficients.to(particles.dtype)
     slope, keep, radial, tangential, after_pull, skipped = high[:, :, None]
