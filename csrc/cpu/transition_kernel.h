@@ -106,7 +106,7 @@ static void reduce_tile(const Problem& p, Tile& t, double* sums) {
           css += s * s;
         }
       }
-      const Vec all[kReduceSums] = {ee, es, eu, uu, us, H::sizes ? cuu : uu, H::sizes ? csu : us, css};
+      const Vec all[kReduceSums] = {ee, es, eu, uu, us, cuu, H::sizes ? csu : us, css};
       for (int k = 0; k < kReduceSums; ++k) sums[k * p.n + i] += lane_sum(all[k]);
     }
   });
@@ -117,21 +117,21 @@ static void reduce_tile(const Problem& p, Tile& t, double* sums) {
   const int64_t square = p.n * p.n;
   const float* u = t.other;
   if (!t.sizes) {
-    if (t.saliency) gram(t.masks, t.mask_stride, t.masks, t.mask_stride, p.n, t.width, out, p.n, true);
-    gram(t.masks, t.mask_stride, u, t.stride, p.n, t.width, out + square, p.n, false);
-    gram(u, t.stride, u, t.stride, p.n, t.width, out + 2 * square, p.n, true);
+    if (t.saliency) gram(t.masks, t.mask_stride, t.masks, t.mask_stride, p.n, t.width, out, true);
+    gram(t.masks, t.mask_stride, u, t.stride, p.n, t.width, out + square, false);
+    gram(u, t.stride, u, t.stride, p.n, t.width, out + 2 * square, true);
     return;
   }
   float *slope = t.force, *scaled = t.copy;  // c*m; then c*c*m and c*u, over masks that are not read again
   scale_rows(p, t, t.masks, t.mask_stride, slope);
-  gram(t.masks, t.mask_stride, slope, t.stride, p.n, t.width, out, p.n, true);
-  gram(slope, t.stride, u, t.stride, p.n, t.width, out + square, p.n, false);
-  gram(slope, t.stride, slope, t.stride, p.n, t.width, out + 3 * square, p.n, true);
+  gram(t.masks, t.mask_stride, slope, t.stride, p.n, t.width, out, true);
+  gram(slope, t.stride, u, t.stride, p.n, t.width, out + square, false);
+  gram(slope, t.stride, slope, t.stride, p.n, t.width, out + 3 * square, true);
   scale_rows(p, t, slope, t.stride, scaled);
-  gram(scaled, t.stride, u, t.stride, p.n, t.width, out + 4 * square, p.n, false);
-  gram(scaled, t.stride, slope, t.stride, p.n, t.width, out + 5 * square, p.n, true);
+  gram(scaled, t.stride, u, t.stride, p.n, t.width, out + 4 * square, false);
+  gram(scaled, t.stride, slope, t.stride, p.n, t.width, out + 5 * square, true);
   scale_rows(p, t, u, t.stride, scaled);
-  gram(scaled, t.stride, u, t.stride, p.n, t.width, out + 2 * square, p.n, true);
+  gram(scaled, t.stride, u, t.stride, p.n, t.width, out + 2 * square, true);
 }
 
 // Stores row i of t.other; afterwards the row holds what a reader of the particles will see.
@@ -237,14 +237,14 @@ static void update_tile(const Problem& p, Tile& t, double* sums) {
         }
         store(difference + v, apart);
       }
-      const Vec all[kUpdateSums] = {mm, H::sizes ? cmm : mm, H::sizes ? ccmm : mm, amm};
+      const Vec all[kUpdateSums] = {mm, cmm, ccmm, amm};
       for (int k = 0; k < kUpdateSums; ++k) sums[k * p.n + i] += lane_sum(all[k]);
     }
   });
   if (p.n > 1) {
     // Row 0 is zero: distances of the others to it are their own squares.
     gram(t.force + t.stride, t.stride, t.force + t.stride, t.stride, p.n - 1, t.width,
-         sums + (kUpdateSums + 1) * p.n + 1, p.n, true);
+         sums + kUpdateSums * p.n, true);
   }
 }
 

@@ -153,7 +153,16 @@ void NarrowMoves::move(Problem& p, double consensus, uint64_t key) const {
 }
 
 std::vector<double> update_sums(const Problem& p) {
-  return run_pass(p, Pass::kUpdate, kUpdateSums * p.n + p.n * p.n);
+  const int64_t n = p.n;
+  std::vector<double> sums = run_pass(p, Pass::kUpdate, kUpdateSums * n + n * n);
+  // Without sizes the kernel sums m.m alone: its two weighted companions are the same.
+  for (int64_t k = n; k < 3 * n && !p.sizes; ++k) sums[k] = sums[k - n];
+  // It leaves out particle 0, from which the differences are taken: its row and column are zeros.
+  double* gram = sums.data() + kUpdateSums * n;
+  for (int64_t i = n - 1; i > 0; --i)
+    for (int64_t j = n - 1; j >= 0; --j) gram[i * n + j] = j > 0 ? gram[(i - 1) * (n - 1) + j - 1] : 0.0;
+  std::fill(gram, gram + n, 0.0);
+  return sums;
 }
 
 std::vector<double> sample_sums(Problem p) {

@@ -46,7 +46,7 @@ static void repel(const Problem& p, const Tile& t) {
 // sums[i][j] += x[i] . y[j] for an A x B block of rows.
 template <int A, int B>
 static void dot_block(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t width,
-                      double* sums, int64_t sums_stride) {
+                      double* sums, int64_t n) {
   Vec acc[A][B] = {};
   for (int64_t v = 0; v < width; v += SFPK_LANES) {
     Vec b[B];
@@ -57,26 +57,21 @@ static void dot_block(const float* x, int64_t x_stride, const float* y, int64_t 
     }
   }
   for (int i = 0; i < A; ++i)
-    for (int j = 0; j < B; ++j) sums[i * sums_stride + j] += lane_sum(acc[i][j]);
+    for (int j = 0; j < B; ++j) sums[i * n + j] += lane_sum(acc[i][j]);
 }
 
-// sums (n, n) += x . y^T, its rows `sums_stride` apart; `symmetric` leaves out what lies in blocks below the
-// diagonal.
+// sums (n, n) += x . y^T; `symmetric` leaves out what lies in blocks below the diagonal.
 static void gram(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t n, int64_t width,
-                 double* sums, int64_t sums_stride, bool symmetric) {
+                 double* sums, bool symmetric) {
   const auto column = [&](auto rows, int64_t i) {
     constexpr int A = decltype(rows)::value;
     int64_t j = symmetric ? i : 0;
     const float* xi = x + i * x_stride;
     for (; j + 4 <= n; j += 4)
-      dot_block<A, 4>(xi, x_stride, y + j * y_stride, y_stride, width, sums + i * sums_stride + j,
-                      sums_stride);
+      dot_block<A, 4>(xi, x_stride, y + j * y_stride, y_stride, width, sums + i * n + j, n);
     for (; j + 2 <= n; j += 2)
-      dot_block<A, 2>(xi, x_stride, y + j * y_stride, y_stride, width, sums + i * sums_stride + j,
-                      sums_stride);
-    for (; j < n; ++j)
-      dot_block<A, 1>(xi, x_stride, y + j * y_stride, y_stride, width, sums + i * sums_stride + j,
-                      sums_stride);
+      dot_block<A, 2>(xi, x_stride, y + j * y_stride, y_stride, width, sums + i * n + j, n);
+    for (; j < n; ++j) dot_block<A, 1>(xi, x_stride, y + j * y_stride, y_stride, width, sums + i * n + j, n);
   };
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) column(std::integral_constant<int, 4>{}, i);
