@@ -131,6 +131,7 @@ torch.library.define(
     f"(Tensor(a!) masks, Tensor grads, {_named.schema_of(Columns)}, Tensor(b!)? residual, Tensor[] state, "
     f"{_named.schema_of(TransitionSpec)}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+_BACKENDS = BACKENDS  # under which `sfpk info` and the benchmarks ask every op
 _columns_of, _spec_of = part_of(Columns), part_of(TransitionSpec)
 
 
