@@ -11,6 +11,28 @@ STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
       "Tensor(b!)? residual, Tensor[] state, float step, float radius, float repulsion, bool weighted, "
       "bool squared, float? target_density, float consensus, float eps, int key, bool skip, int only) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Its stages; mix: the (n, n) repulsion.
+  m.def(
+      "transition_mix(Tensor saliency_norms, Tensor sq_distances, int d, float repulsion, bool weighted) -> "
+      "Tensor");
+  m.def("transition_measure(Tensor masks, Tensor? residual, Tensor? saliency, Tensor? sizes) -> Tensor");
+  m.def(
+      "transition_sample(Tensor masks, Tensor? residual, Tensor grads, Tensor? weights, Tensor? saliency, "
+      "Tensor? sizes, Tensor? mix, int only) -> Tensor");
+  m.def(
+      "transition_sums(Tensor masks, Tensor? residual, Tensor grads, Tensor? weights, Tensor? saliency, "
+      "Tensor? sizes, Tensor? mix, int only, Tensor sample, bool grams) -> Tensor");
+  m.def(
+      "transition_plan(Tensor[] state, Tensor sample, Tensor sums, float total, bool sized, float step, "
+      "float radius, bool weighted, bool squared, float? target_density, float consensus, float eps, "
+      "bool skip, int only) -> (Tensor, Tensor)");
+  m.def(
+      "transition_apply_(Tensor(a!) masks, Tensor(b!)? residual, Tensor grads, Tensor? weights, "
+      "Tensor? saliency, Tensor? sizes, Tensor? mix, int only, Tensor coefficients, float consensus, "
+      "int key, int first_column) -> Tensor");
+  m.def(
+      "transition_stats(Tensor sums, float total, bool weighted, bool squared) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "topk_(Tensor[] values, bool rows, int score, Tensor[] saliency, Tensor[] excluded, Tensor[] always, "
       "Tensor[] sizes, Tensor counts, Tensor segments, Tensor limits, Tensor? guess, int packing, "

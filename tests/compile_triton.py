@@ -25,7 +25,10 @@ from sfpk_kernels.ops.transition import triton_backend, triton_kernels
 
 STAGES = ("prepare", "reduce", "plan", "update", "measure", "plan rescale", "rescale", "finish", "distances", "whole")
 VECTORS = ("weights", "saliency", "sizes", "mix", "guess", "moves")
-INTEGERS = ("mask_stride", "residual_stride", "grad_stride", "n", "d", "chunk", "hop", "key_low", "key_high", "only")
+INTEGERS = (
+    "mask_stride", "residual_stride", "grad_stride", "n", "d", "chunk", "hop", "key_low", "key_high", "only",
+    "first_column",
+)  # fmt: skip
 ALIGNED = ("mask_stride", "residual_stride", "grad_stride", "d", "hop")  # divisible by 16, as for most models
 
 

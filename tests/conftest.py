@@ -28,7 +28,7 @@ def _seed():
 OPS = {
     "derivatives", "edges_of_ops", "masked_weights", "packed_masks", "registration", "selection_backends",
     "selection_constraints", "selection_gpu", "shared_coordinates", "topk_mask", "transition", "transition_backends",
-    "transition_row",
+    "transition_row", "transition_stages",
 }  # fmt: skip
 
 

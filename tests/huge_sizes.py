@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 from sfpk_kernels import _triton
 from sfpk_kernels.ops import Blocks, mask_gradient, masked_weights, topk_mask, topk_threshold, transition_
-from sfpk_kernels.ops.transition import TransitionStats, triton_backend, triton_kernels
+from sfpk_kernels.ops.transition import Step, TransitionSpec, TransitionStats, triton_backend, triton_kernels
 
 from .sparse import sparse
 
@@ -46,8 +46,7 @@ def step(masks: Tensor, grads: Tensor, launch: Any) -> None:
 
     with mock.patch.object(_triton, "launch", replaced):
         triton_backend.transition_(
-            masks, grads, None, None, None, None, state_of(len(masks)), step=0.01, radius=2.0, repulsion=0.2,
-            kernel="rbf", density="l2", target_density=None, consensus=0.0, eps=0.0, key=0, skip=True, only=-1,
+            Step(masks, grads, TransitionSpec(0.01, 2.0, 0.2, nonfinite="skip"), state=state_of(len(masks)))
         )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def move(device, shape, options, d):
     state = [empty(device, *size, dtype=torch.float64) for size in ((n,), (n,), (n,), (n,), (n, n), (n,))]
     # Constants of a run are looked at once, before it.
     with mock.patch.object(transition.check, "at_least"):
-        return transition._transition_(
+        return transition._named.by_name("sfpk::transition_", transition._transition_)(
             masks, empty(device, n if row is None else 1, d), *vectors, residual, state if options.get("state") else [],
             0.01, 2.0, 0.2, options["kernel"], "l2", options["target_density"], options["consensus"], 0.0, 7, 0,
             options["nonfinite"], -1 if row is None else row, "",

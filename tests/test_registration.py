@@ -5,6 +5,38 @@ import torch
 
 from sfpk_kernels import ops
 
+SPEC = (0.1, 2.0, 0.2, "weighted_rbf", "l2", 0.5, 0.3, 0.0, 7, 1, "hold", -1)  # of a step of the transition
+SHARD = (20, torch.full((1,), 20.0, dtype=torch.float64), 4)
+
+
+def state_of(n):
+    vectors = [torch.rand(n).double() + 0.5 for _ in range(4)]
+    return [*vectors, torch.rand(n, n).double(), torch.zeros(n).double()]
+
+
+def shards():
+    """What the stages of the transition take first, with and without particles of two bytes."""
+    for backend in ("reference", "cpp"):
+        columns = torch.randn(7), torch.rand(7), torch.ones(7)
+        yield torch.rand(3, 7) + 0.5, torch.randn(3, 7), *columns, None, state_of(3), *SPEC, *SHARD, backend
+        rest = torch.zeros(3, 7).bfloat16()
+        yield (
+            torch.ones(3, 7).bfloat16(),
+            torch.randn(1, 7),
+            *columns,
+            rest,
+            state_of(3),
+            *SPEC[:-1],
+            1,
+            *SHARD,
+            backend,
+        )
+
+
+def sums_of(rows, n=3):
+    return torch.rand(rows, n).double() + 0.5
+
+
 SAMPLES = {
     "transition_": lambda: [
         (
@@ -18,6 +50,15 @@ SAMPLES = {
             (torch.randn(7), torch.rand(7), torch.ones(7), "weighted_rbf", 0.5),
         ]
     ],
+    "transition_measure": lambda: [(masks, *given[1:5], *SPEC, given[-1]) for masks, *given in shards()],
+    "transition_sample": lambda: list(shards()),
+    "transition_sums": lambda: [(*given, sums_of(2), backend) for *given, backend in shards()],
+    "transition_plan": lambda: [
+        (state_of(n), sums_of(2, n), sums_of(8 if n == 1 else 8 + 6 * n, n), *SPEC, *SHARD, backend)
+        for backend in ("reference", "cpp") for n in (1, 3)
+    ],
+    "transition_apply_": lambda: [(*given, sums_of(6), backend) for *given, backend in shards()],
+    "transition_stats": lambda: [(sums_of(7), *SPEC, *SHARD, backend) for backend in ("reference", "cpp")],
     "topk_mask": lambda: [
         (torch.randn(3, 8), torch.tensor([0, 3, 6]), score, saliency, sizes, segments, low, high, pattern,
          protected, removed, guess, packed, "reference")

@@ -28,12 +28,13 @@ struct Problem {
   FloatKind mask_kind;
   uint16_t* residual;  // (n, d) of bf16 particles: what rounding took from them
   int64_t residual_stride;
-  uint64_t key;       // of the stochastic rounding of fp16 particles
-  const void* grads;  // (n, d)
+  uint64_t key;          // of the stochastic rounding of fp16 particles
+  int64_t first_column;  // of the coordinates that this call holds, among all
+  const void* grads;     // (n, d)
   int64_t grad_stride;
   FloatKind grad_kind;
   const float *weights, *saliency, *sizes;  // (d), or null
-  bool weighted, repel, grams, moves;
+  bool repel, grams, moves;
   int64_t only;        // the one particle that moves, its gradient the one row of grads; -1 for all
   const float* mix;    // (n, n): repulsion as a mix of centred particles
   const float* guess;  // (n): u is accumulated as g - guess * s

@@ -22,11 +22,16 @@ struct Steps {
   std::vector<double> alpha, b, rest, factor;
 };
 
+double wanted_square(const Settings& settings, double total) {
+  return (settings.squared ? *settings.target_density : *settings.target_density * *settings.target_density) *
+         total;
+}
+
 // What the pull to the mean takes from each norm, minus one: from the Gram matrices of the reduce pass.
-std::vector<float> scales_after_pull(const State& old, const std::vector<double>& sums, const Steps& steps,
-                                     int64_t n, bool sized, double total, const Settings& settings) {
+std::vector<double> scales_after_pull(const State& old, const std::vector<double>& sums, const Steps& steps,
+                                      int64_t n, bool sized, double total, const Settings& settings) {
   const auto& [alpha, b, rest, factor] = steps;
-  std::vector<float> scales(n, 0.0f);
+  std::vector<double> scales(n, 0.0);
   // Gram matrix, weighted by c, of y_i = f_i (m_i + (alpha_i - b_i rest_i) s_i + b_i u_i), u as summed;
   // then the norm of (1 - η) y_i + η mean(y).
   const int64_t square = n * n;
@@ -73,55 +78,49 @@ std::vector<float> scales_after_pull(const State& old, const std::vector<double>
     for (int64_t j = 0; j < n; ++j) with_mean[i] += y[i * n + j] / static_cast<double>(n);
     mean_square += with_mean[i] / static_cast<double>(n);
   }
-  const double wanted =
-      (settings.squared ? *settings.target_density : *settings.target_density * *settings.target_density) *
-      total;
+  const double wanted = wanted_square(settings, total);
   for (int64_t i = 0; i < n; ++i) {
     const double stay = 1.0 - settings.consensus;
     const double norm_square = stay * stay * y[i * n + i] + 2 * stay * settings.consensus * with_mean[i] +
                                settings.consensus * settings.consensus * mean_square;
     const double again = std::sqrt(wanted / norm_square);
-    if (std::isfinite(again)) scales[i] = static_cast<float>(again - 1.0);
+    if (std::isfinite(again)) scales[i] = again - 1.0;
   }
   return scales;
 }
 
 }  // namespace
 
-State state_from(const std::vector<double>& sums, int64_t n, bool sized, double total,
-                 const Settings& settings) {
+State state_from(const std::vector<double>& sums, int64_t n, double total, bool weighted, bool squared) {
   State s;
   for (int64_t i = 0; i < n; ++i) {
-    const double mm = sums[i], cmm = sized ? sums[n + i] : mm, ccmm = sized ? sums[2 * n + i] : mm;
-    const double share = cmm / total;
-    s.densities.push_back(settings.squared ? share : std::sqrt(share));
-    s.norms.push_back(std::sqrt(mm));
-    s.slope_norms.push_back(std::sqrt(ccmm));
-    s.saliency_norms.push_back(settings.weighted ? sums[3 * n + i] : 0.0);
+    const double share = sums[n + i] / total;
+    s.densities.push_back(squared ? share : std::sqrt(share));
+    s.norms.push_back(std::sqrt(sums[i]));
+    s.slope_norms.push_back(std::sqrt(sums[2 * n + i]));
+    s.saliency_norms.push_back(weighted ? sums[3 * n + i] : 0.0);
   }
   // Inner products of the differences to particle 0.
   s.sq_distances.assign(n * n, 0.0);
   const double* gram = sums.data() + kUpdateSums * n;
-  const auto inner = [&](int64_t i, int64_t j) { return i > 0 ? gram[(i - 1) * (n - 1) + j - 1] : 0.0; };
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = i + 1; j < n; ++j) {
-      const double q = std::max(0.0, inner(i, i) + inner(j, j) - 2.0 * inner(i, j));
+      const double q = std::max(0.0, gram[i * n + i] + gram[j * n + j] - 2.0 * gram[i * n + j]);
       s.sq_distances[i * n + j] = s.sq_distances[j * n + i] = q;
     }
   return s;
 }
 
-std::vector<float> repulsion_mix(const State& s, int64_t n, int64_t d, const Settings& settings) {
+std::vector<float> repulsion_mix(const double* saliency_norms, const double* sq_distances, int64_t n,
+                                 int64_t d, double repulsion, bool weighted) {
   std::vector<float> mix(n * n, 0.0f);
   for (int64_t i = 0; i < n; ++i) {
     double row = 0.0;
     for (int64_t j = 0; j < n; ++j) {
       if (i == j) continue;  // m_i - m_i is zero
-      const double h =
-          settings.weighted ? std::sqrt(s.saliency_norms[i] * s.saliency_norms[j]) : static_cast<double>(d);
-      const double strength = h > 0 ? settings.repulsion * 2.0 / h *
-                                          std::exp(-s.sq_distances[i * n + j] / h) / static_cast<double>(n)
-                                    : 0.0;
+      const double h = weighted ? std::sqrt(saliency_norms[i] * saliency_norms[j]) : static_cast<double>(d);
+      const double strength =
+          h > 0 ? repulsion * 2.0 / h * std::exp(-sq_distances[i * n + j] / h) / static_cast<double>(n) : 0.0;
       mix[i * n + j] = static_cast<float>(-strength);
       row += strength;
     }
@@ -130,22 +129,44 @@ std::vector<float> repulsion_mix(const State& s, int64_t n, int64_t d, const Set
   return mix;
 }
 
+std::vector<float> guess_from(const std::vector<double>& sample, int64_t n) {
+  std::vector<float> guess(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const double lean = sample[i] / sample[n + i];
+    guess[i] = std::isfinite(lean) ? static_cast<float>(lean) : 0.0f;
+  }
+  return guess;
+}
+
+bool wants_grams(const Settings& settings, int64_t n) {
+  return settings.consensus > 0.0 && n > 1 && settings.target_density.has_value();
+}
+
 Moves plan_moves(const State& old, const std::vector<double>& sums, const std::vector<float>& guess,
-                 const std::vector<char>& skipped, int64_t n, bool sized, bool grams, double total,
-                 const Settings& settings) {
+                 int64_t n, bool sized, double total, const Settings& settings) {
+  Moves moves{std::vector<double>(kCoefficients * n, 0.0), std::vector<double>(n, 0.0), false};
+  const auto row = [&](Coefficient which) { return moves.coefficients.data() + which * n; };
+  // One gradient that is not finite, or too large to square, shows in a sum of its particle.
+  std::vector<double> total_sums(n, 0.0);
+  for (int64_t k = 0; k < kReduceSums * n; ++k) total_sums[k % n] += sums[k];
+  for (int64_t i = 0; i < n; ++i) {
+    const bool held = settings.only >= 0 && i != settings.only, bad = !held && !std::isfinite(total_sums[i]);
+    // A row of zeros has no direction: it is held like one that is skipped.
+    row(kSkipped)[i] = held || bad || !(old.slope_norms[i] > 0.0) ? 1.0 : 0.0;
+    moves.cosines[i] = bad ? std::nan("") : 0.0;
+    moves.stops = moves.stops || (bad && !settings.skip);
+  }
+  if (moves.stops) {
+    std::fill(row(kSkipped), row(kSkipped) + n, 1.0);
+    return moves;
+  }
   // Per particle: m' = f (m + alpha s + b u), u = g - slope * s; all in fp64.
   std::vector<double> alpha(n), b(n), factor(n, 1.0), rest(n);
-  const std::vector<float> zeros(n, 0.0f);
-  Moves moves{std::vector<double>(n, 0.0), zeros, zeros, zeros, zeros, zeros, zeros};
   for (int64_t i = 0; i < n; ++i) {
-    if (skipped[i]) {
-      moves.cosines[i] = std::nan("");
-      continue;
-    }
+    if (row(kSkipped)[i] > 0.0) continue;
     const double ee = sums[i], es = sums[n + i], eu = sums[2 * n + i], uu = sums[3 * n + i],
                  us = sums[4 * n + i];
     const double norm = old.slope_norms[i], ss = norm * norm;
-    if (!(norm > 0.0)) continue;  // a row of zeros stays
     const double scale = settings.squared ? 2.0 / total : 1.0 / (total * old.densities[i]);
     const double slope_norm = norm * scale;  // ‖∇s‖
     const double delta = us / ss;            // what the guess left over
@@ -161,8 +182,7 @@ Moves plan_moves(const State& old, const std::vector<double>& sums, const std::v
                                  : slope_norm * u_norm);
     alpha[i] = -settings.step / slope_norm / norm;  // ŝ = -s / ‖s‖
     b[i] = pace;
-    moves.slope_high[i] = static_cast<float>(slope);
-    moves.slope_low[i] = static_cast<float>(slope - static_cast<double>(moves.slope_high[i]));
+    row(kSlope)[i] = slope;
     // cos(move, e): move = alpha s + b u, and u.e = eu - delta es.
     const double along = alpha[i] * es + pace * (eu - delta * es);
     const double length = std::sqrt(alpha[i] * alpha[i] * ss + pace * pace * u_square);
@@ -179,25 +199,20 @@ Moves plan_moves(const State& old, const std::vector<double>& sums, const std::v
       } else {
         moved = c_mm * (1 + alpha[i]) * (1 + alpha[i]) + pace * pace * u_square;
       }
-      const double wanted = (settings.squared ? *settings.target_density
-                                              : *settings.target_density * *settings.target_density) *
-                            total;
-      factor[i] = std::sqrt(wanted / moved);
+      factor[i] = std::sqrt(wanted_square(settings, total) / moved);
     }
     if (!std::isfinite(factor[i])) factor[i] = 1.0;
   }
   for (int64_t i = 0; i < n; ++i) {
     const double f = factor[i];
-    moves.tangential[i] = static_cast<float>(f * b[i]);
-    if (sized) {
-      moves.keep[i] = static_cast<float>(f - 1.0);
-      moves.radial[i] = static_cast<float>(f * alpha[i]);
-    } else {
-      moves.keep[i] = static_cast<float>(f * (1.0 + alpha[i]) - 1.0);
-    }
+    row(kTangential)[i] = f * b[i];
+    row(kRadial)[i] = sized ? f * alpha[i] : 0.0;
+    row(kKeep)[i] = sized ? f - 1.0 : f * (1.0 + alpha[i]) - 1.0;
   }
-  if (grams)
-    moves.after_pull = scales_after_pull(old, sums, {alpha, b, rest, factor}, n, sized, total, settings);
+  if (wants_grams(settings, n)) {
+    const auto scales = scales_after_pull(old, sums, {alpha, b, rest, factor}, n, sized, total, settings);
+    std::copy(scales.begin(), scales.end(), row(kAfterPull));
+  }
   return moves;
 }
 

@@ -5,208 +5,10 @@
 // and in fp64 across tiles. Particles stay close to each other, so whatever needs their differences first
 // subtracts the tile of particle 0.
 //
-// No include guard and no includes: the including file chooses namespace, target and vector width SFPK_LANES.
+// No include guard and no system headers, here and in what it includes: the including file chooses namespace,
+// target and vector width SFPK_LANES.
 
-typedef float Vec __attribute__((vector_size(SFPK_LANES * 4)));
-
-constexpr int64_t kStep = 2 * SFPK_LANES;  // columns are padded to this
-
-static inline Vec load(const float* p) {
-  Vec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-static inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-static inline Vec splat(float x) { return x - Vec{}; }
-
-// The lanes in fp64, by halves.
-static inline double lane_sum(Vec v) {
-  typedef double Wide __attribute__((vector_size(SFPK_LANES * 8)));
-  const Wide wide = __builtin_convertvector(v, Wide);
-  double lanes[SFPK_LANES];
-  __builtin_memcpy(lanes, &wide, sizeof lanes);
-  for (int half = SFPK_LANES / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
-}
-
-// A tile: rows of the particles, and the vectors they share, readable up to `width` (zeros after `count`).
-struct Tile {
-  int64_t begin, count, width;
-  const float* masks;  // row i at masks + i * mask_stride
-  int64_t mask_stride;
-  const float *weights, *saliency, *sizes;  // null where the problem has none
-  int64_t stride;                           // of the scratch rows below, (n, stride)
-  float *force, *other, *copy, *row, *shared;
-};
-
-static Tile make_tile(const Problem& p, float* memory) {
-  Tile t{};
-  t.stride = p.tile + kRowPadding;
-  t.force = memory;
-  t.other = t.force + p.n * t.stride;
-  t.copy = t.other + p.n * t.stride;
-  t.row = t.copy + p.n * t.stride;
-  t.shared = t.row + t.stride;
-  return t;
-}
-
-// `count` values, zeros up to `width`.
-static void pad(const float* from, int64_t count, int64_t width, float* to) {
-  for (int64_t v = 0; v < count; ++v) to[v] = from[v];
-  for (int64_t v = count; v < width; ++v) to[v] = 0.0f;
-}
-
-// `count` values of any kind as fp32, zeros up to `width`.
-static void convert(const void* from, FloatKind kind, int64_t first, int64_t count, int64_t width,
-                    float* to) {
-  if (kind == FloatKind::kFloat) return pad(static_cast<const float*>(from) + first, count, width, to);
-  const auto* bits = static_cast<const uint16_t*>(from) + first;
-  if (kind == FloatKind::kBFloat16) {
-    for (int64_t v = 0; v < count; ++v) to[v] = float_from_bfloat16(bits[v]);
-  } else {
-    for (int64_t v = 0; v < count; ++v) to[v] = float_from_half(bits[v]);
-  }
-  for (int64_t v = count; v < width; ++v) to[v] = 0.0f;
-}
-
-// Particle i in this tile as fp32, in t.copy.
-static void copy_masks(const Problem& p, const Tile& t, int64_t i) {
-  float* to = t.copy + i * t.stride;
-  convert(p.masks, p.mask_kind, i * p.mask_stride + t.begin, t.count, t.width, to);
-  if (!p.residual) return;
-  const uint16_t* rest = p.residual + i * p.residual_stride + t.begin;
-  for (int64_t v = 0; v < t.count; ++v) to[v] += float_from_bfloat16(rest[v]);
-}
-
-// Points the tile at columns [begin, begin + count); a ragged one, and particles of two bytes, are copied to
-// padded scratch.
-static void open_tile(const Problem& p, Tile& t, int64_t begin, int64_t count) {
-  t.begin = begin;
-  t.count = count;
-  t.width = ceil_div(count, kStep) * kStep;
-  const bool ragged = t.width != count;
-  if (ragged || p.mask_kind != FloatKind::kFloat) {
-    for (int64_t i = 0; i < p.n; ++i) copy_masks(p, t, i);
-    t.masks = t.copy;
-    t.mask_stride = t.stride;
-  } else {
-    t.masks = static_cast<const float*>(p.masks) + begin;
-    t.mask_stride = p.mask_stride;
-  }
-  int64_t slot = 0;
-  const auto vector = [&](const float* all) -> const float* {
-    if (!all) return nullptr;
-    if (!ragged) return all + begin;
-    float* to = t.shared + slot++ * t.stride;
-    pad(all + begin, count, t.width, to);
-    return to;
-  };
-  t.weights = vector(p.weights);
-  t.saliency = vector(p.saliency);
-  t.sizes = vector(p.sizes);
-}
-
-// The gradients of particle i in this tile as fp32, in place or through t.row.
-static const float* open_grads(const Problem& p, const Tile& t, int64_t i) {
-  const int64_t first = i * p.grad_stride + t.begin;
-  if (p.grad_kind == FloatKind::kFloat && t.width == t.count)
-    return static_cast<const float*>(p.grads) + first;
-  convert(p.grads, p.grad_kind, first, t.count, t.width, t.row);
-  return t.row;
-}
-
-// What particle i will need of the next tile, on its way to L2 while this one is computed.
-struct Ahead {
-  const char *masks, *grads;
-  int64_t mask_size, grad_size;
-
-  Ahead(const Problem& p, const Tile& t, int64_t i)
-      : mask_size(bytes_of(p.mask_kind)), grad_size(bytes_of(p.grad_kind)) {
-    const int64_t next = t.begin + p.tile;
-    masks = static_cast<const char*>(p.masks) + (i * p.mask_stride + next) * mask_size;
-    grads = static_cast<const char*>(p.grads) + (i * p.grad_stride + next) * grad_size;
-  }
-  void fetch(int64_t v) const {
-    __builtin_prefetch(masks + mask_size * v, 0, 2);
-    __builtin_prefetch(grads + grad_size * v, 0, 2);
-  }
-};
-
-// out[i] = sum_j mix[i][j] * (rows[j] - rows[0]), for R particles i at once.
-template <int R>
-static void mix_rows(const float* mix, int64_t n, const float* rows, int64_t stride, int64_t width,
-                     float* out, int64_t out_stride) {
-  for (int64_t v = 0; v < width; v += kStep) {
-    const Vec a0 = load(rows + v), b0 = load(rows + v + SFPK_LANES);
-    Vec low[R] = {}, high[R] = {};
-    for (int64_t j = 1; j < n; ++j) {
-      const Vec a = load(rows + j * stride + v) - a0, b = load(rows + j * stride + v + SFPK_LANES) - b0;
-      for (int r = 0; r < R; ++r) {
-        const float weight = mix[r * n + j];
-        low[r] += weight * a;
-        high[r] += weight * b;
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      store(out + r * out_stride + v, low[r]);
-      store(out + r * out_stride + v + SFPK_LANES, high[r]);
-    }
-  }
-}
-
-// t.force <- the repulsion on every particle (without its weights w).
-static void repel(const Problem& p, const Tile& t) {
-  if (p.only >= 0) {
-    return mix_rows<1>(p.mix + p.only * p.n, p.n, t.masks, t.mask_stride, t.width,
-                       t.force + p.only * t.stride, t.stride);
-  }
-  int64_t i = 0;
-  const auto block = [&](auto rows) {
-    constexpr int R = decltype(rows)::value;
-    for (; i + R <= p.n; i += R)
-      mix_rows<R>(p.mix + i * p.n, p.n, t.masks, t.mask_stride, t.width, t.force + i * t.stride, t.stride);
-  };
-  block(std::integral_constant<int, 5>{});
-  block(std::integral_constant<int, 2>{});
-  block(std::integral_constant<int, 1>{});
-}
-
-// sums[i][j] += x[i] . y[j] for an A x B block of rows.
-template <int A, int B>
-static void dot_block(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t width,
-                      double* sums, int64_t n) {
-  Vec acc[A][B] = {};
-  for (int64_t v = 0; v < width; v += SFPK_LANES) {
-    Vec b[B];
-    for (int j = 0; j < B; ++j) b[j] = load(y + j * y_stride + v);
-    for (int i = 0; i < A; ++i) {
-      const Vec a = load(x + i * x_stride + v);
-      for (int j = 0; j < B; ++j) acc[i][j] += a * b[j];
-    }
-  }
-  for (int i = 0; i < A; ++i)
-    for (int j = 0; j < B; ++j) sums[i * n + j] += lane_sum(acc[i][j]);
-}
-
-// sums (n, n) += x . y^T; `symmetric` leaves out what lies in blocks below the diagonal.
-static void gram(const float* x, int64_t x_stride, const float* y, int64_t y_stride, int64_t n, int64_t width,
-                 double* sums, bool symmetric) {
-  const auto column = [&](auto rows, int64_t i) {
-    constexpr int A = decltype(rows)::value;
-    int64_t j = symmetric ? i : 0;
-    const float* xi = x + i * x_stride;
-    for (; j + 4 <= n; j += 4)
-      dot_block<A, 4>(xi, x_stride, y + j * y_stride, y_stride, width, sums + i * n + j, n);
-    for (; j + 2 <= n; j += 2)
-      dot_block<A, 2>(xi, x_stride, y + j * y_stride, y_stride, width, sums + i * n + j, n);
-    for (; j < n; ++j) dot_block<A, 1>(xi, x_stride, y + j * y_stride, y_stride, width, sums + i * n + j, n);
-  };
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4) column(std::integral_constant<int, 4>{}, i);
-  for (; i + 2 <= n; i += 2) column(std::integral_constant<int, 2>{}, i);
-  for (; i < n; ++i) column(std::integral_constant<int, 1>{}, i);
-}
+#include "transition_products.h"
 
 // Which of the optional vectors a problem has, known to the compiler.
 template <bool kWeights, bool kSaliency, bool kSizes>
@@ -315,7 +117,7 @@ static void reduce_tile(const Problem& p, Tile& t, double* sums) {
   const int64_t square = p.n * p.n;
   const float* u = t.other;
   if (!t.sizes) {
-    if (p.weighted) gram(t.masks, t.mask_stride, t.masks, t.mask_stride, p.n, t.width, out, true);
+    if (t.saliency) gram(t.masks, t.mask_stride, t.masks, t.mask_stride, p.n, t.width, out, true);
     gram(t.masks, t.mask_stride, u, t.stride, p.n, t.width, out + square, false);
     gram(u, t.stride, u, t.stride, p.n, t.width, out + 2 * square, true);
     return;
@@ -345,7 +147,7 @@ static void write_back(const Problem& p, const Tile& t, int64_t i) {
   if (p.mask_kind == FloatKind::kHalf) {
     const RowBits random(p.key, i);
     for (int64_t v = 0; v < t.count; ++v) {
-      row[v] = round_to_half(row[v], random.at(t.begin + v));
+      row[v] = round_to_half(row[v], random.at(p.first_column + t.begin + v));
       to[v] = half_from_exact(row[v]);
     }
     return;

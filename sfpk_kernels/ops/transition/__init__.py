@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
@@ -10,14 +9,11 @@ from torch import Tensor
 
 from ..._dispatch import Backend, choose
 from .. import _checks as check
+from .. import _named
 from .. import _transforms as transforms
-from . import cpp, reference, triton_backend
-from .reference import TransitionStats, check_finite
-from .rounding import rounding_key
-
-KERNELS = ("rbf", "weighted_rbf")
-DENSITIES = ("l2", "l2_squared")
-NONFINITE = ("raise", "skip", "hold")
+from . import _arguments as arguments
+from . import cpp, reference, stages, triton_backend
+from .spec import DENSITIES, KERNELS, NONFINITE, Columns, Shard, Step, TransitionSpec, TransitionStats, part_of
 
 _OP = "transition_"
 BACKENDS = {
@@ -111,170 +107,59 @@ def transition_(
             message names the particles); a tensor that records a gradient, as a step has no derivative. ``masks`` is
             untouched then.
     """
-    op = _OP
-    check.is_tensor(op, "masks", masks)
-    if masks.dim() != 2 or masks.shape[0] < 1 or masks.shape[1] < 1:
-        raise ValueError(f"{op}: masks: wanted shape (n ≥ 1, d ≥ 1), got {tuple(masks.shape)}")
-    check.is_tensor(op, "grads", grads)
+    arguments.check_particles(_OP, masks, residual)
     if row is not None:
-        if isinstance(row, bool) or not isinstance(row, numbers.Integral):
-            raise TypeError(f"{op}: row: wanted an integer or None, got {row!r}")
-        if not 0 <= row < masks.shape[0]:
-            raise ValueError(f"{op}: row: wanted 0 … {masks.shape[0] - 1}, got {row}")
-    check.has_shape(op, "grads", grads, (masks.shape[0] if row is None else 1, masks.shape[1]))
-    check.same_device(op, "grads", grads, masks.device)
-    for name, vector in (("saliency", saliency), ("sizes", sizes), ("weights", weights)):
-        if vector is not None:
-            check.is_tensor(op, name, vector)
-            check.has_shape(op, name, vector, (masks.shape[1],))
-            check.same_device(op, name, vector, masks.device)
-    if (masks.dtype == torch.bfloat16) != (residual is not None):
-        wanted = "a bf16 tensor with bf16 masks" if residual is None else f"None with {masks.dtype} masks"
-        raise ValueError(f"{op}: residual: wanted {wanted}, got {'None' if residual is None else 'a tensor'}")
-    if residual is not None:
-        check.is_tensor(op, "residual", residual, (torch.bfloat16,))
-        check.has_shape(op, "residual", residual, tuple(masks.shape))
-        check.same_device(op, "residual", residual, masks.device)
-    for name, value in (("seed", seed), ("step_index", step_index)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{op}: {name}: wanted an integer, got {value!r}")
-    check.is_one_of(op, "nonfinite", nonfinite, NONFINITE)
-    check.is_one_of(op, "kernel", kernel, KERNELS)
-    check.is_one_of(op, "density", density, DENSITIES)
-    if kernel == "weighted_rbf" and saliency is None:
-        raise ValueError(f"{op}: saliency: wanted shape ({masks.shape[1]},) with kernel='weighted_rbf', got None")
-    step = check.is_real(op, "step", step, "> 0", 0.0, float("inf"))
-    radius = check.is_real(op, "radius", radius, "> 1", 1.0, float("inf"))
-    repulsion = check.is_real(op, "repulsion", repulsion, "≥ 0", 0.0, float("inf"), open_low=False)
-    consensus = check.is_real(op, "consensus", consensus, "in [0, 1]", 0.0, 1.0, open_low=False)
-    eps = check.is_real(op, "eps", eps, "≥ 0", 0.0, float("inf"), open_low=False)
-    if target_density is not None:
-        target_density = check.is_real(op, "target_density", target_density, "in (0, 1]", 0.0, 1.0)
-    if state is not None and not isinstance(state, TransitionStats):
-        raise TypeError(f"{op}: state: wanted TransitionStats or None, got {type(state).__name__}")
-    if state is not None:
-        check.has_shape(op, "state", state.sq_distances, (masks.shape[0], masks.shape[0]))
-        check.same_device(op, "state", state.sq_distances, masks.device)
-    named = [("masks", masks), ("grads", grads), ("weights", weights), ("saliency", saliency), ("sizes", sizes)]
-    transforms.refuse_derivatives(op, "a step has no derivative", named)
+        arguments.check_row(_OP, "row", row, masks.shape[0])
+    arguments.check_gradients(_OP, masks, grads, row is not None)
+    columns = Columns(weights, saliency, sizes)
+    only = -1 if row is None else row
     # fmt: off
-    results = torch.ops.sfpk.transition_(
-        masks, grads, weights, saliency, sizes, residual, list(state) if state is not None else [],
-        step, radius, repulsion, kernel, density, target_density, consensus, eps,
-        _word(seed), _word(step_index), nonfinite, -1 if row is None else row, backend or "",
-    )
+    spec = TransitionSpec(
+        step, radius, repulsion, kernel, density, target_density, consensus, eps, seed, step_index, nonfinite, only,
+    ).checked(_OP)
     # fmt: on
-    return TransitionStats(*results)
-
-
-def _word(value: Any) -> Any:
-    """Any integer as a signed one of 64 bits, which is all that the random bits depend on."""
-    number: Any = value if isinstance(value, int | torch.SymInt) else int(value)
-    return number if -(1 << 63) <= number < 1 << 63 else (number + (1 << 63)) % (1 << 64) - (1 << 63)
+    arguments.check_columns(_OP, masks, columns, kernel)
+    if state is not None:
+        arguments.check_state(_OP, state, masks.shape[0], masks.device, "TransitionStats or None")
+    arguments.refuse_derivatives(_OP, columns, [("masks", masks), ("grads", grads)])
+    known = [] if state is None else list(state)
+    return TransitionStats(*torch.ops.sfpk.transition_(masks, grads, *columns, residual, known, *spec, backend or ""))
 
 
 torch.library.define(
     "sfpk::transition_",
-    "(Tensor(a!) masks, Tensor grads, Tensor? weights, Tensor? saliency, Tensor? sizes, "
-    "Tensor(b!)? residual, Tensor[] state, float step, float radius, float repulsion, str kernel, str density, "
-    "float? target_density, float consensus, float eps, SymInt seed, SymInt step_index, str nonfinite, SymInt only, "
-    "str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor(a!) masks, Tensor grads, {_named.schema_of(Columns)}, Tensor(b!)? residual, Tensor[] state, "
+    f"{_named.schema_of(TransitionSpec)}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+_columns_of, _spec_of = part_of(Columns), part_of(TransitionSpec)
 
 
-def _transition_(
-    masks: Tensor,
-    grads: Tensor,
-    weights: Tensor | None,
-    saliency: Tensor | None,
-    sizes: Tensor | None,
-    residual: Tensor | None,
-    state: list[Tensor],
-    step: float,
-    radius: float,
-    repulsion: float,
-    kernel: str,
-    density: str,
-    target_density: float | None,
-    consensus: float,
-    eps: float,
-    seed: int,
-    step_index: int,
-    nonfinite: str,
-    only: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    check.owns_memory(_OP, "masks", masks)
-    if residual is not None:
-        check.owns_memory(_OP, "residual", residual)
-    if check.share_memory(masks, grads):
-        raise ValueError("transition_: grads: wanted memory of its own, got memory shared with masks")
-    if residual is not None and (check.share_memory(masks, residual) or check.share_memory(grads, residual)):
-        raise ValueError("transition_: residual: wanted memory of its own, got memory shared with masks or grads")
-    if sizes is not None:
-        check.at_least(_OP, "sizes", sizes, 0.0, strictly=True)
-    if kernel == "weighted_rbf" and saliency is not None:
-        check.at_least(_OP, "saliency", saliency, 0.0)
+def _transition_(given: Any) -> tuple[Tensor, ...]:
+    masks, grads, residual = given.masks, given.grads, given.residual
+    columns, spec = _columns_of(given), _spec_of(given)
+    arguments.check_memory(_OP, masks, grads, residual)
+    arguments.check_values(_OP, columns, spec)
+    state = TransitionStats(*given.state) if given.state else None
     with check.writing(masks, residual):
-        stats: TransitionStats = choose(_OP, backend, BACKENDS, masks)(
-            masks,
-            grads,
-            weights,
-            saliency,
-            sizes,
-            residual,
-            TransitionStats(*state) if state else None,
-            step=step,
-            radius=radius,
-            repulsion=repulsion,
-            kernel=kernel,
-            density=density,
-            target_density=target_density,
-            consensus=consensus,
-            eps=eps,
-            key=rounding_key(seed, step_index),
-            skip=nonfinite == "skip",
-            only=only,
-        )
+        run = choose(_OP, given.backend, BACKENDS, masks)
+        stats: TransitionStats = run(Step(masks, grads, spec, columns, residual, state))
     check.was_written(masks, *([] if residual is None else [residual]))
     if stats.norms.is_inference() and not torch.is_inference_mode_enabled():
         stats = TransitionStats(*(t.clone() for t in stats))
-    if nonfinite == "raise":
-        check_finite(stats.cosines)
+    if spec.nonfinite == "raise":
+        arguments.check_finite(stats.cosines)
     return tuple(stats)
 
 
-torch.library.impl("sfpk::transition_", ("cpu", "cuda"))(_transition_)
+def _transition_fake(given: Any) -> tuple[Tensor, ...]:
+    n = given.masks.shape[0]
+    return (*arguments.new_statistics(given.masks, n), given.masks.new_empty(n, dtype=torch.float64))
 
 
-@torch.library.register_fake("sfpk::transition_")
-def _transition_fake(
-    masks: Tensor,
-    grads: Tensor,
-    weights: Tensor | None,
-    saliency: Tensor | None,
-    sizes: Tensor | None,
-    residual: Tensor | None,
-    state: list[Tensor],
-    step: float,
-    radius: float,
-    repulsion: float,
-    kernel: str,
-    density: str,
-    target_density: float | None,
-    consensus: float,
-    eps: float,
-    seed: int,
-    step_index: int,
-    nonfinite: str,
-    only: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    n = masks.shape[0]
-    vectors = [masks.new_empty(n, dtype=torch.float64) for _ in range(5)]
-    distances = masks.new_empty((n, n), dtype=torch.float64)
-    return (*vectors[:4], distances, vectors[4])
-
-
+_named.register("sfpk::transition_", _transition_, _transition_fake)
 transforms.register_vmap("sfpk::transition_", torch.ops.sfpk.transition_, mutated={0: "masks", 5: "residual"})
+
+__all__ = [
+    "BACKENDS", "DENSITIES", "KERNELS", "NONFINITE", "Columns", "Shard", "Step", "TransitionSpec", "TransitionStats",
+    "stages", "transition_",
+]  # fmt: skip

@@ -5,183 +5,147 @@ Elementwise arithmetic runs in the dtype of ``masks`` (fp32 for two-byte ones), 
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..codes import TANGENT_TOLERANCE
 from . import rounding
+from .spec import Columns, Step, TransitionSpec, TransitionStats
 
 
-class TransitionStats(NamedTuple):
-    """What one transition leaves behind, all fp64 on the particles' device; pass it on as ``state``."""
-
-    densities: Tensor  # (n,) soft density ρ(m_i) after the step
-    norms: Tensor  # (n,) ‖m_i‖₂ after the step
-    slope_norms: Tensor  # (n,) ‖c ⊙ m_i‖₂ after the step; equals norms where sizes is None
-    saliency_norms: Tensor  # (n,) Σ_e a_e m_ie² after the step; zeros for kernel "rbf"
-    sq_distances: Tensor  # (n, n) q_ij = Σ_e w_e (m_ie - m_je)² after the step
-    cosines: Tensor  # (n,) cosine between the transition's move and the descent direction -∂L/∂m_i; NaN if skipped
-
-
-def _sum(values: Tensor) -> Tensor:
+def sum_of(values: Tensor) -> Tensor:
+    """Over coordinates, in fp64."""
     return values.sum(dim=-1, dtype=torch.float64)
 
 
-def _density(masks: Tensor, sizes: Tensor | None, density: str) -> Tensor:
+def _density(masks: Tensor, sizes: Tensor | None, spec: TransitionSpec) -> Tensor:
     """ρ(m_i) (n,): sqrt(Σ c m² / D) for "l2", Σ c m² / D for "l2_squared"."""
     squares = masks.square() if sizes is None else masks.square() * sizes
-    total = float(masks.shape[1]) if sizes is None else _sum(sizes)
-    share = _sum(squares) / total
-    return share.sqrt() if density == "l2" else share
-
-
-def check_finite(
-    cosines: Tensor,  # (n,)
-) -> None:
-    """Raise a ValueError that names the particles whose gradient was not finite: their cosine is NaN."""
-    rows = [i for i, cosine in enumerate(cosines.tolist()) if math.isnan(cosine)]
-    if rows:
-        raise ValueError(f"transition_: grads: wanted finite gradients, got non-finite ones in particles {rows}")
+    total = float(masks.shape[1]) if sizes is None else sum_of(sizes)
+    share = sum_of(squares) / total
+    return share if spec.squared else share.sqrt()
 
 
 def measure(
     masks: Tensor,  # (n, d)
-    saliency: Tensor | None,  # (d,)
-    sizes: Tensor | None,  # (d,)
-    kernel: str,
-    density: str,
+    columns: Columns,
+    spec: TransitionSpec,
 ) -> TransitionStats:
     """The statistics of particles that have not moved yet (cosines are zero)."""
-    n = masks.shape[0]
-    weighted = kernel == "weighted_rbf"
+    n, saliency, sizes = masks.shape[0], columns.saliency if spec.weighted else None, columns.sizes
     zeros = masks.new_zeros(n, dtype=torch.float64)
     distances = masks.new_zeros((n, n), dtype=torch.float64)
     for i in range(n):
         squares = (masks - masks[i]).square()
-        distances[i] = _sum(squares * saliency.square() if weighted and saliency is not None else squares)
-    norms = _sum(masks.square()).sqrt()
+        distances[i] = sum_of(squares if saliency is None else squares * saliency.square())
+    norms = sum_of(masks.square()).sqrt()
     return TransitionStats(
-        densities=_density(masks, sizes, density),
+        densities=_density(masks, sizes, spec),
         norms=norms,
-        slope_norms=norms.clone() if sizes is None else _sum((masks * sizes).square()).sqrt(),
-        saliency_norms=_sum(masks.square() * saliency) if weighted and saliency is not None else zeros,
+        slope_norms=norms.clone() if sizes is None else sum_of((masks * sizes).square()).sqrt(),
+        saliency_norms=zeros if saliency is None else sum_of(masks.square() * saliency),
         sq_distances=distances,
         cosines=zeros.clone(),
     )
 
 
-def _repulsion(
+def descent_of(
+    masks: Tensor,  # (n, d), in the dtype to compute in
+    grads: Tensor,  # (n, d), or (1, d) with spec.only
+    columns: Columns,
+    spec: TransitionSpec,
+) -> Tensor:  # (n, d)
+    """-∂L/∂m, zeros for particles that are held."""
+    descent = -grads.to(masks.dtype)
+    if columns.weights is not None:
+        descent = descent * columns.weights
+    return descent if spec.only < 0 else torch.where(held(len(masks), spec, masks.device)[:, None], 0.0, descent)
+
+
+def held(n: int, spec: TransitionSpec, device: torch.device) -> Tensor:  # (n,) bool
+    """Which particles do not move, as another one does."""
+    return (torch.arange(n, dtype=torch.int64, device=device) != spec.only) & (spec.only >= 0)
+
+
+def repulsion_of(
     masks: Tensor,  # (n, d)
     state: TransitionStats,
-    saliency: Tensor | None,
-    kernel: str,
+    columns: Columns,
+    spec: TransitionSpec,
+    d: int,  # coordinates of all shards together
 ) -> Tensor:  # (n, d)
-    """(1/n) Σ_j (2 κ_ij / h_ij) w ⊙ (m_i - m_j), the direction that lowers the mean kernel value."""
-    n, d = masks.shape
-    if kernel == "rbf":
-        bandwidth = torch.full_like(state.sq_distances, float(d))
-    else:
+    """(λ/n) Σ_j (2 κ_ij / h_ij) w ⊙ (m_i - m_j), along which the mean kernel value falls."""
+    if spec.weighted:
         bandwidth = (state.saliency_norms[:, None] * state.saliency_norms[None, :]).sqrt()
+    else:
+        bandwidth = torch.full_like(state.sq_distances, float(d))
     strength = 2.0 / bandwidth * torch.exp(-state.sq_distances / bandwidth)
     strength = torch.where(bandwidth > 0, strength, 0.0)
     # Σ_j C_ij (m_i - m_j) is unchanged by a shift of all particles: centred, the close ones keep their digits.
-    laplacian = (torch.diag(strength.sum(dim=1)) - strength) / n
+    laplacian = (torch.diag(strength.sum(dim=1)) - strength) / masks.shape[0]
     centred = masks - masks.mean(dim=0)
     with torch.autocast(masks.device.type, enabled=False):  # which would multiply in two bytes
         force = laplacian.to(masks.dtype) @ centred
-    return force * saliency.square() if kernel == "weighted_rbf" and saliency is not None else force
+    saliency = columns.saliency if spec.weighted else None
+    return spec.repulsion * (force if saliency is None else force * saliency.square())
 
 
-def _retract_(masks: Tensor, sizes: Tensor | None, density: str, target_density: float) -> None:
+def _retract_(masks: Tensor, sizes: Tensor | None, spec: TransitionSpec) -> None:
     """Scale every row so that its soft density is the target; a row of zeros stays."""
-    ratio = target_density / _density(masks, sizes, density)
-    factor = ratio if density == "l2" else ratio.sqrt()
+    assert spec.target_density is not None
+    ratio = spec.target_density / _density(masks, sizes, spec)
+    factor = ratio.sqrt() if spec.squared else ratio
     masks.mul_(torch.where(torch.isfinite(factor), factor, 1.0).to(masks.dtype)[:, None])
 
 
-def transition_(
-    masks: Tensor,  # (n, d), moved in place
-    grads: Tensor,  # (n, d), or (1, d) with only
-    weights: Tensor | None,  # (d,)
-    saliency: Tensor | None,  # (d,)
-    sizes: Tensor | None,  # (d,)
-    residual: Tensor | None,  # (n, d)
-    state: TransitionStats | None,
-    *,
-    step: float,
-    radius: float,
-    repulsion: float,
-    kernel: str,
-    density: str,
-    target_density: float | None,
-    consensus: float,
-    eps: float,
-    key: int,
-    skip: bool,
-    only: int,
-) -> TransitionStats:
+def transition_(step: Step) -> TransitionStats:
     """One step of every particle, all reading the old positions; see :func:`sfpk_kernels.ops.transition_`."""
+    masks, grads, spec, columns, residual, state = step
     particles = rounding.read(masks, residual)
-    n, dtype = masks.shape[0], particles.dtype
-    weights, saliency, sizes = (t if t is None else t.to(dtype) for t in (weights, saliency, sizes))
-    held = torch.full((n,), only >= 0, dtype=torch.bool, device=masks.device)
-    held[max(only, 0)] = False
-    descent = -grads.to(dtype)
-    if weights is not None:
-        descent = descent * weights
-    if only >= 0:
-        descent = torch.where(held[:, None], 0.0, descent)
-    descent_norm = _sum(descent.square()).sqrt()
+    (n, d), dtype = masks.shape, particles.dtype
+    columns = Columns(*(t if t is None else t.to(dtype) for t in columns))
+    sizes = columns.sizes
+    descent = descent_of(particles, grads, columns, spec)
+    descent_norm = sum_of(descent.square()).sqrt()
     bad = ~torch.isfinite(descent_norm)
-    skipped = bad | held
-    if not skip:
+    skipped = bad | held(n, spec, masks.device)
+    if not spec.skip:
         skipped |= bad.any()  # one bad gradient, and nothing moves
     descent[skipped], descent_norm[skipped] = 0.0, 0.0
     if state is None:
-        state = measure(particles, saliency, sizes, kernel, density)
+        state = measure(particles, columns, spec)
 
     g = descent
-    if repulsion > 0 and n > 1:
-        g = g + repulsion * _repulsion(particles, state, saliency, kernel)
+    if spec.repels(n):
+        g = g + repulsion_of(particles, state, columns, spec, d)
 
     # ∇s = -c ⊙ m · (1 / (D ρ) for l2, 2 / D for l2_squared)
-    total = float(masks.shape[1]) if sizes is None else _sum(sizes)
-    scale = 1.0 / (total * state.densities) if density == "l2" else 2.0 / total
+    total = float(d) if sizes is None else sum_of(sizes)
+    scale = 2.0 / total if spec.squared else 1.0 / (total * state.densities)
     slope_norm = state.slope_norms * scale  # ‖s‖
     alive = slope_norm > 0
     stays = skipped | ~alive  # a row of zeros has no direction: it is held like one that is skipped
     to_unit = torch.where(alive, -1.0 / state.slope_norms, 0.0).to(dtype)[:, None]
     unit = (particles if sizes is None else particles * sizes) * to_unit  # ŝ
 
-    u = g - _sum(unit * g).to(dtype)[:, None] * unit
-    u_norm, g_norm = _sum(u.square()).sqrt(), _sum(g.square()).sqrt()
-    pace = slope_norm * u_norm if eps == 0 else ((slope_norm * u_norm).square() + eps).sqrt()
-    tangential = torch.where(u_norm > TANGENT_TOLERANCE * g_norm, math.sqrt(radius**2 - 1) / pace, 0.0)
-    radial = torch.where(alive, step / slope_norm, 0.0)
-    tangential = torch.where(alive, step * tangential, 0.0)
+    u = g - sum_of(unit * g).to(dtype)[:, None] * unit
+    u_norm, g_norm = sum_of(u.square()).sqrt(), sum_of(g.square()).sqrt()
+    pace = slope_norm * u_norm if spec.eps == 0 else ((slope_norm * u_norm).square() + spec.eps).sqrt()
+    tangential = torch.where(u_norm > TANGENT_TOLERANCE * g_norm, spec.root / pace, 0.0)
+    radial = torch.where(alive, spec.step / slope_norm, 0.0)
+    tangential = torch.where(alive, spec.step * tangential, 0.0)
     move = radial.to(dtype)[:, None] * unit + tangential.to(dtype)[:, None] * u
-    product = descent_norm * _sum(move.square()).sqrt()
-    cosines = torch.where(product > 0, _sum(move * descent) / product, 0.0)
+    product = descent_norm * sum_of(move.square()).sqrt()
+    cosines = torch.where(product > 0, sum_of(move * descent) / product, 0.0)
 
     moved = particles + move
-    if target_density is not None:
-        _retract_(moved, sizes, density, target_density)
+    if spec.target_density is not None:
+        _retract_(moved, sizes, spec)
     moved[stays] = particles[stays]
-    if consensus > 0 and n > 1:
-        moved.lerp_(moved.mean(dim=0, keepdim=True).expand_as(moved), consensus)
-        if target_density is not None:
-            _retract_(moved, sizes, density, target_density)
-
-    if masks.dtype in rounding.TWO_BYTES:
-        kept = [(t, t[stays]) for t in (masks, residual) if t is not None]
-        rounding.write_(moved, masks, residual, key)
-        for stored, rows in kept:
-            stored[stays] = rows
-    else:
-        moved[stays] = particles[stays]
-        masks.copy_(moved)
-    stats = measure(rounding.read(masks, residual), saliency, sizes, kernel, density)
+    if spec.pulls(n):
+        moved.lerp_(moved.mean(dim=0, keepdim=True).expand_as(moved), spec.consensus)
+        if spec.target_density is not None:
+            _retract_(moved, sizes, spec)
+    rounding.write_(moved, masks, residual, stays, spec.key)
+    stats = measure(rounding.read(masks, residual), columns, spec)
     return stats._replace(cosines=cosines.masked_fill(skipped, 0.0).masked_fill(bad, float("nan")))

@@ -43,22 +43,24 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def random_bits(rows: int, columns: int, key: int, device: torch.device) -> Tensor:  # (rows, columns) int64
-    """Uniform 32-bit words, a function of key, row and column."""
+def random_bits(
+    rows: int, columns: int, key: int, device: torch.device, first_column: int = 0
+) -> Tensor:  # (rows, columns) int64
+    """Uniform 32-bit words, a function of key, row and column; columns count from ``first_column``."""
     row = torch.arange(rows, dtype=torch.int64, device=device)[:, None]
-    column = torch.arange(columns, dtype=torch.int64, device=device)
+    column = torch.arange(columns, dtype=torch.int64, device=device) + first_column
     first = _mix(((key & 0x7FFFFFFF) + row * ROW_STRIDE) & _WORD)
     second = _mix(first ^ (key >> 31))
     low, high = column & _WORD, column >> 32
     return _mix((_mix(low ^ first) + second + high * HIGH_STRIDE) & _WORD)
 
 
-def stochastic_half(values: Tensor, key: int) -> Tensor:
+def stochastic_half(values: Tensor, key: int, first_column: int = 0) -> Tensor:
     """fp32 ``values`` (n, d) as fp16, one of the two neighbours, the value itself in the mean.
 
     Beyond ±65504 the result is ±65504, not infinity.
     """
-    bits = random_bits(values.shape[0], values.shape[1], key, values.device)
+    bits = random_bits(values.shape[0], values.shape[1], key, values.device, first_column)
     size = values.abs().clamp(max=_LARGEST)
     # 13 bits of an fp32 mantissa are cut off: add as many random ones first.
     normal = ((size.view(torch.int32) + (bits >> 19).to(torch.int32)) & ~0x1FFF).view(torch.float32)
@@ -74,11 +76,19 @@ def read(masks: Tensor, residual: Tensor | None) -> Tensor:
     return masks.float() if residual is None else masks.float() + residual.float()
 
 
-def write_(values: Tensor, masks: Tensor, residual: Tensor | None, key: int) -> None:
-    """Store fp32 ``values`` (n, d) in two-byte ``masks``, fp16 stochastically, bf16 with its error in ``residual``."""
+def write_(
+    values: Tensor,  # (n, d), in the dtype that read() computes in
+    masks: Tensor,
+    residual: Tensor | None,
+    stays: Tensor,  # (n,) bool: rows that are left as they are
+    key: int,
+    first_column: int = 0,  # the place of column 0 among the coordinates of all shards
+) -> None:
+    """Store ``values`` in ``masks``: fp16 stochastically, bf16 with its error in ``residual``."""
+    stays = stays[:, None]
     if masks.dtype == torch.float16:
-        masks.copy_(stochastic_half(values, key))
-    else:
-        assert residual is not None
-        masks.copy_(values)
-        residual.copy_(values - masks.float())
+        values = stochastic_half(values, key, first_column)
+    rounded = values.to(masks.dtype)
+    if residual is not None:
+        residual.copy_(torch.where(stays, residual, (values - rounded.float()).to(residual.dtype)))
+    masks.copy_(torch.where(stays, masks, rounded))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _triton
-from .reference import TransitionStats
+from .spec import Shard, Step, TransitionStats
 
 MOST_PARTICLES = 256
 WHOLE_COLUMNS = 4096  # up to here one program does the step: launches would cost more than the arithmetic
@@ -79,109 +79,147 @@ def _two_floats(value: float) -> tuple[float, float]:
     return high, value - high
 
 
-def transition_(
-    masks: Tensor,  # (n, d) fp32, fp16 or bf16, moved in place
-    grads: Tensor,  # (n, d), or (1, d) with only
-    weights: Tensor | None,
-    saliency: Tensor | None,
-    sizes: Tensor | None,
-    residual: Tensor | None,
-    state: TransitionStats | None,
-    *,
-    step: float,
-    radius: float,
-    repulsion: float,
-    kernel: str,
-    density: str,
-    target_density: float | None,
-    consensus: float,
-    eps: float,
-    key: int,
-    skip: bool,
-    only: int,
-) -> TransitionStats:
+def transition_(step: Step) -> TransitionStats:
     """As :func:`.reference.transition_`, in two passes over the particles and without a host synchronisation."""
-    from . import triton_kernels
+    launches = Launches(step)
+    if step.state is None:
+        launches.measure()
+    if launches.whole:
+        launches.launch("whole")
+    else:
+        launches.prepare()
+        launches.reduce()
+        launches.plan()
+        launches.update()
+        launches.finish()
+    return launches.new
 
-    if grads.shape[1] > 1 and grads.stride(1) != 1:
-        grads = grads.contiguous()
-    grads = grads.expand_as(masks)  # with ``only`` its one row for all: what the others make of it is not used
-    if residual is not None and residual.shape[1] > 1 and residual.stride(1) != 1:
-        raise ValueError("transition_: residual: wanted rows without gaps for backend 'triton', got a column stride")
-    weights, saliency, sizes = (t if t is None else t.contiguous() for t in (weights, saliency, sizes))
-    n, d = masks.shape
-    sized = sizes is not None
-    tile = tiling(n, sized, residual is not None)
-    weighted, retract, pulls = kernel == "weighted_rbf", target_density is not None, consensus > 0 and n > 1
-    grams = pulls and retract and sums_gram_matrices(n, sized, weighted)
-    rescales = pulls and retract and not grams
-    square = tile.n**2
-    size = max(8 * tile.n + grams * (6 if sized else 3) * square, 4 * tile.n + square)
 
-    tiles = math.ceil(d / tile.columns)
-    slots = min(math.ceil(d / _SLOT_COLUMNS), max(128, min(_SLOTS, _SLOT_SUMS // size)))
-    if tile.by_columns:  # which add up a whole slot in fp32
-        slots = max(slots, math.ceil(d / tile.flush))
-    tiles_per_slot = math.ceil(tiles / slots)
-    slots = math.ceil(tiles / tiles_per_slot)
-    whole = slots == 1 and d <= WHOLE_COLUMNS and not rescales and tile.distances
+class Launches:
+    """The stages of one step, each of which may be launched alone; between them ``sums`` holds those of all columns."""
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=masks.device)
+    def __init__(self, step: Step, shard: Shard | None = None):
+        masks, grads, self.spec, columns, residual, state = step
+        if residual is not None and residual.shape[1] > 1 and residual.stride(1) != 1:
+            raise ValueError(
+                "transition_: residual: wanted rows without gaps for backend 'triton', got a column stride"
+            )
+        if grads.shape[1] > 1 and grads.stride(1) != 1:
+            grads = grads.contiguous()
+        grads = grads.expand_as(masks)  # with spec.only its one row for all: what the others make of it is not used
+        weights, saliency, sizes = (t if t is None else t.contiguous() for t in columns)
+        spec, (n, d) = self.spec, masks.shape
+        self.masks, self.n = masks, n
+        self.tile = tile = tiling(n, sizes is not None, residual is not None)
+        pulled = spec.retracts_after_pull(n)
+        grams = pulled and sums_gram_matrices(n, sizes is not None, spec.weighted)
+        self._rescales = pulled and not grams
+        square = tile.n**2
+        self.size = max(8 * tile.n + grams * (3 if sizes is None else 6) * square, 4 * tile.n + square)
+        tiles = math.ceil(d / tile.columns)
+        self.slots, chunk = self._slots(d, tiles)
+        self.whole = self.slots == 1 and d <= WHOLE_COLUMNS and not self._rescales and tile.distances
 
-    def new_stats() -> TransitionStats:
-        return TransitionStats(empty(n), empty(n), empty(n), empty(n), empty(n, n), empty(n))
-
-    new = new_stats()
-    old = state if state is not None else new_stats()
-    sums = empty(size)
-    slot_sums = sums if slots == 1 else empty(slots, size)
-    mix, guess, moves = (empty(*s, dtype=torch.float32) for s in ((tile.n, tile.n), (tile.n,), (7, tile.n)))
-    scratch = empty(5, tile.n)
-    total = None if sizes is None else sizes.sum(dtype=torch.float64)
-    numbers = (float(d), step, math.sqrt(radius**2 - 1), repulsion, eps, target_density or 1.0, consensus)
-    floats = [part for number in numbers for part in _two_floats(number)]
-
-    def launch(stage: str, grid: tuple[int, ...], before: TransitionStats, after: TransitionStats, key: int) -> None:
-        # fmt: off
-        _triton.launch(
-            triton_kernels.transition, grid, masks.device,
-            masks, masks.stride(0), residual, 0 if residual is None else residual.stride(0), grads, grads.stride(0),
-            weights, saliency, sizes, total, *before[:5], *after, mix, guess, moves, scratch, slot_sums, sums,
-            n, d, tiles_per_slot * tile.columns, max(1, tiles // 16) * tile.columns, *floats,
-            key & 0x7FFFFFFF, key >> 31, only,
-            STAGE=stage, SIZE=size, N=tile.n, B=tile.columns, PART=tile.part, FLUSH=tile.flush // tile.columns,
-            WEIGHTED=weighted, SQUARED=density == "l2_squared", RETRACT=retract,
-            REPEL=repulsion > 0 and n > 1 and stage != "rescale", PULL=pulls, GRAMS=grams, HAS_EPS=eps > 0, SKIP=skip,
-            DISTANCES=tile.distances, ROWS=n if tile.by_columns else 0,
-            num_warps=tile.warps, num_stages=1, enable_fp_fusion=True,
+        self.new = self._statistics()
+        self.old = self._statistics() if state is None else state
+        self.sums = self._empty(self.size)
+        self._slot_sums = self.sums if self.slots == 1 else self._empty(self.slots, self.size)
+        mix, self.guess, self.moves = (
+            self._empty(*shape, dtype=torch.float32) for shape in ((tile.n, tile.n), (tile.n,), (7, tile.n))
         )
-        # fmt: on
+        total = None if sizes is None else sizes.sum(dtype=torch.float64)
+        whole = float(d if shard is None else shard.d)
+        numbers = (whole, spec.step, spec.root, spec.repulsion, spec.eps, spec.target_density or 1.0, spec.consensus)
+        self._key, self._first_column = spec.key, 0 if shard is None else shard.first_column
+        self._particles = (
+            masks, masks.stride(0), residual, 0 if residual is None else residual.stride(0), grads, grads.stride(0),
+            weights, saliency, sizes, total,
+        )  # fmt: skip
+        self._buffers = mix, self.guess, self.moves, self._empty(5, tile.n), self._slot_sums, self.sums
+        self._numbers = (
+            n, d, chunk, max(1, tiles // 16) * tile.columns, *(part for x in numbers for part in _two_floats(x)),
+        )  # fmt: skip
+        self._constants = {
+            "SIZE": self.size, "N": tile.n, "B": tile.columns, "PART": tile.part, "FLUSH": tile.flush // tile.columns,
+            "WEIGHTED": spec.weighted, "SQUARED": spec.squared, "RETRACT": spec.target_density is not None,
+            "PULL": spec.pulls(n), "GRAMS": grams, "HAS_EPS": spec.eps > 0, "SKIP": spec.skip,
+            "DISTANCES": tile.distances, "ROWS": n if tile.by_columns else 0,
+            "num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": True,
+        }  # fmt: skip
 
-    def pass_over(stage: str, after: TransitionStats = new) -> None:
-        """One pass over the particles and its sums, slot by slot and together."""
-        launch(stage, (slots,), old, after, key ^ (stage == "rescale"))
-        if stage != "reduce" and not tile.distances:
-            launch("distances", (slots, (tile.n // triton_kernels.DISTANCE_ROWS.value) ** 2), old, after, key)
-        if slots > 1:
+    def measure(self) -> None:
+        """The statistics of the particles before the step."""
+        self.reduce("measure", self.old)
+        self.launch("finish", self.old)
+
+    def prepare(self) -> None:
+        """The repulsion as a mix of particles, and how far g leans on the slope, from a sample."""
+        self.launch("prepare")
+
+    def plan(self) -> None:
+        """From those sums, what the step does with each particle; the cosines."""
+        self.launch("plan")
+
+    def update(self) -> None:
+        """Move the particles; the sums of the moved ones."""
+        self.reduce("update")
+        if self._rescales:
+            self.launch("plan rescale")
+            self.reduce("rescale")
+
+    def finish(self) -> None:
+        """From those sums, the statistics behind the step."""
+        self.launch("finish")
+
+    def launch(self, stage: str, after: TransitionStats | None = None, grid: tuple[int, ...] = (1,)) -> None:
+        """One stage by its name in triton_kernels.py, over one slot or by one program."""
+        from . import triton_kernels
+
+        key = self._key ^ (stage == "rescale")
+        _triton.launch(
+            triton_kernels.transition, grid, self.masks.device,
+            *self._particles, *self.old[:5], *(self.new if after is None else after), *self._buffers, *self._numbers,
+            key & 0x7FFFFFFF, key >> 31, self.spec.only, self._first_column,
+            STAGE=stage, REPEL=self.spec.repels(self.n) and stage != "rescale", **self._constants,
+        )  # fmt: skip
+
+    def reduce(self, stage: str = "reduce", after: TransitionStats | None = None) -> None:
+        """One pass over the particles ("measure", "reduce", "update" or "rescale") and its sums, slots together."""
+        from . import triton_kernels
+
+        self.launch(stage, after, (self.slots,))
+        if stage != "reduce" and not self.tile.distances:
+            blocks = (self.tile.n // triton_kernels.DISTANCE_ROWS.value) ** 2
+            self.launch("distances", after, (self.slots, blocks))
+        if self.slots > 1:
             block = 128
             _triton.launch(
-                triton_kernels.combine, (math.ceil(size / block),), masks.device,
-                slot_sums, sums, slots, SIZE=size, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+                triton_kernels.combine, (math.ceil(self.size / block),), self.masks.device,
+                self._slot_sums, self.sums, self.slots, SIZE=self.size, BLOCK=block, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
 
-    if state is None:
-        pass_over("measure", old)
-        launch("finish", (1,), old, old, key)
-    if whole:
-        launch("whole", (1,), old, new, key)
-        return new
-    launch("prepare", (1,), old, new, key)
-    pass_over("reduce")
-    launch("plan", (1,), old, new, key)
-    pass_over("update")
-    if rescales:
-        launch("plan rescale", (1,), old, new, key)
-        pass_over("rescale")
-    launch("finish", (1,), old, new, key)
-    return new
+    def rows(self, first: int, last: int) -> Tensor:  # (last - first, n)
+        """Sums per particle, a row for each kind."""
+        size = self.tile.n
+        return self.sums[first * size : last * size].view(last - first, size)[:, : self.n]
+
+    def matrices(self, first: int, count: int) -> Tensor:  # (count, n, n)
+        """Sums per pair of particles, behind ``first`` rows."""
+        size = self.tile.n
+        begin = first * size
+        return self.sums[begin : begin + count * size**2].view(count, size, size)[:, : self.n, : self.n]
+
+    def _slots(self, d: int, tiles: int) -> tuple[int, int]:
+        """How many slots of how many columns the passes work on."""
+        slots = min(math.ceil(d / _SLOT_COLUMNS), max(128, min(_SLOTS, _SLOT_SUMS // self.size)))
+        if self.tile.by_columns:  # which add up a whole slot in fp32
+            slots = max(slots, math.ceil(d / self.tile.flush))
+        tiles_per_slot = math.ceil(tiles / slots)
+        return math.ceil(tiles / tiles_per_slot), tiles_per_slot * self.tile.columns
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.masks.device)
+
+    def _statistics(self) -> TransitionStats:
+        shapes = ((self.n,),) * 4 + ((self.n, self.n), (self.n,))
+        return TransitionStats(*(self._empty(*shape) for shape in shapes))

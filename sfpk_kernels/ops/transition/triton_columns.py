@@ -4,7 +4,7 @@ All n values of a column lie in registers of one thread, so differences between 
 and means are plain arithmetic without exchange between threads, for exactly n rows, and squared distances are summed
 as squares of differences. Sums meet only at the end of a slot, once: a slot has no more columns than fp32 may add, and
 what exchanges sums between threads stands in no loop, where Triton before 3.8 would keep its registers through all
-rounds. Registers bound n: see triton_backend.tiling. Without sizes; the sums have the layout of triton_kernels.py.
+rounds. Registers bound n: see triton_backend.tiling. Without sizes; the sums have the layout of triton_passes.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .._triton_bfloat16 import round_to_bfloat16
+from .triton_moves import AFTER, HIGH, KEEP, LOW, SKIPPED, TANGENTIAL
 from .triton_rounding import random_bits, round_to_half
 
 
@@ -107,7 +108,7 @@ def reduce_columns(
     ROWS: tl.constexpr, N: tl.constexpr, B: tl.constexpr, WEIGHTED: tl.constexpr, REPEL: tl.constexpr,
     GRAMS: tl.constexpr,
 ):  # fmt: skip
-    """As triton_kernels._reduce."""
+    """As triton_passes.reduce_tiles."""
     square: tl.constexpr = N * N
     mu_at: tl.constexpr = 8 * N + N * N
     uu_at: tl.constexpr = 8 * N + 2 * N * N
@@ -173,13 +174,11 @@ def reduce_columns(
 @triton.jit
 def update_columns(
     masks, mask_stride, residual, residual_stride, grads, grad_stride, weights, saliency, mix, moves,
-    sums, begin, stop, end, pull, key_low, key_high,
+    sums, begin, stop, end, pull, key_low, key_high, first_column,
     ROWS: tl.constexpr, N: tl.constexpr, B: tl.constexpr, WEIGHTED: tl.constexpr, REPEL: tl.constexpr,
     PULL: tl.constexpr, MOVES: tl.constexpr, RESCALES: tl.constexpr,
-    HIGH: tl.constexpr, LOW: tl.constexpr, KEEP: tl.constexpr, TANGENTIAL: tl.constexpr, AFTER: tl.constexpr,
-    SKIPPED: tl.constexpr,
 ):  # fmt: skip
-    """As triton_kernels._update."""
+    """As triton_passes.update_tiles."""
     pairs: tl.constexpr = ROWS * (ROWS - 1) // 2
     clear(sums, 4 * N + N * N)
     mm = _zeros(ROWS, B)
@@ -226,7 +225,7 @@ def update_columns(
                     also += residual_stride
                 elif masks.dtype.element_ty == tl.float16:
                     row = tl.full([1], i, tl.int32)
-                    random = tl.reshape(random_bits(key_low, key_high, row, columns), [B])
+                    random = tl.reshape(random_bits(key_low, key_high, row, columns + first_column), [B])
                     x = round_to_half(x, random)
                     tl.store(to, x.to(tl.float16), mask=inside)
                 else:
