@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sfpk_kernels import MaskSet, SFPKConfig, prune
+from sfpk_kernels import Execution, MaskSet, SFPKConfig, prune
 from sfpk_kernels.cli import main
 
 from .cli_task import small
@@ -169,7 +169,9 @@ def test_every_setting_is_an_option_with_its_description(capsys):
         main(["prune", "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for field in dataclasses.fields(SFPKConfig):
+    groups = ["files:", "method:", "execution:"]
+    assert [line for line in text.splitlines() if line in groups] == groups
+    for field in (*dataclasses.fields(SFPKConfig), *dataclasses.fields(Execution)):
         assert f"--{field.name.replace('_', '-')}" in text
     assert "fraction of the prunable weights that is REMOVED" in " ".join(text.split())
 
@@ -177,8 +179,10 @@ def test_every_setting_is_an_option_with_its_description(capsys):
 def test_options_reach_the_config(tmp_path, capsys):
     options = ["--preset", "paper", "--no-retract", "--final-score", "none", "--chunk-size", "2", "--radius", "1.7"]
     assert main(["prune", TASK, *QUICK, *options, "--out", str(tmp_path), "--quiet"]) == 0
-    config = MaskSet.load(tmp_path / "mask.safetensors").metadata["config"]
-    assert (config["retract"], config["final_score"], config["chunk_size"], config["radius"]) == (False, None, 2, 1.7)
+    metadata = MaskSet.load(tmp_path / "mask.safetensors").metadata
+    config = metadata["config"]
+    assert (config["retract"], config["final_score"], config["radius"]) == (False, None, 1.7)
+    assert metadata["execution"]["chunk_size"] == 2
     assert config["density"] == "l2_squared"
 
 

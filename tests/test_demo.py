@@ -10,6 +10,7 @@ from sfpk_kernels import Coordinates, Execution, MaskSet, SFPKConfig, SFPKPruner
 from sfpk_kernels.demo.run import Demo
 from sfpk_kernels.demo.task import build_model, load_digits, train
 from sfpk_kernels.report import render
+from sfpk_kernels.search.checkpoint import settings
 
 from .html_page import Page
 
@@ -104,7 +105,7 @@ def test_every_step_by_the_fast_and_the_reference_transition_gives_the_same_mask
         SFPKPruner(model, config=config, execution=Execution(backend=name)) for name in ("cpp", "reference")
     )
     while not fast.done:
-        fast.load_state_dict({**reference.state_dict(), "config": fast.config.to_json()})
+        fast.load_state_dict({**reference.state_dict(), "config": settings(fast.config, fast.execution)})
         for pruner in (fast, reference):
             pruner.step(batches[3 * (len(pruner.history) % 5) :][:3])
         torch.testing.assert_close(fast.particles, reference.particles, rtol=1e-5, atol=1e-6)  # fp32 sums

@@ -73,7 +73,8 @@ def test_facts_are_the_results(result, tmp_path):
     assert facts["saliency"] == "mask_normalized"
     assert facts["predicted peak memory"] == f"{result.plan.peak_bytes / 1e6:,.1f} MB"
     settings = {name: value for name, (value, _) in page.settings.items()}
-    assert settings == {name: str(value) for name, value in result.config.to_dict().items()}
+    both = {**result.config.to_dict(), **result.execution.to_dict()}
+    assert settings == {name: str(value) for name, value in both.items()}
 
 
 def test_every_word_is_explained_where_it_stands(result, tmp_path):

@@ -150,6 +150,8 @@ def _as_options(ignores: bool) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         argument, _, words = str(error).partition(":")
+        if argument == "loader":
+            raise WrongTask(str(error)) from error
         if ignores and str(error).startswith(_NOTHING):
             argument, words = "ignored_layers", " wanted patterns that leave something to prune, got ones that do not"
         if argument not in _OPTIONS:
@@ -223,10 +225,10 @@ def _recalibrate(task: Task, batches: int) -> None:
 
 def _write_masks(result: Any, folder: Path) -> list[str]:
     """The final mask and those taken on the way."""
-    config = result.config.to_dict()
-    masks = {"mask.safetensors": (result.mask, {"sparsity": result.config.sparsity, "config": config})}
+    how = {"config": result.config.to_dict(), "execution": result.execution.to_dict()}
+    masks = {"mask.safetensors": (result.mask, {"sparsity": result.config.sparsity, **how})}
     for waypoint in result.waypoints:
-        metadata = {"sparsity": waypoint.sparsity, "step": waypoint.step, "config": config}
+        metadata = {"sparsity": waypoint.sparsity, "step": waypoint.step, **how}
         masks[f"mask-{waypoint.sparsity:g}.safetensors"] = (waypoint.mask, metadata)
     for name, (mask, metadata) in masks.items():
         mask.save(folder / name, metadata)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from .._version import __version__
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
+from ..execution import Execution
 from ..masks.maskset import MaskSet
 from ..search.planning import Plan
 from ..search.records import StepRecord
@@ -21,7 +22,7 @@ FORMAT = "sfpk-report-1"
 PARTS = {
     "version", "summary", "config", "plan", "curve", "knee", "waypoints", "layer_densities", "layer_sizes", "history",
     "baselines", "dense_accuracy",
-}  # that every report has; "model" and "evaluation" came later  # fmt: skip
+}  # that every report has; "model", "evaluation" and "execution" came later  # fmt: skip
 
 Evaluation = float | Mapping[str, float]  # what an eval_fn says of a model: a number, or numbers by name
 
@@ -39,7 +40,11 @@ class Reported(Protocol):
 
     @property
     def config(self) -> SFPKConfig:
-        """The settings."""
+        """What decided the mask."""
+
+    @property
+    def execution(self) -> Execution:
+        """How it was computed."""
 
     @property
     def coordinates(self) -> Coordinates:
@@ -76,6 +81,7 @@ def collect(
         "version": __version__,
         "summary": dict(result.summary()),
         "config": result.config.to_dict(),
+        "execution": result.execution.to_dict(),
         "plan": result.plan.to_dict(),
         "model": _model(result.coordinates),
         "curve": result.curve(),

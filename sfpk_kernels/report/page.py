@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from ..config import SFPKConfig
+from ..execution import Execution
 from ..utils.settings import meanings
 from . import words
 from .markup import STYLE, Fact, Name, Number, explained, facts, table
@@ -34,7 +35,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         _waypoints(report["waypoints"]),
         _layers(report, pictures),
         _left_alone(report.get("model")),
-        _settings(report["config"]),
+        _settings({**report["config"], **report.get("execution", {})}),
     ]
     body = "\n".join(part for part in parts if part)
     return (
@@ -147,10 +148,10 @@ def _left_alone(model: Mapping[str, Any] | None) -> str:
     return _section("Left alone", words.LEFT_ALONE, table("Parameters left alone", header, rows))
 
 
-def _settings(config: Mapping[str, Any]) -> str:
-    known = meanings(SFPKConfig)
+def _settings(settings: Mapping[str, Any]) -> str:
+    known = {**meanings(SFPKConfig), **meanings(Execution)}
     listed = facts([
-        Fact(name, str(value), known[name].plain if name in known else "") for name, value in config.items()
+        Fact(name, str(value), known[name].plain if name in known else "") for name, value in settings.items()
     ])  # fmt: skip
     return f"<details><summary>Settings, and what they mean</summary>{listed}</details>"
 

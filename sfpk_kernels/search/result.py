@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
+from ..execution import Execution
 from ..masks.maskset import MaskSet
 from ..utils.smoothing import running_median
 from .diagnostics import dying, layer_names
@@ -39,6 +40,7 @@ class PruneResult:
     particles: Tensor  # (n, d) final particles (of a finished run the live ones, not a copy)
     score: Tensor  # (d,) the vote behind the mask
     config: SFPKConfig
+    execution: Execution
     coordinates: Coordinates
     plan: Plan  # memory, and how particles went through the model
     densities: Tensor  # (n,) soft densities of the particles

@@ -198,6 +198,7 @@ class Run:
             particles=self.system.masks if self.done else self.system.masks.clone(),
             score=score.clone() if self.vote.remembers else score,
             config=self.config,
+            execution=self.execution,
             coordinates=self.coordinates,
             plan=self.plan_in_use(),
             densities=self.system.densities.clone(),
