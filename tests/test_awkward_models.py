@@ -131,6 +131,6 @@ def test_jagged_batches(same):
         before = Snapshot(model)
         auto = prune(model, batches, loss_fn=of_values, config=quick())
         alone = prune(model, batches, loss_fn=of_values, config=quick(), execution=Execution(energy_mode="sequential"))
-        assert str(plan(model, quick(), batches[0], of_values))
+        assert str(plan(model, batches, loss_fn=of_values, config=quick()))
     before.check()
     assert auto.mask == alone.mask

@@ -12,7 +12,8 @@ from sfpk_kernels import Coordinates, Execution, SFPKConfig, baselines, default_
 from sfpk_kernels.cli._task import WrongTask, call_task
 from sfpk_kernels.modeling.batches import BatchStream
 from sfpk_kernels.modeling.labels import check_targets, label_loss
-from sfpk_kernels.utils.arguments import check_config, check_loader, check_loss_fn
+from sfpk_kernels.search.settings import chosen
+from sfpk_kernels.utils.arguments import check_loader, check_loss_fn
 
 N = 6
 
@@ -257,7 +258,7 @@ def test_a_function_of_model_and_batch_is_one(loss_fn):
 
 
 CONFIG = SFPKConfig(sparsity=0.5)
-ORDER = r"the order is prune\(model, loss_fn, loader, config\)"
+ORDER = r"the call is prune\(model, loader, sparsity, loss_fn=…\)"
 
 
 @pytest.mark.parametrize(
@@ -295,14 +296,14 @@ def test_something_else_in_the_place_of_the_loss(loss_fn):
 @pytest.mark.parametrize("config", [[], default_loss, torch.utils.data.DataLoader([1]), nn.CrossEntropyLoss()])
 def test_something_else_in_the_place_of_the_config(config):
     with pytest.raises(TypeError, match=f"^config: wanted an SFPKConfig, got .*{ORDER}"):
-        check_config(config, SFPKConfig)
+        chosen("prune(model, loader, sparsity, loss_fn=…)", None, config, None)
 
 
 def test_config_as_a_class_or_dict():
     for config in (SFPKConfig, {"sparsity": 0.9}):
-        with pytest.raises(TypeError, match="^config: wanted an SFPKConfig, got .*make one with SFPKConfig.preset"):
-            check_config(config, SFPKConfig)
-    check_config(CONFIG, SFPKConfig)
+        with pytest.raises(TypeError, match=r"^config: wanted an SFPKConfig, got .*make one with SFPKConfig\(sp"):
+            chosen("prune(…)", None, config, None)
+    assert chosen("prune(…)", None, CONFIG, None) == (CONFIG, Execution())
 
 
 @pytest.mark.parametrize(

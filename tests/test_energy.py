@@ -141,8 +141,8 @@ def test_a_vmap_pass_that_fails_leaves_nothing_on_the_model(vectors):
     assert not hasattr(model, "last")
 
 
-def test_auto_takes_what_the_trial_finds_fastest(mlp, vectors):
-    choice = energies(mlp, vectors, mode="auto")[2].choice
+def test_timed_takes_what_the_trial_finds_fastest(mlp, vectors):
+    choice = energies(mlp, vectors, mode="timed")[2].choice
     assert set(choice.seconds) == {"sequential", "vmap"}
     assert choice.mode in choice.seconds
     assert "per particle sequential" in choice.reason
@@ -151,21 +151,21 @@ def test_auto_takes_what_the_trial_finds_fastest(mlp, vectors):
     assert choice.seconds[choice.mode] <= slower
 
 
-def test_auto_does_not_time_where_runs_must_repeat(mlp, vectors):
+def test_timed_does_not_time_where_runs_must_repeat(mlp, vectors):
     torch.use_deterministic_algorithms(True)
     try:
-        choice = energies(mlp, vectors, mode="auto")[2].choice
+        choice = energies(mlp, vectors, mode="timed")[2].choice
     finally:
         torch.use_deterministic_algorithms(False)
     assert choice.mode == "sequential"
     assert "use_deterministic_algorithms" in choice.reason
 
 
-def test_auto_tries_vmap_only_where_there_is_room(mlp, vectors):
+def test_timed_tries_vmap_only_where_it_fits(mlp, vectors):
     coordinates = Coordinates(mlp)
-    energy = ParticleEnergy(mlp, default_loss, coordinates, coordinates.flatten(mlp))
+    energy = ParticleEnergy(mlp, default_loss, coordinates, coordinates.flatten(mlp), mode="timed")
     with guarded(mlp, bn="batch", training=False):
-        choice = energy.choose(vectors[0], 10, room=1000)
+        choice = energy.choose(vectors[0], 10, trial_bytes=1000)
     assert set(choice.seconds) == {"sequential"}
     assert "1 kB are free" in choice.reason
 

@@ -85,7 +85,7 @@ def test_vmap_agrees(kind):
 
 def test_an_rnn_goes_one_by_one_and_says_why():
     model, batches = task("rnn")
-    _, _, energy = energies(model, batches, "auto")
+    _, _, energy = energies(model, batches, "timed")
     assert energy.mode == "sequential"
     assert "LSTM keeps a list of its weights" in energy.choice.reason
     with pytest.raises(RuntimeError, match="energy_mode='vmap' cannot run this model: LSTM"):
@@ -111,7 +111,7 @@ def test_autocast_of_batch_norm_under_vmap_says_why():
     model, batches = task("vgg")
     with pytest.raises(RuntimeError, match="cannot run this model: vmap failed: RuntimeError: expected scalar type"):
         energies(model, batches, "vmap", precision="bf16")
-    _, _, energy = energies(model, batches, "auto", precision="bf16")
+    _, _, energy = energies(model, batches, "timed", precision="bf16")
     assert energy.mode == "sequential"
     assert "expected scalar type" in energy.choice.reason
 

@@ -104,7 +104,7 @@ def test_particles_go_on_from_shot_to_shot(mlp, vectors, monkeypatch):
         pruner.shot()
         ends.append(pruner.result().particles)
     assert bool((starts[0][0] == 1).all())
-    for (particles, schedule), end, shot in zip(starts[1:], ends, pruner.plan[1:], strict=False):
+    for (particles, schedule), end, shot in zip(starts[1:], ends, pruner.shots[1:], strict=False):
         assert torch.equal(particles, end)
         assert schedule[0] == pytest.approx(shot.start_density, rel=1e-5)
         assert schedule[-1] == pytest.approx(shot.density)
@@ -130,7 +130,7 @@ def test_removed_weights_may_return_with_their_values(mlp, vectors):
     assert torch.equal(pruner.coordinates.flatten(mlp), dense * first)
     back = int((dense.abs() * ~first).argmax())
     pruner._particles[:, back] = 5.0
-    pruner._particles.mul_(pruner.plan[0].density / pruner._particles.square().mean().sqrt())
+    pruner._particles.mul_(pruner.shots[0].density / pruner._particles.square().mean().sqrt())
     record = pruner.shot()
     assert pruner.result().mask.flat()[back]
     assert float(pruner.coordinates.flatten(mlp)[back]) == float(dense[back])
@@ -432,7 +432,7 @@ def test_interrupted_anywhere_a_shot_is_undone_or_it_is_said(convnet, images, sh
         assert type(raised) is KeyboardInterrupt
         del raised
         assert torch.is_grad_enabled()
-        if pruner._attempt._broken is not None:
+        if pruner._broken is not None:
             counts["said"] += 1
             for further in (pruner.run, pruner.shot, pruner.result, pruner.state_dict):
                 with pytest.raises(RuntimeError, match="the model is not as after the last finished shot: "):

@@ -101,7 +101,10 @@ def test_cancelling_leaves_the_model_and_says_where(mlp, vectors, error, update,
         del error.__notes__
     snapshot = Snapshot(mlp)
     pruner = SFPKPruner(
-        mlp, loss_fn=failing(error, 3, 2), config=quick(update=update), execution=Execution(offload=offload)
+        mlp,
+        loss_fn=failing(error, 3, 2),
+        config=quick(update=update),
+        execution=Execution(offload=offload, energy_mode="sequential"),
     )
     with pytest.raises(type(error)) as caught:
         pruner.run(vectors)

@@ -122,7 +122,7 @@ def everything(model, batches, tmp_path):
         prune(model, batches, config=quick(), execution=Execution(energy_mode=mode))
     prune(model, batches, config=quick(update="gauss_seidel"))
     prune(model, batches, config=quick(model_mode="train"))
-    plan(model, quick(), batches[0])
+    plan(model, batches, config=quick())
     baselines.snip(model, batches, 0.5, loss_fn=default_loss)
     baselines.magnitude(model, 0.5)
     export(model, tmp_path / "model.safetensors", example=batches[0])

@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from sfpk_kernels import GradualPruner, RetrainConfig, SFPKConfig, SFPKPruner
+from sfpk_kernels import Execution, GradualPruner, RetrainConfig, SFPKConfig, SFPKPruner
+from sfpk_kernels.search.energy import ParticleEnergy
 from sfpk_kernels.search.particles import ParticleSystem
 from sfpk_kernels.utils.files import load_state, save_state
 
@@ -108,7 +109,7 @@ def test_altered_states_of_particles(dtype):
     theta, config = torch.rand(40) + 0.1, quick(particle_dtype=dtype)
 
     def make():
-        return ParticleSystem(40, config, theta, theta)
+        return ParticleSystem(40, config, Execution(), theta, theta)
 
     system = make()
     for _ in range(2):
@@ -185,7 +186,7 @@ def test_an_interruption_while_loading_is_said(mlp, vectors, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(SFPKPruner, "_put_back_energy", interrupted)
+        patch.setattr(ParticleEnergy, "put_back", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pruner.load_state_dict(state)
     with pytest.raises(RuntimeError, match="^run: this run cannot go on: loading a state stopped half-way"):

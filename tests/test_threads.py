@@ -16,7 +16,7 @@ from sfpk_kernels.modeling.turns import Turns, lock
 
 
 def quick(**overrides):
-    options = {"n_particles": 2, "n_steps": 6, "energy_mode": "sequential", "model_mode": "train", **overrides}
+    options = {"n_particles": 2, "n_steps": 6, "model_mode": "train", **overrides}
     return SFPKConfig(0.8, **options)
 
 

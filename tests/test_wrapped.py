@@ -110,7 +110,7 @@ def test_a_wrapped_layer_is_named_with_what_removes_it(wrap, names, call, unwrap
     assert originals(model) == {"2.weight": why[f"2.{names[0]}"]}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = SFPKConfig(sparsity=0.5, n_particles=2, n_steps=3)
-    result = search(model, None, vectors, config)
+    result = search(model, vectors, config=config)
     assert set(result.mask) == {"0.weight", "4.weight"}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     result.mask.apply_(model)
@@ -190,7 +190,7 @@ def test_a_quantized_part_is_left_alone(mlp, vectors):
     model = nn.Sequential(torch.ao.quantization.quantize_dynamic(mlp, {nn.Linear}), nn.Linear(4, 4))
     assert [tensor.name for tensor in Coordinates(model).tensors] == ["1.weight"]
     assert reasons(model)["0.0.weight"] == "quantized: prune the model before that"
-    result = search(model, None, vectors, SFPKConfig(sparsity=0.5, n_particles=2, n_steps=2))
+    result = search(model, vectors, config=SFPKConfig(sparsity=0.5, n_particles=2, n_steps=2))
     assert list(result.mask) == ["1.weight"]
 
 
@@ -356,7 +356,7 @@ def test_fsdp2_in_one_process(mlp, vectors, tmp_path):
         model = fully_shard(mlp, mesh=init_device_mesh("cpu", (1,)))
         for act in (
             lambda: masks.apply_(model),
-            lambda: search(model, None, vectors, SFPKConfig(sparsity=0.5)),
+            lambda: search(model, vectors, 0.5),
         ):
             with pytest.raises(ValueError, match=r"wanted parameters that are whole .* got 0.weight, a DTensor"):
                 act()
@@ -397,7 +397,7 @@ def test_low_rank_adapters_and_what_is_under_them_are_left_alone(kind, vectors):
     assert [tensor.name for tensor in Coordinates(model).tensors] == ["0.weight", "4.weight"]
     why = reasons(model)
     assert all("merging would fill its zeros" in why[name] for name in why if name.startswith("2."))
-    result = search(model, None, vectors, SFPKConfig(sparsity=0.5, n_particles=2, n_steps=2))
+    result = search(model, vectors, config=SFPKConfig(sparsity=0.5, n_particles=2, n_steps=2))
     assert set(result.mask) == {"0.weight", "4.weight"}
 
 
@@ -438,7 +438,7 @@ def test_peft(kind, vectors):
     if kind == "LoraConfig":
         assert why["base_model.model.o.original_module.weight"].startswith("kept aside by peft")
     config = SFPKConfig(sparsity=0.5, n_particles=2, n_steps=3)
-    result = search(model, None, vectors, config)
+    result = search(model, vectors, config=config)
     result.mask.apply_(model)
     merged = model.merge_and_unload()
     zeros = {name: int((merged.get_parameter(f"{name}.weight") == 0).sum()) for name in ("a", "b", "o")}

@@ -261,8 +261,10 @@ def _parts(
 def _alternatives(coordinates: Coordinates, config: SFPKConfig, execution: Execution, choice: Choice) -> dict[str, int]:
     """Peak bytes of smaller runs."""
     ways: dict[str, dict[str, Any]] = {}
-    one_by_one = dataclasses.replace(choice, mode="sequential") if choice.mode == "vmap" else choice
-    if choice.mode == "vmap":
+    one_by_one = choice
+    if choice.mode == "vmap":  # no batched pass, and no trial of one
+        alone = {mode: size for mode, size in choice.transient.items() if mode != "vmap"}
+        one_by_one = dataclasses.replace(choice, mode="sequential", transient=alone)
         ways["energy_mode='sequential'"] = {}
     lean = {"update": "gauss_seidel"}
     if config.update == "jacobi":
