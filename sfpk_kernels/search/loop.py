@@ -87,6 +87,7 @@ class Loop(Resumable):
                 result = self._loop(loader, progress, target if save_every else None, save_every or 1)
             except BaseException as error:
                 end_contexts(error)
+                self._file.note(error)
                 raise
         result.warn_of_dead_layers()
         return result
