@@ -8,5 +8,6 @@ All return a :class:`~sfpk_kernels.MaskSet` of round((1 - sparsity)·d) weights 
 from .magnitude import magnitude
 from .random import random
 from .snip import snip
+from .ste import ste
 
-__all__ = ["magnitude", "random", "snip"]
+__all__ = ["magnitude", "random", "snip", "ste"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -35,6 +37,18 @@ def check_least(name: str, value: Any, least: int, more: str = "") -> None:
         raise TypeError(f"{name}: wanted an integer ≥ {least}{more}, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: wanted ≥ {least}{more}, got {value}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """A finite number above 0.
+
+    Raises:
+        TypeError, ValueError: it is none; the message names it.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: wanted a number > 0, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: wanted a finite number > 0, got {value!r}")
 
 
 def batches(loader: Iterable[Any], max_batches: int | None, device: torch.device) -> Iterator[Any]:
