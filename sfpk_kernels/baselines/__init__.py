@@ -5,9 +5,12 @@ All return a :class:`~sfpk_kernels.MaskSet` of round((1 - sparsity)·d) weights 
 ``allocation=``, where the method leaves it open.
 """
 
+from .force import force
+from .grasp import grasp
 from .magnitude import magnitude
 from .random import random
 from .snip import snip
 from .ste import ste
+from .synflow import synflow
 
-__all__ = ["magnitude", "random", "snip", "ste"]
+__all__ = ["force", "grasp", "magnitude", "random", "snip", "ste", "synflow"]

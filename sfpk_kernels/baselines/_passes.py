@@ -16,6 +16,7 @@ from ..coordinates.flat import Coordinates
 from ..modeling.batches import default_loss, move_to
 from ..modeling.state import check_no_inference_tensors, guarded
 from ..search.energy import LossFn, ParticleEnergy
+from ..search.energy.sequential import OneByOne
 from ..utils.arguments import check_loader, check_loss_fn
 
 
@@ -47,7 +48,7 @@ def check_positive(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: wanted a number > 0, got {value!r}")
-    if not 0 < value < math.inf:
+    if not 0 < float(value) < math.inf:
         raise ValueError(f"{name}: wanted a finite number > 0, got {value!r}")
 
 
@@ -89,6 +90,22 @@ class Gradients:
                 raise FloatingPointError(f"loss_fn: wanted a finite {what}, got {got} in batch {self._passes}")
         self._passes += 1
         return grads[0]
+
+
+@contextmanager
+def stood_in(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    coordinates: Coordinates,
+    theta: Tensor,  # (d,)
+) -> Iterator[OneByOne]:
+    """The model with stand-ins that hold θ, its ``leaves``, in the mode of :func:`gradients`; its own are back after."""
+    check_no_inference_tensors(model)
+    energy = ParticleEnergy(model, loss_fn or default_loss, coordinates, theta, mode="sequential")
+    runner = OneByOne(energy.problem, energy.scale)
+    with guarded(model, bn="batch", training=False), runner.ready():
+        runner.load_dense()
+        yield runner
 
 
 @contextmanager
