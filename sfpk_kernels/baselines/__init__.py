@@ -10,7 +10,11 @@ from .grasp import grasp
 from .magnitude import magnitude
 from .random import random
 from .snip import snip
+from .sparsegpt import sparsegpt, sparsegpt_update_
 from .ste import ste
 from .synflow import synflow
+from .wanda import wanda
 
-__all__ = ["force", "grasp", "magnitude", "random", "snip", "ste", "synflow"]
+__all__ = [
+    "force", "grasp", "magnitude", "random", "snip", "sparsegpt", "sparsegpt_update_", "ste", "synflow", "wanda",
+]  # fmt: skip

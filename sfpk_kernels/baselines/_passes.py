@@ -99,7 +99,7 @@ def stood_in(
     coordinates: Coordinates,
     theta: Tensor,  # (d,)
 ) -> Iterator[OneByOne]:
-    """The model with stand-ins that hold θ, its ``leaves``, in the mode of :func:`gradients`; its own are back after."""
+    """The model with stand-ins that hold θ, its ``leaves``, in the mode of :func:`gradients`."""
     check_no_inference_tensors(model)
     energy = ParticleEnergy(model, loss_fn or default_loss, coordinates, theta, mode="sequential")
     runner = OneByOne(energy.problem, energy.scale)

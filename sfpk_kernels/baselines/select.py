@@ -70,16 +70,17 @@ def select(
     k = budget(float(sparsity), coordinates.d)
     if allocation in ("global", "lamp"):
         score = lamp(coordinates, score) if allocation == "lamp" else score
-        mask = topk_mask(score, k, backend=_backend(score))
+        mask = topk_mask(score, k, backend=backend_of(score))
     else:
         counts = allocated(coordinates, sparsity, allocation)
         borders = [0, *itertools.accumulate(tensor.numel for tensor in coordinates.tensors)]
-        mask = topk_mask(score, k, segments=borders, min_keep=counts, max_keep=counts, backend=_backend(score))
+        mask = topk_mask(score, k, segments=borders, min_keep=counts, max_keep=counts, backend=backend_of(score))
     return MaskSet.from_flat(mask, coordinates)
 
 
-def _backend(score: Tensor) -> str | None:
-    return "reference" if score.dtype == torch.float64 else None  # no other takes them
+def backend_of(score: Tensor) -> str | None:
+    """Of the selection: the one for fp64 scores, else the fastest."""
+    return "reference" if score.dtype == torch.float64 else None
 
 
 def select_pattern(
@@ -99,15 +100,20 @@ def select_pattern(
     Raises:
         ValueError: a tensor without that dimension, or whose size there M does not divide.
     """
-    kept, of = pattern
     masks = {}
     for tensor, part in zip(coordinates.tensors, coordinates.split(score), strict=True):
-        check_divides(tensor, of, dim)
+        check_divides(tensor, pattern[1], dim)
         along = part.movedim(dim, -1)
-        groups = along.reshape(1, -1)
-        mask = topk_mask(groups, groups.shape[1] * kept // of, pattern=(kept, of), backend=_backend(score))
-        masks[tensor.name] = mask.view(along.shape).movedim(-1, dim)
+        masks[tensor.name] = best_of_groups(along, pattern).movedim(-1, dim)
     return MaskSet(masks)
+
+
+def best_of_groups(score: Tensor, pattern: tuple[int, int]) -> Tensor:  # bool, shaped like the score
+    """The N best of every M consecutive entries along the last dimension, which M divides."""
+    kept, of = pattern
+    row = score.reshape(1, -1)
+    mask = topk_mask(row, row.shape[1] * kept // of, pattern=pattern, backend=backend_of(score))
+    return mask.view(score.shape)
 
 
 def check_divides(tensor: PrunableTensor, of: int, dim: int = 1) -> None:
