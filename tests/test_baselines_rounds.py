@@ -143,6 +143,11 @@ def test_grasp_through_attention():
     assert baselines.grasp(Net(), batches, 0.75).kept == 24
 
 
+def test_grasp_of_a_compiled_model(mlp, vectors):
+    compiled = torch.compile(mlp, backend="aot_eager")
+    assert baselines.grasp(compiled, vectors, 0.75) == baselines.grasp(mlp, vectors, 0.75)
+
+
 def test_the_model_is_not_changed(convnet, images):
     for parameter in convnet.parameters():
         parameter.requires_grad_(False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..coordinates.flat import Coordinates
+from ..coordinates.flat import Coordinates, unwrapped
 from ..masks.maskset import MaskSet
 from ..modeling.state import autograd_allowed
 from ..search.energy import LossFn
@@ -60,8 +60,8 @@ def grasp(
     coordinates = Coordinates(model, **coordinate_options)
     theta = coordinates.flatten(model)
     held = list(islice(loader, max_batches))  # both passes see the same
-    # The fused attention kernels have no second derivative.
-    with stood_in(model, loss_fn, coordinates, theta) as runner, sdpa_kernel(SDPBackend.MATH):
+    # Compiled models and the fused attention kernels have no second derivative.
+    with stood_in(unwrapped(model), loss_fn, coordinates, theta) as runner, sdpa_kernel(SDPBackend.MATH):
         gradient = torch.zeros_like(theta)
         for number, batch in enumerate(batches(held, None, coordinates.device)):
             gradient += _flat(_gradient(runner, batch, number, twice=False)) / len(held)
