@@ -59,9 +59,10 @@ def woodfisher_update_(
         sparsity: fraction removed, in (0, 1).
         options: ``loss_fn=None``: ``loss_fn(model, batch) -> scalar``; ``None`` for the default loss.
             ``max_batches=None``: use only the first ones. ``allocation="global"`` (published as joint), ``"uniform"``
-            (as independent) or ``"erk"``, as for :func:`magnitude`. ``damping=1e-5``: λ. ``block=50``: weights in one
-            block (50 as in *The optimal BERT surgeon*, EMNLP 2022; the paper has up to a few thousand). Others are
-            those of :class:`~sfpk_kernels.Coordinates`.
+            (as independent) or ``"erk"``, as for :func:`magnitude`. ``damping=1e-5``: λ, as published; smaller batches
+            have larger gradients and want a larger one. ``block=50``: weights in one block (50 as in *The optimal BERT
+            surgeon*, EMNLP 2022; the paper has up to a few thousand). Others are those of
+            :class:`~sfpk_kernels.Coordinates`.
 
     Returns:
         What is kept.

@@ -73,7 +73,7 @@ def write(
     if dense_accuracy is not None:
         dense_accuracy = checked_fraction("dense_accuracy", dense_accuracy)
     evaluation = _evaluation(dense_eval, pruned_eval)
-    return _write(folder, lambda: collect(result, rows, dense_accuracy, evaluation))
+    return _write(folder, lambda: collect(result, rows, dense_accuracy, evaluation), "result.report({})")
 
 
 def write_method(
@@ -85,7 +85,7 @@ def write_method(
 ) -> Path:
     """As :func:`write` for a mask that a baseline has found: a report without loss and particles."""
     evaluation = _evaluation(dense_eval, pruned_eval)
-    return _write(folder, lambda: collect_method(result, evaluation))
+    return _write(folder, lambda: collect_method(result, evaluation), "write_method(result, {})")
 
 
 def _evaluation(dense: Evaluation | None, pruned: Evaluation | None) -> dict[str, dict[str, float]]:
@@ -93,12 +93,13 @@ def _evaluation(dense: Evaluation | None, pruned: Evaluation | None) -> dict[str
     return {which: checked_evaluation(name, value) for which, (name, value) in measured.items() if value is not None}
 
 
-def _write(folder: str | os.PathLike[str], contents: Callable[[], dict[str, Any]]) -> Path:
+def _write(folder: str | os.PathLike[str], contents: Callable[[], dict[str, Any]], again: str) -> Path:
+    """``again``: the call that writes it, for messages."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        safe = _safe_in_memory(folder.with_name("FOLDER"))
+        safe = _safe_in_memory(folder.with_name("FOLDER"), again)
         raise NotADirectoryError(f"folder: wanted a folder, got the file {os.fspath(folder)!r}; {safe}")
-    with _saying(folder, lambda: _safe_in_memory(folder)):
+    with _saying(folder, lambda: _safe_in_memory(folder, again)):
         folder.mkdir(parents=True, exist_ok=True)
         _check_places(folder, "report.json")
         text = json.dumps(plain(contents()), indent=1, allow_nan=False)
@@ -108,10 +109,10 @@ def _write(folder: str | os.PathLike[str], contents: Callable[[], dict[str, Any]
         return _draw(folder, json.loads(text))
 
 
-def _safe_in_memory(folder: Path) -> str:
+def _safe_in_memory(folder: Path, again: str) -> str:
     return (
         "nothing is lost: the result is in memory, result.mask.save(path) writes its mask, "
-        f"result.report({os.fspath(folder)!r}) the report, to another folder, too"
+        f"{again.format(repr(os.fspath(folder)))} the report, to another folder, too"
     )
 
 
