@@ -38,13 +38,43 @@ def sfpk(preset: str = "default", particles: int = 10, **fields: Any) -> Method:
     return search
 
 
-def _magnitude(problem: Problem, sparsity: float, passes: int, seed: int) -> MaskSet:
-    return baselines.magnitude(problem.model, sparsity, **problem.options)
+def magnitude(allocation: str) -> Method:
+    """No data; |θ| over all tensors together, or shared out first."""
+
+    def search(problem: Problem, sparsity: float, passes: int, seed: int) -> MaskSet:
+        return baselines.magnitude(problem.model, sparsity, allocation=allocation, **problem.options)
+
+    return search
 
 
-def _snip(problem: Problem, sparsity: float, passes: int, seed: int) -> MaskSet:
-    batches = list(islice(problem.batches(seed), passes))
-    return baselines.snip(problem.model, batches, sparsity, loss_fn=problem.loss_fn, **problem.options)
+def scored(score: Callable[..., MaskSet]) -> Method:
+    """A score from as many batches as there are passes."""
+
+    def search(problem: Problem, sparsity: float, passes: int, seed: int) -> MaskSet:
+        batches = list(islice(problem.batches(seed), passes))
+        return score(problem.model, batches, sparsity, loss_fn=problem.loss_fn, **problem.options)
+
+    return search
+
+
+def learned(optimizer: str) -> Method:
+    """A straight-through mask, learned for as many passes."""
+
+    def search(problem: Problem, sparsity: float, passes: int, seed: int) -> MaskSet:
+        return baselines.ste(
+            problem.model, problem.batches(seed), sparsity, loss_fn=problem.loss_fn, optimizer=optimizer,
+            passes=passes, seed=seed, **problem.options,
+        )  # fmt: skip
+
+    return search
+
+
+def _force(problem: Problem, sparsity: float, passes: int, seed: int) -> MaskSet:
+    """A batch a round."""
+    return baselines.force(
+        problem.model, problem.batches(seed), sparsity, loss_fn=problem.loss_fn, rounds=passes, seed=seed,
+        **problem.options,
+    )  # fmt: skip
 
 
 METHODS: dict[str, Method] = {
@@ -52,7 +82,12 @@ METHODS: dict[str, Method] = {
     "sfpk, one particle": sfpk(particles=1),
     "sfpk, paper": sfpk("paper"),
     "sfpk, authors": sfpk("authors"),
-    "magnitude": _magnitude,
-    "snip": _snip,
+    "straight-through, SGD": learned("sgd"),
+    "straight-through, Adam": learned("adam"),
+    "force": _force,
+    "woodfisher": scored(baselines.woodfisher),
+    "snip": scored(baselines.snip),
+    "magnitude": magnitude("global"),
+    "magnitude, LAMP": magnitude("lamp"),
 }
-WITHOUT_PASSES = {"magnitude"}  # measured once, whatever the passes
+WITHOUT_PASSES = {"magnitude", "magnitude, LAMP"}  # measured once, whatever the passes
