@@ -1,6 +1,7 @@
 """Shared fixtures: GPU policy, quiet threads, small models."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ from torch import nn
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is imported
+    if find_spec("triton"):
+        from . import interpreter
+
+        interpreter.patch_once()
 
 REQUIRE_GPU = os.environ.get("SFPK_REQUIRE_GPU") == "1"
 
@@ -43,6 +48,20 @@ def _poisoned_memory(request):
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(scope="module")
+def one_tile():
+    """Interpreted, Triton's selection goes through one tile a program instead of 16, of which few columns fill one."""
+    if torch.cuda.is_available() or not find_spec("triton"):
+        yield
+        return
+    from sfpk_kernels.ops.selection import triton_backend
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "_TILES", 1)
+        patch.setattr(triton_backend, "_CHUNK", triton_backend._BLOCK)
+        yield
 
 
 @pytest.fixture
