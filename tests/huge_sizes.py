@@ -19,6 +19,7 @@ from sfpk_kernels import _triton
 from sfpk_kernels.ops import Blocks, mask_gradient, masked_weights, topk_mask, topk_threshold, transition_
 from sfpk_kernels.ops.transition import Step, TransitionSpec, TransitionStats, triton_backend, triton_kernels
 
+from .interpreter import patch_once
 from .sparse import sparse
 
 SIZES = (2**26, 85_000_000, 2**30, 2**32)
@@ -154,6 +155,7 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
+    patch_once()
     for name, (check, *arguments) in CHECKS.items():
         if name.startswith(sys.argv[1]):
             check(*arguments)

@@ -1,9 +1,6 @@
 """Every fast backend of the transition against the fp64 reference: sizes, options, dtypes, strides, threads."""
 
 import itertools
-import os
-import subprocess
-import sys
 import threading
 from importlib.util import find_spec
 
@@ -14,6 +11,8 @@ from hypothesis import strategies as st
 
 from sfpk_kernels import _extension
 from sfpk_kernels.ops import TransitionStats, transition_
+
+from .processes import python
 
 BACKENDS = ["cpp", "triton"]
 HERE = BACKENDS if find_spec("triton") else ["cpp"]
@@ -269,12 +268,7 @@ def test_cpp_on_every_instruction_set(isa):
         "    compare('cpp', *problem(n, d, sized=sized, theta=True), consensus=consensus, target_density=0.5)\n"
         "print('agree')"
     )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = {**os.environ, "SFPK_CPU_ISA": isa, "PYTHONPATH": root}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root, check=False
-    )
-    assert done.stdout.strip() == "agree", done.stderr
+    assert python(code, SFPK_CPU_ISA=isa).strip() == "agree"
 
 
 def test_cpp_kernel_checks_its_arguments():
