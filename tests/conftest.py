@@ -1,7 +1,9 @@
 """Shared fixtures: GPU policy, quiet threads, small models."""
 
+import base64
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,24 @@ def one_tile():
         patch.setattr(triton_backend, "_TILES", 1)
         patch.setattr(triton_backend, "_CHUNK", triton_backend._BLOCK)
         yield
+
+
+# A picture of one point.
+POINT = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures of reports are made but not drawn, which takes most of a report's time: a point is written instead."""
+    if find_spec("matplotlib"):
+        from matplotlib.figure import Figure
+
+        def savefig(self, target, **options):
+            target.write_bytes(POINT) if isinstance(target, Path) else target.write(POINT)
+
+        monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 @pytest.fixture

@@ -10,46 +10,40 @@ import sys
 import tempfile
 from pathlib import Path
 
+STREAMS = ("stdout", "stderr")
+
 
 class Forked:
-    """Runs a Python program under an environment, in a session of its own; what it writes is collected in a file."""
+    """Runs a Python program under an environment, in a session of its own; what it writes is collected in files."""
 
     def __init__(self, code, environment):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["sfpk_kernels"])
-        handle, self._said = tempfile.mkstemp()
-        os.close(handle)
-        self._process = context.Process(target=_run, args=(code, environment, self._said))
+        self._folder = tempfile.TemporaryDirectory()
+        self._process = context.Process(target=_run, args=(code, environment, self._folder.name))
         self._process.start()
         self.pid = self._process.pid
 
-    def output(self, timeout=120):
-        """What it wrote to stdout and stderr, once it has ended."""
+    def wait(self, timeout=120):
+        """(exit code, stdout, stderr), once it has ended."""
         self._process.join(timeout)
         assert self._process.exitcode is not None, "it has not ended"
-        said = Path(self._said)
-        text = said.read_text() if said.exists() else ""
-        said.unlink(missing_ok=True)
-        return text
-
-    @property
-    def exitcode(self):
-        return self._process.exitcode
+        said = [path.read_text() if path.exists() else "" for path in map(Path(self._folder.name).joinpath, STREAMS)]
+        return self._process.exitcode, *said
 
 
 def python(code, **environment):
     """What a program prints under this environment, which has to succeed."""
-    process = Forked(code, {**os.environ, **environment})
-    text = process.output()
-    assert process.exitcode == 0, text
+    code, text, errors = Forked(code, {**os.environ, **environment}).wait()
+    assert code == 0, errors
     return text
 
 
-def _run(code, environment, said):
+def _run(code, environment, folder):
     os.setsid()
-    with open(said, "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for number, name in enumerate(STREAMS, 1):
+        with open(os.path.join(folder, name), "wb") as file:
+            os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))  # not of a test's capture
     os.environ.clear()
     os.environ.update(environment)
