@@ -52,18 +52,14 @@ def _poisoned_memory(request):
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-@pytest.fixture(scope="module")
-def one_tile():
+@pytest.fixture
+def one_tile(monkeypatch):
     """Interpreted, Triton's selection goes through one tile a program instead of 16, of which few columns fill one."""
-    if torch.cuda.is_available() or not find_spec("triton"):
-        yield
-        return
-    from sfpk_kernels.ops.selection import triton_backend
+    if not torch.cuda.is_available() and find_spec("triton"):
+        from sfpk_kernels.ops.selection import triton_backend
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_backend, "_TILES", 1)
-        patch.setattr(triton_backend, "_CHUNK", triton_backend._BLOCK)
-        yield
+        monkeypatch.setattr(triton_backend, "_TILES", 1)
+        monkeypatch.setattr(triton_backend, "_CHUNK", triton_backend._BLOCK)
 
 
 # A picture of one point.

@@ -25,18 +25,29 @@ class Forked:
         self.pid = self._process.pid
 
     def wait(self, timeout=120):
-        """(exit code, stdout, stderr), once it has ended."""
+        """(exit code, stdout, stderr), once it has ended; killed if it does not."""
         self._process.join(timeout)
-        assert self._process.exitcode is not None, "it has not ended"
+        ended = self._process.exitcode is not None
+        if not ended:
+            self._process.kill()
+            self._process.join()
         said = [path.read_text() if path.exists() else "" for path in map(Path(self._folder.name).joinpath, STREAMS)]
+        assert ended, f"not ended after {timeout} s; it wrote {said}"
         return self._process.exitcode, *said
 
 
-def python(code, **environment):
-    """What a program prints under this environment, which has to succeed."""
-    code, text, errors = Forked(code, {**os.environ, **environment}).wait()
-    assert code == 0, errors
+def python(code, timeout=120, **environment):
+    """What a program prints, which has to succeed, under changes of the environment: None takes a variable away."""
+    environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    exitcode, text, errors = Forked(code, environment).wait(timeout)
+    assert exitcode == 0, errors[-3000:]
     return text
+
+
+def module(name, *arguments, timeout=300, **environment):
+    """``python -m name arguments``."""
+    code = f"import runpy, sys\nsys.argv[1:] = {arguments!r}\nrunpy.run_module({name!r}, run_name='__main__')"
+    return python(code, timeout, **environment)
 
 
 def _run(code, environment, folder):
