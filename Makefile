@@ -19,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 # Built anew when requirements, build files or C++ sources change.
 BUILT_FROM := constraints.txt pyproject.toml setup.py sfpk_kernels/_build.py $(CPP)
 
-.PHONY: setup demo demo-full test test-all bench bench-full gpu-check matrix lint docs dist format clean
+.PHONY: setup demo demo-full test test-all bench bench-full quality quality-quick gpu-check matrix lint docs dist format clean
 
 setup: $(VENV)/.done
 
@@ -56,6 +56,12 @@ bench: setup
 bench-full: setup
 	$(BIN)/python -m benchmarks --full
 	$(BIN)/python -m benchmarks --report
+
+# How good the masks are: tasks x methods x sparsities x passes x seeds; what benchmarks/results holds is not measured
+# again. --quick: one seed at 60 passes, a quarter of an hour. ARGS="--tasks lm --seeds 5" chooses.
+quality quality-quick: setup
+	$(INSTALL) --no-build-isolation -e '.[quality]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality $(if $(filter quality-quick,$@),--quick --out quality-quick.jsonl) $(ARGS)
 
 # Offline, with the machine's own Python, torch, Triton and nvcc: no .venv, nothing is downloaded.
 # STAGE="build large" runs a part, OUT=folder takes the logs, DRY=1 does without a GPU what can be done without.

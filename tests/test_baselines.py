@@ -1,9 +1,11 @@
-"""Magnitude and SNIP."""
+"""Magnitude, SNIP, a single particle, and what all methods have in common."""
+
+import copy
 
 import pytest
 import torch
 
-from sfpk_kernels import Coordinates, baselines, default_loss
+from sfpk_kernels import Coordinates, SFPKConfig, baselines, default_loss, prune
 from sfpk_kernels.modeling.state import guarded
 
 
@@ -51,3 +53,36 @@ def test_options_and_bad_input(mlp, vectors):
         baselines.snip(mlp, vectors, 0.5, max_batches=0)
     with pytest.raises(FloatingPointError, match="in batch 0"):
         baselines.snip(mlp, [(vectors[0][0] * float("nan"), vectors[0][1])], 0.5)
+
+
+def test_a_single_particle_is_sfpk_with_one(mlp, vectors):
+    config = SFPKConfig(0.7, n_particles=1, n_steps=12, seed=3)
+    assert baselines.single_particle(mlp, vectors, 0.7, passes=12, seed=3) == prune(mlp, vectors, config=config).mask
+    assert list(baselines.single_particle(mlp, vectors, 0.7, passes=2, ignored_layers=["0"])) == ["2.weight"]
+    with pytest.raises(ValueError, match="passes: wanted ≥ 1, got 0"):
+        baselines.single_particle(mlp, vectors, 0.7, passes=0)
+
+
+def with_data():
+    """The methods that take a loader."""
+    return {
+        name: getattr(baselines, name) for name in baselines.__all__ if name not in ("magnitude", "random", "synflow")
+    }
+
+
+@pytest.mark.parametrize("name", sorted(with_data()))
+def test_methods_that_read_data_share_a_signature(name, mlp, vectors):
+    method, few = with_data()[name], {"passes": 3} if name in ("ste", "single_particle") else {}
+    model = copy.deepcopy(mlp)
+    masks = method(model, vectors, 0.75, loss_fn=lambda net, batch: default_loss(net, batch), **few)
+    assert masks.kept == round(0.25 * 144)
+    assert list(masks) == ["0.weight", "2.weight"]
+    with pytest.raises(TypeError, match="loader: wanted an iterable of batches"):
+        method(model, 3, 0.75)
+    with pytest.raises(TypeError, match="loss_fn: wanted a function"):
+        method(model, vectors, 0.75, loss_fn=3)
+    with pytest.raises(TypeError, match=f"wanted {name}\\(model, loader, sparsity"):
+        method(model, vectors, 0.75, default_loss)
+    if not name.endswith("_"):
+        for parameter, before in zip(model.parameters(), mlp.parameters(), strict=True):
+            assert torch.equal(parameter, before)

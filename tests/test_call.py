@@ -88,6 +88,8 @@ def test_the_order_of_earlier_versions_is_an_error_that_shows_the_new_one(mlp, v
         ({"sparsity": 0.8, "execution": "vmap"}, "execution: wanted an Execution, got str: make one with Execution(…)"),
         ({"sparsity": "0.8"}, "sparsity: wanted a number in (0, 1), got str"),
         ({"sparsity": True}, "sparsity: wanted a number in (0, 1), got bool"),
+        ({"sparsity": 0.8, "n_steps": 5}, "n_steps: wanted config=SFPKConfig(sparsity=…, n_steps=…); the call is"),
+        ({"sparsity": 0.8, "compile": True}, "compile: wanted execution=Execution(compile=…); the call is prune(model"),
         ({"sparsity": 0.8, "checkpoints": [0.5]}, "checkpoints: wanted waypoints=[…]; the call is"),
         ({"sparsity": 0.8, "loss_fn": nn.CrossEntropyLoss()}, "loss_fn: wanted a function (model, batch) -> scalar, "),
     ],

@@ -119,3 +119,24 @@ def test_every_public_name_has_a_page(module):
     names = importlib.import_module(module).__all__
     missing = {name for name in names if f"{module}.{name}" not in shown}
     assert missing <= {"__version__", "baselines", "ops", "MASK_FILE"}, missing
+
+
+def test_what_a_class_inherits_is_on_its_page():
+    """Methods that stand in a base class of ours would be missing otherwise."""
+    entries = [
+        (found, options)
+        for page in (DOCS / "api").glob("*.md")
+        for found, options in re.findall(r"^::: (\S+)\n?( {4}options: .*)?$", text_of(page), re.M)
+    ]
+    inheriting = []
+    for name, options in entries:
+        module, _, last = name.rpartition(".")
+        if module.endswith(("lightning", "transformers")):
+            continue  # their bases are the frameworks'
+        thing = getattr(importlib.import_module(module), last, None)  # None: a module
+        bases = thing.__mro__[1:] if isinstance(thing, type) else ()
+        ours = [base for base in bases if base.__module__.startswith("sfpk_kernels")]
+        if any(not member.startswith("_") for base in ours for member in vars(base)):
+            inheriting.append(last)
+            assert "inherited_members: true" in options, name
+    assert {"SFPKPruner", "SFPKConfig", "Execution"} <= set(inheriting)

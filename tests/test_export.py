@@ -192,6 +192,9 @@ def test_wrong_input(pruned, mlp, tmp_path):
         export(pruned, tmp_path / "m", kind="shrunk")
     with pytest.raises(ValueError, match="kind: wanted one of"):
         export(pruned, tmp_path / "m", kind="onnx")
+    with pytest.raises(ValueError, match=r"path: wanted a safetensors file, got '.*m\.onnx', which"):
+        export(pruned, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="wanted the model these masks were made for"):
         export(mlp, tmp_path / "m", masks=MaskSet.from_model(pruned))
     with pytest.raises(TypeError, match="masks: wanted a MaskSet or None, got dict"):

@@ -69,6 +69,7 @@ def test_a_run(convnet, images, preset):
     assert all(parameter.grad is None for parameter in convnet.parameters())
     assert MaskSet.from_model(convnet) == result.mask
     assert result.mask == result.masks[-1]
+    assert repr(result) == f"GradualResult({result.mask!r}, 3 shots, {len(result.particles)} particles)"
     assert [record.kept for record in result.history] == [mask.kept for mask in result.masks]
     if preset != "authors":  # their threshold keeps what it keeps
         assert [mask.kept for mask in result.masks] == [round(0.1 ** (i / 3) * d) for i in (1, 2, 3)]

@@ -26,6 +26,8 @@ def test_counts_and_access(masks):
     assert len(masks) == 2
     assert "0.weight" in masks
     assert "1.weight" not in masks
+    assert {name: mask.shape for name, mask in masks.items()} == masks.shapes
+    assert MaskSet(masks) == masks
     assert "144 weights" in repr(masks)
     assert masks != 3
 

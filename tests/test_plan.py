@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import statistics
 
 import pytest
@@ -142,6 +143,7 @@ def test_particles_that_cannot_fit_are_refused_before_anything_is_allocated(monk
         SFPKPruner(model, config=SFPKConfig(0.9, n_particles=16), execution=Execution(memory_limit=1_000_000))
     assert "n_particles=8" in str(caught.value)
     assert "still too much" in str(caught.value)
+    assert re.search(r"time +not measured", str(caught.value))
 
 
 def test_the_plan_is_logged_and_printed_beside_a_progress_bar(capsys, caplog):

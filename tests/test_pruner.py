@@ -65,6 +65,8 @@ def test_the_model_is_as_it_was_after_an_exception(convnet, images, after):
         notes = " ".join(caught.value.__notes__)
         assert f"particle {after % 3}" in notes
         assert f"step {after // 3 + 1} of 8" in notes
+        # Whoever pressed Ctrl-C has no question about the model's mode.
+        assert ("model_mode=" in notes) == isinstance(caught.value, RuntimeError)
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])

@@ -328,3 +328,13 @@ def test_a_way_given_up_on_the_way_is_remembered(vectors, tmp_path):
     other = SFPKPruner(model, config=config)
     other.load(tmp_path / "run")
     assert other._run.energy.mode == other.plan.choice.mode == pruner.result().plan.choice.mode == "sequential"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_interruption_names_the_file_to_resume(mlp, vectors, tmp_path, saved):
+    files = {"save_every": 2, "save_path": tmp_path / "run"} if saved else {}
+    with pytest.raises(Killed) as caught:
+        prune(mlp, vectors, config=quick(), callbacks=[stop_after(5)], **files)
+    if hasattr(caught.value, "add_note"):  # Python ≥ 3.11
+        note = f"step 4 is saved, resume={str(tmp_path / 'run')!r} goes on from it"
+        assert (note in "".join(getattr(caught.value, "__notes__", ()))) == saved

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -11,12 +10,12 @@ from torch import nn
 
 from ..coordinates.flat import Coordinates
 from ..masks.maskset import MaskSet
-from ..modeling.batches import default_loss, move_to
-from ..modeling.state import autograd_allowed, check_no_inference_tensors, guarded
-from ..search.energy import LossFn, ParticleEnergy
+from ..modeling.state import autograd_allowed
+from ..search.energy import LossFn
 from ..search.unreached import NoGradientError
-from ..utils.arguments import called, check_loader, check_loss_fn
-from ._select import check_sparsity, select
+from ..utils.arguments import called
+from ._passes import batches, check_data, gradients
+from .select import check_allocation, check_sparsity, select
 
 
 @called("snip(model, loader, sparsity, loss_fn=…)")
@@ -28,6 +27,7 @@ def snip(
     *,
     loss_fn: LossFn | None = None,
     max_batches: int | None = None,
+    allocation: str = "global",
     **coordinate_options: Any,
 ) -> MaskSet:
     """The round((1 - sparsity)·d) weights of largest connection sensitivity |θ ⊙ ∂L/∂θ|.
@@ -42,35 +42,25 @@ def snip(
         sparsity: fraction removed, in (0, 1).
         loss_fn: ``loss_fn(model, batch) -> scalar``; ``None`` for the default loss.
         max_batches: use only the first ones; ``None`` for all.
+        allocation: ``"global"`` (published), ``"uniform"``, ``"erk"`` or ``"lamp"``, as for :func:`magnitude`.
         coordinate_options: those of :class:`~sfpk_kernels.Coordinates`.
 
     Raises:
-        ValueError: an empty loader, a sparsity outside (0, 1), nothing prunable, or gradients that are all zero.
+        ValueError: an empty loader, a sparsity outside (0, 1), nothing prunable, an unknown allocation, or gradients
+            that are all zero.
         FloatingPointError: a loss that is not finite.
     """
-    check_loader(loader)
-    check_loss_fn(loss_fn)
+    check_data(loader, loss_fn, max_batches)
     check_sparsity(sparsity)
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches: wanted ≥ 1 or None, got {max_batches}")
+    check_allocation(allocation)
     coordinates = Coordinates(model, **coordinate_options)
-    check_no_inference_tensors(model)
     theta = coordinates.flatten(model)
-    energy = ParticleEnergy(model, loss_fn or default_loss, coordinates, theta, mode="sequential")
-    dense = torch.ones_like(theta, dtype=torch.bool).unsqueeze(0)
-    score = torch.zeros_like(theta)
-    batches = 0
-    with guarded(model, bn="batch", training=False):
-        for batch in islice(loader, max_batches):
-            losses, grads = energy(dense, [move_to(batch, coordinates.device)])
-            if not bool(torch.isfinite(losses).all()):
-                raise FloatingPointError(f"loss_fn: wanted a finite loss, got {float(losses[0])} in batch {batches}")
-            score += (theta * grads[0]).abs()
-            if not bool(torch.isfinite(score).all()):
-                raise FloatingPointError(f"loss_fn: wanted a finite gradient, got another in batch {batches}")
-            batches += 1
-    if batches == 0:
-        raise ValueError("loader: wanted batches, got an empty iterable")
+    dense = torch.ones_like(theta, dtype=torch.bool)
+    score, count = torch.zeros_like(theta), 0
+    with gradients(model, loss_fn, coordinates, theta) as gradient:
+        for batch in batches(loader, max_batches, coordinates.device):
+            score += (theta * gradient(dense, batch)).abs()
+            count += 1
     if not bool(score.any()):
         raise NoGradientError("batch")
-    return select(coordinates, score / batches, sparsity)
+    return select(coordinates, score / count, sparsity, allocation)

@@ -85,6 +85,7 @@ def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 
+    from ..masks.apply import mask_state_dict_
     from ..masks.maskset import MaskSet
     from ..utils.files import atomic_write, check_writable
 
@@ -108,16 +109,10 @@ def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise ValueError(f"WEIGHTS: wanted a state dict, got another object in {str(source)!r}") from error
     if not isinstance(state, dict):
         raise ValueError(f"WEIGHTS: wanted a state dict, got a {type(state).__name__} in {str(source)!r}")
-    for name, shape in masks.shapes.items():
-        found = state.get(name)
-        if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape:
-            got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-            raise ValueError(
-                f"WEIGHTS: wanted {name} in shape {shape}, got {'nothing of that name' if found is None else got}"
-            )
-    with torch.no_grad():
-        for name in masks:
-            state[name].masked_fill_(~masks[name], 0)  # in place: tied weights share it under all their names
+    try:
+        mask_state_dict_(masks, state)
+    except ValueError as error:
+        raise ValueError(f"WEIGHTS: {str(error).removeprefix('state: ')}") from error
     with atomic_write(options.out) as temporary:
         if packed:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, header)

@@ -8,16 +8,17 @@ import dataclasses
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..compat.fields import separated
 from ..config import PRESETS, SFPKConfig
 from ..execution import Execution
-from ..modeling.batchnorm import recalibrate_batchnorm
 from ..search.waypoints import check_waypoints
 from ..utils.settings import kind_of, meaning_of
+from ._methods import SFPK, add_options, check_options, run_method
+from ._outcome import WrongOption, as_options, evaluated, said
 from ._settings import read_settings
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
 from ._words import FAILED, Aside, make_folder, refuse, say, to_json
@@ -25,11 +26,6 @@ from ._words import FAILED, Aside, make_folder, refuse, say, to_json
 logger = logging.getLogger(__name__)
 
 _KINDS = ("embeddings", "biases", "norms")
-_OPTIONS = {
-    "ignored_layers": "--ignore", "waypoints": "--waypoints", "sparsity": "--sparsity", "settle": "--settle",
-    "n_steps": "--n-steps", "energy_mode": "--energy-mode", "microbatch": "--microbatch",
-}  # by argument  # fmt: skip
-_NOTHING = "model: wanted at least one prunable tensor"
 
 
 def add_command(commands: Any) -> None:
@@ -42,6 +38,7 @@ def add_command(commands: Any) -> None:
         "Writes mask.safetensors and a report; the model itself is not saved.",
     )
     prune.add_argument("task", metavar="TASK")
+    add_options(prune)
     prune.add_argument(
         "--preset", choices=sorted(PRESETS), help="what the other settings start from (default: default)"
     )
@@ -98,36 +95,17 @@ def _prune(options: argparse.Namespace) -> int:
     given = {name.removeprefix("config_"): value for name, value in vars(options).items() if name.startswith("config_")}
     given = {name: None if value == "none" else value for name, value in given.items()}
     try:
-        read = {} if options.config is None else read_settings(options.config)
-    except (OSError, ValueError) as error:
-        return refuse("prune", f"--config: {error}")
-    told = read.pop("preset", "default")
-    preset = options.preset or told
-    values = {**read, **given}
-    if "sparsity" not in values:
-        return refuse(
-            "prune", "--sparsity: wanted a fraction in (0, 1), as an option or in the file of --config, got none"
-        )
-    try:
-        values, execution = separated(values)
-        config = SFPKConfig.preset(preset, **values)
-    except (TypeError, ValueError) as error:
-        field, _, words = str(error).partition(":")
-        if field in given or (field == "preset" and options.preset):
-            return refuse("prune", f"--{field.replace('_', '-')}:{words}")
-        return refuse("prune", f"--config: {options.config}: {error}")
-    if isinstance(options.resume, str) and not Path(options.resume).is_file():
-        return refuse("prune", f"--resume: wanted a file, got {options.resume!r}, which is none")
-    for name in ("save_every", "bn_batches"):
-        value, least = getattr(options, name), 1 if name == "save_every" else 0
-        if value is not None and value < least:
-            return refuse("prune", f"--{name.replace('_', '-')}: wanted ≥ {least}, got {value}")
-    try:
+        check_options(options, given)
+        run = _searching(options, given) if options.method == SFPK else _comparing(options, given)
+        for name in ("save_every", "bn_batches"):
+            value, least = getattr(options, name), 1 if name == "save_every" else 0
+            if value is not None and value < least:
+                raise WrongOption(f"--{name.replace('_', '-')}: wanted ≥ {least}, got {value}")
         with contextlib.redirect_stdout(Aside()):  # what the task prints is not the outcome
-            code, text = _run(call_task(find_task(options.task)), config, execution, options)
+            code, text = run(call_task(find_task(options.task)))
     except WrongTask as error:
         return refuse("prune", f"TASK: {error}")
-    except _WrongOption as error:
+    except WrongOption as error:
         return refuse("prune", error)
     except Exception as error:
         if options.traceback:
@@ -139,24 +117,42 @@ def _prune(options: argparse.Namespace) -> int:
     return code
 
 
-class _WrongOption(ValueError):
-    """Named as on the command line."""
+Run = Callable[[Task], tuple[int, str]]  # exit code, and what to print
 
 
-@contextlib.contextmanager
-def _as_options(ignores: bool) -> Iterator[None]:
-    """Errors about arguments of the pruner are about options here; ``ignores``: whether --ignore was given."""
+def _comparing(options: argparse.Namespace, given: dict[str, Any]) -> Run:
+    """Another method than SFPK."""
+    return lambda task: run_method(task, options, given, _which(options))
+
+
+def _searching(options: argparse.Namespace, given: dict[str, Any]) -> Run:
+    """SFPK, by the settings of options and file."""
     try:
-        yield
+        read = {} if options.config is None else read_settings(options.config)
+    except (OSError, ValueError) as error:
+        raise WrongOption(f"--config: {error}") from error
+    told = read.pop("preset", "default")
+    preset = options.preset or told
+    values = {**read, **given}
+    if "sparsity" not in values:
+        raise WrongOption("--sparsity: wanted a fraction in (0, 1), as an option or in the file of --config, got none")
+    try:
+        values, execution = separated(values)
+        config = SFPKConfig.preset(preset, **values)
     except (TypeError, ValueError) as error:
-        argument, _, words = str(error).partition(":")
-        if argument == "loader":
-            raise WrongTask(str(error)) from error
-        if ignores and str(error).startswith(_NOTHING):
-            argument, words = "ignored_layers", " wanted patterns that leave something to prune, got ones that do not"
-        if argument not in _OPTIONS:
-            raise
-        raise _WrongOption(f"{_OPTIONS[argument]}:{words}") from error
+        field, _, words = str(error).partition(":")
+        if field in given or (field == "preset" and options.preset):
+            raise WrongOption(f"--{field.replace('_', '-')}:{words}") from error
+        raise WrongOption(f"--config: {options.config}: {error}") from error
+    if isinstance(options.resume, str) and not Path(options.resume).is_file():
+        raise WrongOption(f"--resume: wanted a file, got {options.resume!r}, which is none")
+    return lambda task: _run(task, config, execution, options)
+
+
+def _which(options: argparse.Namespace) -> dict[str, Any]:
+    """Options of Coordinates."""
+    include = {f"include_{kind}": getattr(options, f"include_{kind}") for kind in _KINDS}
+    return {**include, "ignored_layers": options.ignore}
 
 
 def _run(task: Task, config: SFPKConfig, execution: Execution, options: argparse.Namespace) -> tuple[int, str]:
@@ -164,16 +160,15 @@ def _run(task: Task, config: SFPKConfig, execution: Execution, options: argparse
     from ..search.planning import plan
     from ..search.pruner import SFPKPruner
 
-    which = {f"include_{kind}": getattr(options, f"include_{kind}") for kind in _KINDS}
-    which["ignored_layers"] = options.ignore
+    which = _which(options)
     how: dict[str, Any] = {"loss_fn": task.loss_fn, "config": config, "execution": execution}
     if options.plan:
-        with _as_options(bool(options.ignore)):
+        with as_options(bool(options.ignore)):
             check_waypoints(options.waypoints, config)
             found = plan(task.model, task.loader, **how, **which)
         text = to_json(found.to_dict()) if options.json else "" if options.quiet else str(found)
         return 0 if found.fits else FAILED, text
-    with _as_options(bool(options.ignore)):
+    with as_options(bool(options.ignore)):
         pruner = SFPKPruner(task.model, waypoints=options.waypoints, **how, **which)
     saved = options.out / "run.sfpk"
     start = options.resume if isinstance(options.resume, str) else saved if options.resume and saved.exists() else None
@@ -181,11 +176,11 @@ def _run(task: Task, config: SFPKConfig, execution: Execution, options: argparse
         try:
             pruner.load(start)
         except ValueError as error:
-            raise _WrongOption(f"--resume: {str(error).removeprefix('path: ')}") from error
+            raise WrongOption(f"--resume: {str(error).removeprefix('path: ')}") from error
     try:
         make_folder(options.out)
     except OSError as error:
-        raise _WrongOption(error) from error
+        raise WrongOption(error) from error
     shows = not options.quiet and sys.stderr.isatty()
     if not options.quiet and not shows:
         pruner.add_callback(_log_line(config))
@@ -193,34 +188,11 @@ def _run(task: Task, config: SFPKConfig, execution: Execution, options: argparse
     target = saved if options.save_every else None
     result = pruner.run(task.loader, progress=shows, save_every=options.save_every, save_path=target)
     files = _write_masks(result, options.out)  # first: whatever an evaluation does, they are there
-    evaluation: dict[str, Any] = {} if dense is None else {"dense_eval": dense}
-    try:
-        if dense is not None:
-            result.apply_(task.model)
-            _recalibrate(task, options.bn_batches)
-            evaluation["pruned_eval"] = task.evaluate()
-    finally:
-        files += _write_report(result, options.out, evaluation)
-    outcome: dict[str, Any] = {**result.summary(), "files": files, **evaluation}
-    return 0, to_json(outcome) if options.json else "" if options.quiet else _words(result.mask, outcome)
-
-
-def _words(mask: Any, outcome: dict[str, Any]) -> str:
-    lines = [str(mask)]
-    if "dense_eval" in outcome:
-        before, after = (value if isinstance(value, dict) else {"eval": value}
-                         for value in (outcome["dense_eval"], outcome["pruned_eval"]))  # fmt: skip
-        lines += [f"{name}: {before[name]:.6g} dense, {after[name]:.6g} pruned" for name in before]
-    return "\n".join([*lines, *outcome["files"]])
-
-
-def _recalibrate(task: Task, batches: int) -> None:
-    """Batch-norm statistics of the pruned model: the dense one's would spoil what eval_fn measures."""
-    if batches:
-        try:
-            recalibrate_batchnorm(task.model, task.loader, max_batches=batches)
-        except TypeError as error:  # batches that only loss_fn understands
-            logger.warning("batch-norm was not re-estimated: %s", error)
+    evaluation, written = evaluated(
+        task, result.mask, dense, options.bn_batches, lambda **found: result.report(options.out, **found)
+    )
+    outcome: dict[str, Any] = {**result.summary(), "files": [*files, *written], **evaluation}
+    return 0, said(result.mask, outcome, options.json, options.quiet)
 
 
 def _write_masks(result: Any, folder: Path) -> list[str]:
@@ -236,15 +208,6 @@ def _write_masks(result: Any, folder: Path) -> list[str]:
     if others:
         logger.warning("%s also holds masks of another run: %s", folder, ", ".join(others))
     return [str(folder / name) for name in masks]
-
-
-def _write_report(result: Any, folder: Path, evaluation: dict[str, Any]) -> list[str]:
-    """The report, where it can be drawn."""
-    try:
-        return [str(result.report(folder, **evaluation))]
-    except ImportError as error:
-        logger.warning("no report: %s", error)
-        return []
 
 
 def _log_line(config: SFPKConfig) -> Callable[[Any], None]:

@@ -28,6 +28,7 @@ from .verify import copy_of, verify_file
 logger = logging.getLogger(__name__)
 
 KINDS = ("dense", "masks")
+_OTHERS = (".bin", ".ckpt", ".onnx", ".pkl", ".pt", ".pt2", ".pth")  # names of other formats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +114,9 @@ def export(
 
     Raises:
         TypeError: masks that are no MaskSet.
-        ValueError: an unknown kind (``"shrunk"`` among them: it takes structured pruning), masks of another model, a
-            state dict with other things than tensors, or with tensors that share memory without being the same one.
+        ValueError: an unknown kind (``"shrunk"`` among them: it takes structured pruning), a path that is named as
+            another format (``.pt``, ``.onnx``, …), masks of another model, a state dict with other things than tensors,
+            or with tensors that share memory without being the same one.
         FileNotFoundError: no such folder.
         RuntimeError: what was read back differs, or the model cannot be copied to compare it. After an error, one of
             the model on the example among them, no file is written.
@@ -126,6 +128,8 @@ def export(
         )
     if kind not in KINDS:
         raise ValueError(f"kind: wanted one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+    if Path(path).suffix.lower() in _OTHERS:
+        raise ValueError(f"path: wanted a safetensors file, got {os.fspath(path)!r}, which is named as another format")
     if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
         raise ValueError(f"runs: wanted an integer ≥ 1, got {runs!r}")
     if masks is not None and not isinstance(masks, MaskSet):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..coordinates.flat import Coordinates, named_parameters
 
@@ -48,6 +49,24 @@ def apply_masks_(masks: MaskSet, model: nn.Module) -> nn.Module:
         parameter = parameters[name]
         parameter.masked_fill_(~masks[name].to(parameter.device), 0)
     return model
+
+
+@torch.no_grad()
+def mask_state_dict_(masks: MaskSet, state: Mapping[str, Any]) -> None:
+    """Set the removed weights of a state dict to exactly 0, in place: tied weights share it under all their names.
+
+    Raises:
+        ValueError: a mask of a name that is not there, or in another shape; nothing is written then.
+    """
+    for name, shape in masks.shapes.items():
+        found = state.get(name)
+        if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"state: wanted {name} in shape {shape}, got {'nothing of that name' if found is None else got}"
+            )
+    for name in masks:
+        state[name].masked_fill_(~masks[name], 0)
 
 
 def _unmasked(masks: MaskSet, model: nn.Module) -> str:

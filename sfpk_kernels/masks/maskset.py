@@ -23,8 +23,8 @@ from .files import decode, encode, json_dict
 from .torch_prune import to_torch_prune
 
 
-class MaskSet:
-    """Binary masks by parameter name: True = kept. One bit per weight, held on the CPU; immutable.
+class MaskSet(Mapping[str, Tensor]):
+    """A mapping of binary masks by parameter name: True = kept. One bit per weight, held on the CPU; immutable.
 
     Args:
         masks: bool tensors by parameter name, each in its parameter's shape.

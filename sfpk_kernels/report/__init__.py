@@ -13,10 +13,21 @@ from typing import Any
 from ..utils.files import atomic_write, check_place, remove_regular
 from ..utils.plain import plain
 from .charts import plot_baselines, plot_layers, plot_loss, plot_loss_versus_sparsity, plot_methods, plot_particles
-from .contents import FORMAT, PARTS, Evaluation, Reported, checked_evaluation, checked_fraction, checked_row, collect
+from .contents import (
+    FORMAT,
+    PARTS,
+    Evaluation,
+    MethodResult,
+    Reported,
+    checked_evaluation,
+    checked_fraction,
+    checked_row,
+    collect,
+    collect_method,
+)  # fmt: skip
 from .page import page
 
-__all__ = ["plot_loss_versus_sparsity", "plot_methods", "render", "write"]
+__all__ = ["MethodResult", "plot_loss_versus_sparsity", "plot_methods", "render", "write", "write_method"]
 
 _PICTURES = {
     "loss.png": plot_loss, "particles.png": plot_particles, "layers.png": plot_layers, "baselines.png": plot_baselines
@@ -61,10 +72,28 @@ def write(
     rows = [checked_row(row) for row in baselines]
     if dense_accuracy is not None:
         dense_accuracy = checked_fraction("dense_accuracy", dense_accuracy)
-    measured = {"dense": ("dense_eval", dense_eval), "pruned": ("pruned_eval", pruned_eval)}
-    evaluation = {
-        which: checked_evaluation(name, value) for which, (name, value) in measured.items() if value is not None
-    }
+    evaluation = _evaluation(dense_eval, pruned_eval)
+    return _write(folder, lambda: collect(result, rows, dense_accuracy, evaluation))
+
+
+def write_method(
+    result: MethodResult,
+    folder: str | os.PathLike[str],
+    *,
+    dense_eval: Evaluation | None = None,
+    pruned_eval: Evaluation | None = None,
+) -> Path:
+    """As :func:`write` for a mask that a baseline has found: a report without loss and particles."""
+    evaluation = _evaluation(dense_eval, pruned_eval)
+    return _write(folder, lambda: collect_method(result, evaluation))
+
+
+def _evaluation(dense: Evaluation | None, pruned: Evaluation | None) -> dict[str, dict[str, float]]:
+    measured = {"dense": ("dense_eval", dense), "pruned": ("pruned_eval", pruned)}
+    return {which: checked_evaluation(name, value) for which, (name, value) in measured.items() if value is not None}
+
+
+def _write(folder: str | os.PathLike[str], contents: Callable[[], dict[str, Any]]) -> Path:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         safe = _safe_in_memory(folder.with_name("FOLDER"))
@@ -72,7 +101,7 @@ def write(
     with _saying(folder, lambda: _safe_in_memory(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         _check_places(folder, "report.json")
-        text = json.dumps(plain(collect(result, rows, dense_accuracy, evaluation)), indent=1, allow_nan=False)
+        text = json.dumps(plain(contents()), indent=1, allow_nan=False)
         with atomic_write(folder / "report.json") as temporary:
             temporary.write_text(text + "\n", "utf-8")
     with _saying(folder, lambda: _safe_on_disk(folder)):
@@ -150,6 +179,8 @@ def _draw(folder: Path, report: Mapping[str, Any]) -> Path:
     _check_places(folder)
     pictures = {}
     for name, draw in _PICTURES.items():
+        if "method" in report and name in ("loss.png", "particles.png"):
+            continue
         if name == "particles.png" and report["config"]["n_particles"] == 1:
             continue
         if name == "baselines.png" and not report["baselines"]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import numbers
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .._version import __version__
@@ -22,7 +23,7 @@ FORMAT = "sfpk-report-1"
 PARTS = {
     "version", "summary", "config", "plan", "curve", "knee", "waypoints", "layer_densities", "layer_sizes", "history",
     "baselines", "dense_accuracy",
-}  # that every report has; "model", "evaluation" and "execution" came later  # fmt: skip
+}  # that every report has; "model", "evaluation", "execution" came later; "method" stands for a run  # fmt: skip
 
 Evaluation = float | Mapping[str, float]  # what an eval_fn says of a model: a number, or numbers by name
 
@@ -68,6 +69,57 @@ class Reported(Protocol):
         """Where the loss turns up."""
 
 
+@dataclass(frozen=True)
+class MethodResult:
+    """A mask that another method than the search has found."""
+
+    method: str  # a name in sfpk_kernels.baselines
+    options: Mapping[str, Any]  # it was called with, sparsity included
+    mask: MaskSet
+    coordinates: Coordinates
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """The outcome in a few plain numbers."""
+        return {
+            "method": self.method,
+            "sparsity": self.mask.sparsity,
+            "kept": self.mask.kept,
+            "prunable": self.mask.prunable,
+            "fingerprint": self.mask.fingerprint(),
+            "seconds": self.seconds,
+            "alarms": [],
+        }
+
+
+def collect_method(result: MethodResult, evaluation: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """All of a report without a run: what a run alone has is empty."""
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "method": result.method,
+        "summary": result.summary(),
+        "config": dict(result.options),
+        "plan": {},
+        "model": _model(result.coordinates),
+        "curve": [],
+        "knee": None,
+        "waypoints": [],
+        **_layers(result.mask, result.coordinates),
+        "history": [],
+        "baselines": [],
+        "dense_accuracy": None,
+        "evaluation": {which: dict(values) for which, values in evaluation.items()},
+    }
+
+
+def _layers(mask: MaskSet, coordinates: Coordinates) -> dict[str, Any]:
+    return {
+        "layer_densities": mask.layer_densities(),
+        "layer_sizes": {tensor.name: tensor.numel for tensor in coordinates.tensors},
+    }
+
+
 def collect(
     result: Reported,
     baselines: Sequence[Mapping[str, Any]],
@@ -96,8 +148,7 @@ def collect(
             }
             for w in result.waypoints
         ],
-        "layer_densities": result.mask.layer_densities(),
-        "layer_sizes": {tensor.name: tensor.numel for tensor in result.coordinates.tensors},
+        **_layers(result.mask, result.coordinates),
         "history": [
             {**dataclasses.asdict(record), **{name: getattr(record, name) for name in derived}}
             for record in result.history

@@ -26,8 +26,8 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """The page of a report."""
     alarms = "".join(f'<p class="alarm">{escape(alarm)}</p>\n' for alarm in report["summary"]["alarms"])
     parts = [
-        explained([("Particle", words.PARTICLE)]),
-        facts(_facts(report)),
+        "" if "method" in report else explained([("Particle", words.PARTICLE)]),
+        facts([*_counts(report), *(_of_method(report) if "method" in report else _of_run(report))]),
         f'<h2>Alarms</h2>\n<p class="words">{escape(words.ALARMS)}</p>\n{alarms}' if alarms else "",
         _evaluation(report.get("evaluation", {})),
         *(_figure(name, content, report) for name, content in pictures.items() if name != "layers.png"),
@@ -46,8 +46,8 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     )
 
 
-def _facts(report: Mapping[str, Any]) -> list[Fact]:
-    summary, config, choice = report["summary"], report["config"], report["plan"]["choice"]
+def _counts(report: Mapping[str, Any]) -> list[Fact]:
+    summary = report["summary"]
     kept, prunable = summary["kept"], summary["prunable"]
     found = [
         Fact("weights kept", f"{kept:,} of {prunable:,} prunable", words.KEPT),
@@ -62,9 +62,20 @@ def _facts(report: Mapping[str, Any]) -> list[Fact]:
             Fact("removed of the whole model", f"{_share(prunable - kept, total)}: {prunable - kept:,} of {total:,} "
                  "parameters", words.REMOVED),
         ]  # fmt: skip
+    return [*found, Fact("mask fingerprint", f"{summary['fingerprint'][:16]}…", words.FINGERPRINT)]
+
+
+def _of_method(report: Mapping[str, Any]) -> list[Fact]:
+    return [
+        Fact("method", report["method"], words.METHOD),
+        Fact("time", f"{report['summary']['seconds']:.1f} s", words.METHOD_SECONDS),
+    ]
+
+
+def _of_run(report: Mapping[str, Any]) -> list[Fact]:
+    summary, config, choice = report["summary"], report["config"], report["plan"]["choice"]
     kind = config["final_score"] or config["polarizer"]
-    found += [
-        Fact("mask fingerprint", f"{summary['fingerprint'][:16]}…", words.FINGERPRINT),
+    found = [
         Fact("steps, particles", f"{summary['steps']:,}, {config['n_particles']:,}", words.STEPS),
         Fact("time", f"{summary['seconds']:.1f} s", words.SECONDS),
     ]

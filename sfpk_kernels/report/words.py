@@ -17,6 +17,8 @@ REMOVED = "The removed weights as a share of all parameters of the model, not on
 FINGERPRINT = "The beginning of a hash of the mask: equal masks have equal fingerprints."
 STEPS = "A step takes the loss and its gradient once per particle, and moves each."
 SECONDS = "Of the steps, all together."
+METHOD = "What chose the mask: a method to compare the search with, a function of sfpk_kernels.baselines."
+METHOD_SECONDS = "That the method took."
 LOSS = "As loss_fn measures it on the mini-batches of these two steps, the mean of the particles."
 KNEE = (
     "The sparsity at which the loss turns up: where its smoothed curve lies farthest below the straight line between "
@@ -62,7 +64,7 @@ _METHODS = {
 
 def of_picture(name: str, report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The words that stand in a picture of this report, and what they mean."""
-    many = report["config"]["n_particles"] > 1
+    many = report["config"].get("n_particles", 1) > 1  # the settings of a baseline name none
     batches = "each particle and step sees a batch of its own" if many else "each step sees another batch"
     if name == "loss.png":
         found = [

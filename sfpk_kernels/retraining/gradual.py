@@ -22,7 +22,7 @@ from ..search.energy import LossFn
 from ..search.polarizer import budget
 from ..search.pruner import SFPKPruner
 from ..search.result import PruneResult
-from ..search.settings import check_together, chosen
+from ..search.settings import FIELDS, check_together, chosen
 from ..utils.arguments import called, check_loader, check_loss_fn
 from ..utils.files import check_writable, load_state, save_state
 from .gradual_state import GradualState, Progress
@@ -77,7 +77,7 @@ class GradualPruner:
         TypeError, ValueError: a bad argument; as for :class:`SFPKPruner`.
     """
 
-    @called(_CALL)
+    @called(_CALL, **FIELDS)
     def __init__(
         self,
         model: nn.Module,

@@ -50,6 +50,9 @@ class GradualResult:
     particles: Tensor  # (n, d), on the CPU
     config: SFPKConfig
 
+    def __repr__(self) -> str:
+        return f"GradualResult({self.mask!r}, {len(self.history)} shots, {len(self.particles)} particles)"
+
 
 def schedule_shots(
     config: SFPKConfig,

@@ -67,7 +67,8 @@ class Attempt:
         who = f"particles 0 … {moved - 1} have moved" if moved else "the particles have not moved"
         if hasattr(error, "add_note"):  # Python ≥ 3.11
             error.add_note(f"sfpk_kernels: in step {self._number} of {run.config.n_steps}; {who}")
-            error.add_note(mode_note(run.config))
+            if isinstance(error, Exception):  # no interruption
+                error.add_note(mode_note(run.config))
         if moved:  # no later step would be what it should
             self._broken = f"step {self._number} stopped half-way, {who}"
         else:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..modeling.batches import BatchStream
 from ..modeling.state import autograd_allowed, seeded
 from ..modeling.turns import Turns, end_contexts, lock
+from ..utils.threads import warn_of_spinning
 from .records import StepRecord
 from .result import PruneResult
 from .resumable import Resumable
@@ -87,6 +88,7 @@ class Loop(Resumable):
                 result = self._loop(loader, progress, target if save_every else None, save_every or 1)
             except BaseException as error:
                 end_contexts(error)
+                self._file.note(error)
                 raise
         result.warn_of_dead_layers()
         return result
@@ -95,6 +97,8 @@ class Loop(Resumable):
         self, loader: Iterable[Any], progress: bool | None, target: str | os.PathLike[str] | None, every: int
     ) -> PruneResult:
         run, n = self._run, self.config.n_particles
+        if self.coordinates.device.type == "cpu":
+            warn_of_spinning()
         remaining = self.config.n_steps - run.system.step
         # Its own random stream from step to step, because a loader draws its order when it begins, and more on the way.
         turns = Turns(run.seed_of(0), self.coordinates.device)

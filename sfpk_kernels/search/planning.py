@@ -20,7 +20,7 @@ from ..utils.arguments import called, check_loader, check_loss_fn
 from ..utils.memory import available_bytes, format_bytes
 from .energy import Choice, LossFn, ParticleEnergy, energy_of
 from .polarizer import budget, score_kinds
-from .settings import check_together, chosen
+from .settings import FIELDS, check_together, chosen
 
 CALL = "plan(model, loader, sparsity, loss_fn=…)"
 
@@ -51,7 +51,7 @@ class Plan:
     model_parts: dict[str, int]  # bytes on the model's device, where it is another
     available: int | None  # bytes; on the device of the particles
     model_available: int | None
-    seconds_per_step: float
+    seconds_per_step: float  # 0: not measured, the run was refused before its first pass
     alternatives: dict[str, int]  # what would take less, and its bytes
 
     @property
@@ -90,10 +90,9 @@ class Plan:
         if self.model_parts:
             rows += [(f"{name} (GPU)", format_bytes(size)) for name, size in self.model_parts.items() if size]
             rows.append(("peak (GPU)", format_bytes(sum(self.model_parts.values())) + _of(self.model_available)))
-        rows.append((
-            "time",
-            f"{self.seconds_per_step:.3g} s a step, {_duration(self.seconds_per_step * self.steps)} for {self.steps}",
-        ))  # fmt: skip
+        total = _duration(self.seconds_per_step * self.steps)
+        measured = f"{self.seconds_per_step:.3g} s a step, {total} for {self.steps}"
+        rows.append(("time", measured if self.seconds_per_step else "not measured"))
         width = max(len(name) for name, _ in rows)
         head = f"{self.particles} particles of {self.coordinates:,} weights, update={self.update!r}"
         how = f"energies: {self.choice.mode} ({self.choice.reason})"
@@ -110,7 +109,7 @@ class Plan:
         return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits}
 
 
-@called(CALL)
+@called(CALL, **FIELDS)
 @autograd_allowed()
 def plan(
     model: nn.Module,

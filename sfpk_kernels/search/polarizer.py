@@ -17,7 +17,11 @@ from ..ops import Cut, masked_weights, topk_mask, topk_threshold
 
 @dataclass(frozen=True)
 class Polarized:
-    """The binary particles P_i, described by values and a cut rather than written as masks."""
+    """The binary particles P_i, described by values and a cut rather than written as masks.
+
+    Beside a cut the values are the live particles, not a copy: a row is what it was polarized to until that particle
+    moves, and not to be read any more then.
+    """
 
     values: Tensor  # (n, d) particles beside a cut; without one a bool mask, or factors
     cut: Cut | None = None  # (n, 1)

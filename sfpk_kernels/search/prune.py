@@ -14,12 +14,12 @@ from ..utils.arguments import called, check_loader
 from .energy import LossFn
 from .pruner import SFPKPruner
 from .result import PruneResult
-from .settings import chosen
+from .settings import FIELDS, chosen
 
 _CALL = "prune(model, loader, sparsity, loss_fn=…)"
 
 
-@called(_CALL, checkpoints="waypoints=[…]")
+@called(_CALL, checkpoints="waypoints=[…]", **FIELDS)
 def prune(
     model: nn.Module,
     loader: Iterable[Any],

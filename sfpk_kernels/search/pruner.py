@@ -21,7 +21,7 @@ from .nonfinite import standing_still
 from .reading import read_together
 from .records import StepRecord
 from .run import Run
-from .settings import chosen
+from .settings import FIELDS, chosen
 from .step import move_particles
 
 _CALL = "SFPKPruner(model, sparsity, loss_fn=…)"
@@ -63,7 +63,7 @@ class SFPKPruner(Loop):
         MemoryError: particles and weights alone will not fit.
     """
 
-    @called(_CALL, checkpoints="waypoints=[…]")
+    @called(_CALL, checkpoints="waypoints=[…]", **FIELDS)
     @alone
     @autograd_allowed()
     def __init__(

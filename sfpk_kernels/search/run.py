@@ -132,7 +132,8 @@ class Run:
         except BaseException as error:
             if hasattr(error, "add_note"):  # Python ≥ 3.11
                 error.add_note("sfpk_kernels: in the trial pass before step 1; the particles have not moved")
-                error.add_note(mode_note(self.config))
+                if isinstance(error, Exception):  # no interruption
+                    error.add_note(mode_note(self.config))
             raise
         logger.info("%s", plan)
         plan.check()

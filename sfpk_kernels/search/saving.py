@@ -24,6 +24,13 @@ class RunFile:
         """Whether ``path`` was written, or read, at this step."""
         return self._last == (os.path.realpath(path), step)
 
+    def note(self, error: BaseException) -> None:
+        """Have an interruption say where the run goes on."""
+        if self._last is None or isinstance(error, Exception) or not hasattr(error, "add_note"):  # Python ≥ 3.11
+            return
+        path, step = self._last
+        error.add_note(f"sfpk_kernels: step {step} is saved, resume={path!r} goes on from it")
+
     def forget(self) -> None:
         """The run is another one than in any file."""
         self._last = None

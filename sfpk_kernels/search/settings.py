@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,13 @@ from torch import nn
 from ..config import SFPKConfig
 from ..execution import Execution
 from ..modeling.state import BATCH_NORMS
+
+# Fields given to an entry by themselves, and how they are given.
+FIELDS = {
+    **{field.name: f"config=SFPKConfig(sparsity=…, {field.name}=…)" for field in dataclasses.fields(SFPKConfig)},
+    **{field.name: f"execution=Execution({field.name}=…)" for field in dataclasses.fields(Execution)},
+}
+del FIELDS["sparsity"]
 
 
 def chosen(

@@ -28,7 +28,7 @@ def called(call: str, **renamed: str) -> Callable[[_Call], _Call]:
 
     Args:
         call: as in "prune(model, loader, sparsity, loss_fn=…)".
-        renamed: keywords of earlier versions, and what they are now.
+        renamed: keywords of earlier versions, or that belong into another argument, and what they are here.
     """
 
     def decorate(function: _Call) -> _Call:

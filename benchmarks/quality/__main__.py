@@ -1,0 +1,45 @@
+"""``python -m benchmarks.quality``: measure what is missing, write the tables."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from .methods import METHODS
+from .records import read
+from .study import TASKS, cells, run
+from .tables import tables
+
+RESULTS = Path(__file__).parents[1] / "results" / "quality-cpu.jsonl"
+PASSES = (60, 300, 1000)
+
+
+def main() -> int:
+    """Exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--sparsities", nargs="+", type=float, metavar="S", help="default: those of each task")
+    parser.add_argument("--passes", nargs="+", type=int, default=list(PASSES), metavar="COUNT")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--quick", action="store_true", help="one seed, 60 passes: at most 15 minutes on two cores")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help="appended to")
+    parser.add_argument("--tables", action="store_true", help="only print the tables of what is there")
+    options = parser.parse_args()
+    if options.quick:
+        options.passes, options.seeds = [60], 1
+    logging.getLogger("sfpk_kernels").setLevel(logging.ERROR)  # alarms of settings that are poor on purpose
+    torch.set_num_threads(1)  # the same sums on every machine with other cores
+    if not options.tables:
+        wanted = cells(options.tasks, options.methods, options.sparsities, options.passes, range(options.seeds))
+        run(wanted, options.out, lambda line: print(line, file=sys.stderr, flush=True))
+    print(tables(read(options.out), options.passes))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""One JSON line per cell; what is there is not measured again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SCHEMA = 1
+
+
+class Cell(NamedTuple):
+    """One measurement."""
+
+    task: str
+    method: str
+    sparsity: float
+    passes: int  # 0 for methods that need none
+    seed: int
+
+
+class Row(NamedTuple):
+    """What it gave."""
+
+    cell: Cell
+    value: float  # of the task's metric
+    dense: float  # likewise, before
+    kept: int  # weights
+    seconds: float
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a file, in order; of a cell measured again the last; a line cut by a killed process is left out.
+
+    Raises:
+        ValueError: another schema.
+    """
+    rows: dict[Cell, Row] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry.get("schema") != SCHEMA:
+            raise ValueError(f"{path}: wanted rows of schema {SCHEMA}, got {entry.get('schema')!r}")
+        cell = Cell(*(entry[name] for name in Cell._fields))
+        rows[cell] = Row(cell, entry["value"], entry["dense"], entry["kept"], entry["seconds"])
+    return list(rows.values())
+
+
+def append(path: Path, row: Row, about: dict[str, Any]) -> None:
+    """Write a row at the end, with where and with what it was measured."""
+    entry = {"schema": SCHEMA, **row.cell._asdict(), **row._asdict(), **about}
+    del entry["cell"]
+    cut = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")  # by a killed process
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if cut else "") + json.dumps(entry) + "\n")
+
+
+def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """Those whose cell has these values."""
+    return [row for row in rows if all(getattr(row.cell, name) == value for name, value in wanted.items())]

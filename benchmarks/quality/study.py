@@ -1,0 +1,62 @@
+"""Measure the cells that are missing, one after the other; killed at any moment, it goes on where it was."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from sfpk_kernels import __version__
+
+from . import encoder, images, text
+from .methods import METHODS, WITHOUT_PASSES
+from .records import Cell, Row, append, read
+from .task import Problem, Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (*images.TASKS, *text.TASKS, *encoder.TASKS)}
+
+
+def cells(
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    sparsities: Sequence[float] | None,  # None: those of each task
+    passes: Sequence[int],
+    seeds: Sequence[int],
+) -> Iterator[Cell]:
+    """The cells of a study, seed by seed: what is stopped early has all of the first seeds."""
+    for seed in seeds:
+        for task in tasks:
+            for sparsity in TASKS[task].sparsities:
+                if sparsities is not None and sparsity not in sparsities:
+                    continue
+                for method in methods:
+                    for count in (0,) if method in WITHOUT_PASSES else passes:
+                        yield Cell(task, method, sparsity, count, seed)
+
+
+def run(wanted: Iterable[Cell], path: Path, say: Callable[[str], None]) -> None:
+    """Measure what ``path`` does not hold yet, and append it."""
+    known = {row.cell for row in read(path)}
+    built: tuple[tuple[str, int], Problem, float] | None = None
+    about = {"version": __version__, "torch": importlib.metadata.version("torch"), "threads": torch.get_num_threads()}
+    for cell in wanted:
+        if cell in known:
+            continue
+        if built is None or built[0] != (cell.task, cell.seed):
+            problem = TASKS[cell.task].build(cell.seed)
+            built = (cell.task, cell.seed), problem, problem.measure(copy.deepcopy(problem.model))
+        _, problem, dense = built
+        started = time.perf_counter()
+        mask = METHODS[cell.method](problem, cell.sparsity, cell.passes, cell.seed)
+        seconds = time.perf_counter() - started
+        value = problem.measure(mask.apply_(copy.deepcopy(problem.model)))
+        if not math.isfinite(value):
+            value = -math.inf if TASKS[cell.task].higher else math.inf
+        append(path, Row(cell, value, dense, mask.kept, seconds), about)
+        say(f"{cell.task}, seed {cell.seed}: {cell.method} at {100 * cell.sparsity:g} %, {cell.passes} passes: "
+            f"{value:.3f} (dense {dense:.3f}), {seconds:.1f} s")  # fmt: skip

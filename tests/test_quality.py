@@ -1,0 +1,147 @@
+"""The quality study: cells once each, rows that survive a kill, tables by hand."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.quality import methods, records, study, tables
+from benchmarks.quality.records import Cell, Row
+from benchmarks.quality.task import Problem, Task, shuffled, trained
+from benchmarks.quality.text import CharTransformer
+from sfpk_kernels import Coordinates
+
+
+def small(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)).eval()
+    data = (torch.randn(64, 8), torch.randint(4, (64,)))
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    return Problem(
+        model, loss_fn, lambda other: shuffled(data, 16, other), lambda pruned: -loss_fn(pruned, data).item()
+    )
+
+
+SMALL = Task("small", "small", "minus the loss", True, 0.1, small, (0.5, 0.8))
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    monkeypatch.setattr(study, "TASKS", {"small": SMALL})
+    monkeypatch.setattr(tables, "TASKS", {"small": SMALL})
+
+
+def wanted(names=("sfpk, one particle", "magnitude"), passes=(6, 12), seeds=(0, 1)):
+    return list(study.cells(["small"], names, None, passes, seeds))
+
+
+def test_cells_are_each_once_and_those_without_passes_not_repeated(tasks):
+    found = wanted()
+    assert len(found) == len(set(found)) == 2 * 2 * (2 + 1)
+    assert {cell.passes for cell in found if cell.method == "magnitude"} == {0}
+    assert [cell.seed for cell in found] == sorted(cell.seed for cell in found), "seed by seed"
+    assert {cell.sparsity for cell in study.cells(["small"], ["magnitude"], [0.8], [6], [0])} == {0.8}
+
+
+def test_a_killed_study_goes_on_where_it_was(tasks, tmp_path):
+    path, lines = tmp_path / "rows.jsonl", []
+    study.run(wanted(), path, lines.append)
+    assert len(lines) == 12
+    whole = path.read_text()
+    rows = records.read(path)
+    assert [row.cell for row in rows] == wanted()
+    assert all(row.kept == round((1 - row.cell.sparsity) * 144) for row in rows)
+    cut = whole.splitlines()
+    path.write_text("\n".join(cut[:7]) + "\n" + cut[7][:20])  # killed while it wrote
+    again = []
+    study.run(wanted(), path, again.append)
+    assert len(again) == 5
+    assert {(row.cell, row.value) for row in records.read(path)} == {(row.cell, row.value) for row in rows}
+    study.run(wanted(), path, again.append)
+    assert len(again) == 5, "all is there"
+
+
+def test_rows_of_another_schema_are_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"schema": 99}) + "\n")
+    with pytest.raises(ValueError, match="wanted rows of schema 1, got 99"):
+        records.read(path)
+
+
+def rows(**values):
+    """By method: values at 80 %, one per seed, passes 60; magnitude without."""
+    return [
+        Row(Cell("small", name, 0.8, 0 if name == "magnitude" else 60, seed), value, 97.0, 10, 1.0)
+        for name, seeds in values.items()
+        for seed, value in enumerate(seeds)
+    ]
+
+
+def test_tables_by_hand(tasks):
+    found = rows(ours=[90.0, 92.0, 94.0], rival=[91.0, 91.0, 91.0], magnitude=[10.0, 20.0, 30.0])
+    accuracy = dataclasses.replace(SMALL, metric="accuracy", unit=0.3)
+    lines = tables.table(accuracy, found, 60).splitlines()
+    assert lines[0] == "| small; accuracy, 60 passes | 80 % |"
+    assert lines[2] == "| dense | 97.0 ± 0.0 |"
+    assert lines[3] == "| ours | **92.0 ± 2.0** |"
+    assert lines[4] == "| rival | 91.0 ± 0.0 |", "its own standard error is 0"
+    assert lines[5] == "| magnitude | 20.0 ± 10.0 |"
+    loss = dataclasses.replace(SMALL, higher=False, unit=0.005)
+    assert "**20.000 ± 10.000**" in tables.table(loss, found, 60)
+    words = tables.difference(accuracy, found, "ours", "rival", 0.8, 60)
+    assert words == f"+1.000 ± {2 / math.sqrt(3):.3f} (3 seeds)"
+    assert tables.difference(accuracy, found, "ours", "magnitude", 0.8, 60).startswith("+72.000 ± ")
+    assert tables.difference(accuracy, found, "ours", "nobody", 0.8, 60) == ""
+    assert tables.tables(found, [60, 300]).count("accuracy") == 0
+    assert tables.tables(found, [60, 300]).count("60 passes") == 1
+
+
+def test_a_network_is_trained_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.quality.task.FOLDER", tmp_path / "networks")
+    calls = []
+
+    def train(model):
+        calls.append(1)
+        with torch.no_grad():
+            model.weight.fill_(3.0)
+
+    first = trained("net", lambda: nn.Linear(2, 2), train, "recipe")
+    again = trained("net", lambda: nn.Linear(2, 2), train, "recipe")
+    assert len(calls) == 1
+    assert torch.equal(first.weight, again.weight)
+    assert not again.training
+    trained("net", lambda: nn.Linear(2, 2), train, "another recipe")
+    assert len(calls) == 2
+
+
+def test_batches_take_every_sample_equally_often():
+    data = (torch.arange(10), torch.arange(10))
+    some = list(itertools.islice(shuffled(data, 5, 3), 6))
+    counts = torch.cat([x for x, _ in some]).bincount(minlength=10)
+    assert counts.tolist() == [3] * 10
+    assert torch.equal(some[0][0], next(shuffled(data, 5, 3))[0])
+    assert not torch.equal(some[0][0], some[2][0])
+
+
+def test_tasks_are_what_their_titles_say():
+    assert Coordinates(CharTransformer()).d == 59_904
+    assert sorted(task.name for task in study.TASKS.values() if task.kept_out) == ["lm-source", "mnist-vit"]
+    assert all(0 < s < 1 for task in study.TASKS.values() for s in task.sparsities)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_keeps_as_many_as_it_should_and_leaves_the_model(name):
+    problem = small(0)
+    before = copy.deepcopy(problem.model.state_dict())
+    mask = methods.METHODS[name](problem, 0.75, 12, 0)
+    assert mask.kept == pytest.approx(36, abs=3 if "authors" in name else 0)  # their thresholds keep ties
+    assert all(torch.equal(value, before[key]) for key, value in problem.model.state_dict().items())
