@@ -1,6 +1,9 @@
 """Shared fixtures: GPU policy, quiet threads, small models."""
 
+import base64
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,10 @@ from torch import nn
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is imported
+    if find_spec("triton"):
+        from . import interpreter
+
+        interpreter.patch_once()
 
 REQUIRE_GPU = os.environ.get("SFPK_REQUIRE_GPU") == "1"
 
@@ -43,6 +50,34 @@ def _poisoned_memory(request):
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def one_tile(monkeypatch):
+    """Interpreted, Triton's selection goes through one tile a program instead of 16, of which few columns fill one."""
+    if not torch.cuda.is_available() and find_spec("triton"):
+        from sfpk_kernels.ops.selection import triton_backend
+
+        monkeypatch.setattr(triton_backend, "_TILES", 1)
+        monkeypatch.setattr(triton_backend, "_CHUNK", triton_backend._BLOCK)
+
+
+# A picture of one point.
+POINT = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures of reports are made but not drawn, which takes most of a report's time: a point is written instead."""
+    if find_spec("matplotlib"):
+        from matplotlib.figure import Figure
+
+        def savefig(self, target, **options):
+            target.write_bytes(POINT) if isinstance(target, Path) else target.write(POINT)
+
+        monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 @pytest.fixture

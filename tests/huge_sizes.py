@@ -19,6 +19,7 @@ from sfpk_kernels import _triton
 from sfpk_kernels.ops import Blocks, mask_gradient, masked_weights, topk_mask, topk_threshold, transition_
 from sfpk_kernels.ops.transition import Step, TransitionSpec, TransitionStats, triton_backend, triton_kernels
 
+from .interpreter import patch_once
 from .sparse import sparse
 
 SIZES = (2**26, 85_000_000, 2**30, 2**32)
@@ -139,7 +140,7 @@ def far_rows() -> None:
         )
         torch.testing.assert_close(far, near, rtol=1e-6, atol=1e-6)
     for count in (5, 13):
-        masks, grads = torch.rand(count, d) + 0.5, torch.randn(count, d)
+        masks, grads = torch.rand(count, 1300) + 0.5, torch.randn(count, 1300)  # several tiles
         moved, options = far_apart(masks), {"step": 0.05, "radius": 2.0, "repulsion": 0.2, "backend": "triton"}
         stats = transition_(moved, far_apart(grads), **options)
         expected = transition_(masks, grads, **options)
@@ -154,6 +155,7 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
+    patch_once()
     for name, (check, *arguments) in CHECKS.items():
         if name.startswith(sys.argv[1]):
             check(*arguments)

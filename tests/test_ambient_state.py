@@ -9,6 +9,8 @@ import torch
 
 from sfpk_kernels import ops
 
+pytestmark = pytest.mark.usefixtures("one_tile")
+
 PACKAGE = Path(__file__).parent.parent / "sfpk_kernels"
 
 # A tensor made by one of these takes dtype and device from the process where the call does not say them.

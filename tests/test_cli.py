@@ -50,6 +50,7 @@ def test_prune_writes_masks_report_and_says_what(tmp_path, capsys):
     assert capsys.readouterr().out == f"{out / 'report.html'}\n"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_lines_without_a_terminal_and_quiet(tmp_path, capsys):
     assert main(["prune", "tests.cli_task:without_eval", *QUICK, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()
@@ -60,6 +61,7 @@ def test_lines_without_a_terminal_and_quiet(tmp_path, capsys):
     assert said.out == said.err == ""
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_json_is_all_there_is_on_stdout(tmp_path, capsys):
     """Whatever the task prints, and whatever number it evaluates to."""
     for quiet in ([], ["--quiet"]):
@@ -104,6 +106,7 @@ def test_output_that_cannot_be_written(tmp_path):
     assert (done.returncode, done.stderr) == (1, "sfpk info: [Errno 28] No space left on device\n")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_masks_of_an_earlier_run_are_named(tmp_path, capsys, caplog):
     command = ["prune", "tests.cli_task:without_eval", *QUICK, "--out", str(tmp_path), "--quiet", "--waypoints"]
     assert main([*command, "0.2", "0.4"]) == 0
@@ -114,6 +117,7 @@ def test_masks_of_an_earlier_run_are_named(tmp_path, capsys, caplog):
     assert (metadata["sparsity"], metadata["config"]["n_steps"]) == (0.6, 6)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     arguments = ["prune", "tests.cli_task:without_eval", *QUICK, "--out", str(tmp_path)]
@@ -140,6 +144,7 @@ def test_plan_runs_nothing(tmp_path, capsys, monkeypatch):
     assert not out.exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_save_and_resume(tmp_path, capsys):
     arguments = ["prune", TASK, *QUICK, "--out", str(tmp_path), "--json"]
     assert main([*arguments, "--save-every", "2", "--resume"]) == 0
@@ -176,6 +181,7 @@ def test_every_setting_is_an_option_with_its_description(capsys):
     assert "fraction of the prunable weights that is REMOVED" in " ".join(text.split())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_options_reach_the_config(tmp_path, capsys):
     options = ["--preset", "paper", "--no-retract", "--final-score", "none", "--chunk-size", "2", "--radius", "1.7"]
     assert main(["prune", TASK, *QUICK, *options, "--out", str(tmp_path), "--quiet"]) == 0
@@ -246,6 +252,7 @@ def test_traceback_on_request(tmp_path, capsys):
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_pruned_can_be_said(tmp_path, capsys):
     arguments = ["prune", TASK, *QUICK, "--out", str(tmp_path), "--json", "--ignore", "re:2", "--include-biases"]
     assert main(arguments) == 0
@@ -255,6 +262,7 @@ def test_what_is_pruned_can_be_said(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["coordinates"] == 108
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluation_by_names(tmp_path, capsys):
     assert main(["prune", "tests.cli_task:named_numbers", *QUICK, "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
@@ -262,6 +270,7 @@ def test_evaluation_by_names(tmp_path, capsys):
     assert "one: 1 dense, 1 pruned" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_batchnorm_is_estimated_again_before_the_evaluation(tmp_path, capsys):
     arguments = ["prune", "tests.cli_task:batchnorm", *QUICK, "--out", str(tmp_path), "--json"]
     assert main(arguments) == 0
@@ -391,6 +400,7 @@ def test_info_as_json(capsys):
     assert "cpu" in facts["ops"]["transition"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_demo_json(tmp_path, capsys, monkeypatch):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")

@@ -23,6 +23,7 @@ def written(folder, name, **settings):
     return str(path)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", ["settings.json", TOML])
 def test_settings_come_from_a_file_and_options_go_before_them(tmp_path, name, capsys):
     settings = {"preset": "paper", "sparsity": 0.5, "n_particles": 2, "n_steps": 4, "energy_mode": "sequential"}

@@ -17,12 +17,13 @@ import os, sys
 class Finder:
     def find_spec(self, name, *_):
         if name == "torch":
-            print({n: os.environ.get(n) for n in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")})
-            sys.meta_path.remove(self)
+            print({n: os.environ.get(n) for n in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")}, flush=True)
+            os._exit(0)
 sys.meta_path.insert(0, Finder())
 import sfpk_command
 assert "torch" not in sys.modules
-raise SystemExit(sfpk_command.main(["--version"]))
+sfpk_command.main(["--version"])
+raise AssertionError("torch was not loaded")
 """
 
 

@@ -41,7 +41,7 @@ def test_demo_writes_what_it_says(tmp_path):
     lines = []
     config = {"n_particles": 2, "n_steps": 4}
     demo = Demo(tmp_path / "out", full=True, progress=False, say=lines.append,
-                sparsities=[0.5, 0.95], seeds=[0, 1], epochs=3, config=config)  # fmt: skip
+                sparsities=[0.5, 0.95], seeds=[0, 1], epochs=2, config=config)  # fmt: skip
     returned = demo.run()
     report = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert report == returned

@@ -39,16 +39,17 @@ def test_second_derivative_by_the_mask_by_hand():
     assert mixed.tolist() == [24.0, 140.0]
 
 
+SMALL = [Blocks(2, 2, 1), Blocks(1, 1, 2)]  # 6 weights, 3 coordinates: the checks go by every pair of entries
 CASES = {
-    "flat": (lambda w, m: masked_weights(w, m), (7,), (7,)),
-    "rows": (lambda w, m: masked_weights(w, m), (7,), (3, 7)),
-    "no rows": (lambda w, m: masked_weights(w, m), (7,), (0, 7)),
-    "layout": (lambda w, m: masked_weights(w, m, layout=LAYOUT), (10,), (2, 5)),
-    "list": (lambda w, m: torch.cat([t.flatten(1) for t in masked_weights([w, w[0]], m)], 1), (2, 3), (2, 9)),
-    "gradient": (lambda w, g: mask_gradient(w, g), (7,), (3, 7)),
-    "gradient of one": (lambda w, g: mask_gradient(w, g), (7,), (7,)),
-    "gradient layout": (lambda w, g: mask_gradient(w, g, layout=LAYOUT), (10,), (2, 10)),
-    "gradient list": (lambda w, g: mask_gradient([w, w[0]], [g, g[:, 0]]), (2, 3), (4, 2, 3)),
+    "flat": (lambda w, m: masked_weights(w, m), (4,), (4,)),
+    "rows": (lambda w, m: masked_weights(w, m), (4,), (3, 4)),
+    "no rows": (lambda w, m: masked_weights(w, m), (4,), (0, 4)),
+    "layout": (lambda w, m: masked_weights(w, m, layout=SMALL), (6,), (2, 3)),
+    "list": (lambda w, m: torch.cat([t.flatten(1) for t in masked_weights([w, w[0]], m)], 1), (2, 2), (2, 6)),
+    "gradient": (lambda w, g: mask_gradient(w, g), (4,), (3, 4)),
+    "gradient of one": (lambda w, g: mask_gradient(w, g), (4,), (4,)),
+    "gradient layout": (lambda w, g: mask_gradient(w, g, layout=SMALL), (6,), (2, 6)),
+    "gradient list": (lambda w, g: mask_gradient([w, w[0]], [g, g[:, 0]]), (2, 2), (3, 2, 2)),
 }
 
 

@@ -27,5 +27,8 @@ def test_peaks(provider):
     found = peak.measure("wide-mlp", provider, n_particles=2, energy_mode="sequential")
     d = 64 * 2048 + 2048**2 + 2048 * 10
     assert found["measured"] > 4 * 4 * d  # particles and gradients at least
+
+
+def test_a_peak_that_cannot_be_measured_says_why():
     with pytest.raises(RuntimeError, match="no-such-model"):
-        peak.measure("no-such-model", provider)
+        peak.measure("no-such-model", "ours")

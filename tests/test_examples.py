@@ -2,12 +2,12 @@
 
 import importlib.util
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from .processes import python
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CHECKED = {"prune_resnet.py", "prune_minilm.py", "resume.py", "prune_gradually.py"}  # by their figures, below
@@ -24,9 +24,7 @@ def example(name):
     "path", sorted(path for path in EXAMPLES.glob("*.py") if path.name not in CHECKED), ids=lambda path: path.name
 )
 def test_runs(path):
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert python(f"import runpy\nrunpy.run_path({str(path)!r}, run_name='__main__')").strip()
 
 
 def test_resnet(capsys):

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import pytest
 
 from sfpk_kernels.cli import main
 from sfpk_kernels.utils import extras
+
+from .processes import Forked
 
 try:
     import tomllib
@@ -19,7 +20,9 @@ except ModuleNotFoundError:  # Python 3.10
 ROOT = Path(__file__).resolve().parent.parent
 
 ABSENT = """
-import sys
+import os, sys
+os.chdir({folder!r})
+assert not {modules!r} & {{name.partition(".")[0] for name in sys.modules}}
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {modules!r} else find(name, *rest)
@@ -63,14 +66,11 @@ def test_a_missing_package_is_named_with_a_command_that_installs_it(part, tmp_pa
         results.mkdir(parents=True)
         for file in (ROOT / "benchmarks" / "results").glob("*.jsonl"):
             (results / file.name).write_bytes(file.read_bytes())
-    done = subprocess.run(
-        [sys.executable, "-c", ABSENT.format(modules=modules) + code],
-        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert f"pip install {packages}" in done.stderr, done.stderr
-    assert "sfpk_kernels[" not in done.stderr
+    exitcode, _, errors = Forked(ABSENT.format(folder=str(tmp_path), modules=modules) + code, dict(os.environ)).wait()
+    assert f"pip install {packages}" in errors, errors
+    assert "sfpk_kernels[" not in errors
     if part != "bench":
-        assert done.returncode != 0, "else it was not missing"
+        assert exitcode != 0, "else it was not missing"
 
 
 def test_no_word_proposes_an_index_that_does_not_have_us():

@@ -12,6 +12,8 @@ import torch
 
 from sfpk_kernels import _build, _compile, _extension, _first_use
 
+from .processes import Forked
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Stands in for `python -m sfpk_kernels._compile`: takes a while, counts itself, leaves what counts as a library.
@@ -53,6 +55,12 @@ except ImportError:  # the empty file
 """
 
 
+def said(process):
+    """All that it wrote, once it has ended."""
+    _, output, errors = process.wait()
+    return errors + output
+
+
 class Cache:
     """A cache folder and processes that build into it."""
 
@@ -64,14 +72,10 @@ class Cache:
 
     def start(self, **environment):
         inherited = {k: v for k, v in os.environ.items() if k != "SFPK_BUILD"}
-        environment = {**inherited, "SFPK_CACHE_DIR": str(self.folder), "PYTHONPATH": str(ROOT), **environment}
-        return subprocess.Popen(
-            [sys.executable, "-c", self.code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
+        return Forked(self.code, {**inherited, "SFPK_CACHE_DIR": str(self.folder), **environment})
 
     def ask(self, **environment):
-        return self.start(**environment).communicate(timeout=120)[0]
+        return said(self.start(**environment))
 
     @property
     def builds(self):
@@ -88,7 +92,7 @@ def wait_for(condition, seconds=60.0):
 def test_many_processes_build_once_and_one_says_so(tmp_path):
     cache = Cache(tmp_path, seconds=3)
     processes = [cache.start() for _ in range(4)]
-    texts = [process.communicate(timeout=120)[0] for process in processes]
+    texts = [said(process) for process in processes]
     assert cache.builds == ["cpu"]
     assert all("BUILT True" in text for text in texts), texts
     assert sum("compiling the C++ extension" in text for text in texts) == 1
@@ -108,7 +112,7 @@ def test_a_killed_build_is_taken_over(tmp_path, victim):
         os.killpg(first.pid, signal.SIGKILL)
     os.kill(compiler, signal.SIGKILL)
     text = cache.ask() if victim == "both" else cache.ask(SFPK_BUILD="cpu")
-    first.communicate(timeout=60)
+    said(first)
     assert "BUILT True" in text
     assert not left.exists()
     assert len(cache.builds) == 2
@@ -124,7 +128,7 @@ def test_an_orphaned_build_is_waited_for(tmp_path):
     assert "BUILT True" in text
     assert "waiting for another process" in text
     assert cache.builds == ["cpu"]
-    first.communicate(timeout=60)
+    said(first)
 
 
 def test_a_failed_build_is_remembered_and_named(tmp_path):

@@ -1,16 +1,13 @@
 """No size overflows an integer in a Triton kernel, up to 2^32 columns; see integer_proof.py."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from .processes import module, python
+
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[1]
 EVERY_KERNEL = {
     "apply", "choose_digit", "combine", "count_digits", "count_ties", "find_chunk", "find_tie", "group_sums",
     "products", "write_mask",
@@ -75,21 +72,10 @@ def masks(x, n, d, BLOCK: tl.constexpr):
 """
 
 
-def python(*words):
-    # A process of its own: in this one the kernels are interpreted.
-    paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *words], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()[-1]
-
-
 @pytest.mark.parametrize("group", ["few", pytest.param("many", marks=pytest.mark.slow)])
 def test_every_size_fits(group):
-    found = json.loads(python("-m", "tests.integer_proof", group))
+    # A process of its own: in this one the kernels are interpreted.
+    found = json.loads(module("tests.integer_proof", group, TRITON_INTERPRET=None).splitlines()[-1])
     assert found["faults"] == []
     assert EVERY_KERNEL | {f"transition {stage}" for stage in EVERY_STAGE} <= set(found["kernels"])
 
@@ -98,7 +84,7 @@ def test_what_does_not_fit_is_found(tmp_path):
     """Products of rows and strides, loops that do not advance, program ids, comparisons in masks."""
     (tmp_path / "kernels.py").write_text(KERNELS)
     rows, rows_widened, hops, hops_widened, programs, masks, branches = json.loads(
-        python("-c", WRONG.format(folder=str(tmp_path)))
+        python(WRONG.format(folder=str(tmp_path)), TRITON_INTERPRET=None).splitlines()[-1]
     )
     assert rows > 0
     assert hops > 0

@@ -38,8 +38,14 @@ SLOW = [
     ],
 )
 def test_the_predicted_peak_is_the_measured_one_within_15_percent(model, options):
-    # The median of three: what the heap keeps in holes differs from run to run by some percent.
-    found = [peak.measure(model, "ours", **{"n_particles": 5, "n_steps": 2, **options}) for _ in range(3)]
+    # The median of three: what the heap keeps in holes differs from run to run by some percent. Where the first two
+    # are within, so is the median.
+    found = []
+    for _ in range(3):
+        found.append(peak.measure(model, "ours", **{"n_particles": 5, "n_steps": 2, **options}))
+        within = [each["predicted"] == pytest.approx(each["measured"], rel=0.15) for each in found]
+        if within == [True, True]:
+            break
     measured = statistics.median(each["measured"] for each in found)
     assert measured > 100e6, "too little to tell"
     assert found[0]["predicted"] == pytest.approx(measured, rel=0.15), found

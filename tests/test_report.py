@@ -82,6 +82,7 @@ def test_one_particle_has_no_band_and_no_spread(mlp, vectors, tmp_path):
         assert sorted(axes.get_legend_handles_labels()[1]) == labels
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "damage",
     [{"history": 3}, {"summary": {}}, {"curve": ["x"]}, {"config": None}, {"baselines": [{}]}, {"layer_densities": []}],
@@ -184,6 +185,7 @@ def test_many_masks_methods_and_layers(mlp, vectors, tmp_path):
     assert prune(mlp, vectors, config=config.replace(n_steps=1, n_particles=1)).report(tmp_path / "one step").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_numbers_that_are_not_finite(result, tmp_path):
     result.history[3].energies[0] = float("nan")
     result.report(tmp_path, [{**ROWS[1], "accuracy_mean": np.float32(0.5)}])
@@ -192,6 +194,7 @@ def test_numbers_that_are_not_finite(result, tmp_path):
     assert saved["baselines"][0]["accuracy_mean"] == 0.5
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_numbers_of_torch_and_numpy_in_rows(result, tmp_path):
     row = {**ROWS[0], "accuracy_mean": torch.tensor(0.5), "accuracy_std": np.float32(0.25), "seeds": np.int64(3)}
     result.report(tmp_path, [row], dense_accuracy=np.array(0.75))
@@ -200,11 +203,13 @@ def test_numbers_of_torch_and_numpy_in_rows(result, tmp_path):
     assert saved["dense_accuracy"] == 0.75
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_markup_in_names_is_text(result, tmp_path):
     result.history[0].alarms.append("<script>alert(1)</script>")
     assert "<script>" not in result.report(tmp_path).read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_wrong_input(result, tmp_path):
     with pytest.raises(
         ValueError, match="baselines: wanted rows with method, sparsity and accuracy_mean, got one without"
@@ -249,6 +254,7 @@ def test_plain_numbers():
 NAMES = ["report.json", "loss.png", "particles.png", "layers.png", "baselines.png", "report.html"]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_no_regular_file_stays(mlp, vectors, tmp_path, name):
     """Also a picture that this report has none of, which would be removed."""
@@ -277,6 +283,7 @@ def test_what_is_no_regular_file_stays(mlp, vectors, tmp_path, name):
             result.report(tmp_path)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("failing", NAMES)
 def test_a_report_that_cannot_be_written_names_what_is_safe(mlp, vectors, tmp_path, monkeypatch, failing):
     result, replace = small(mlp, vectors), os.replace

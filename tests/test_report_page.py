@@ -25,6 +25,8 @@ from sfpk_kernels.utils.smoothing import running_median
 
 from .html_page import Page
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROWS = [
     {"method": "magnitude", "sparsity": 0.5, "accuracy_mean": 0.8},
     {"method": "theirs", "sparsity": 0.5, "accuracy_mean": 0.9, "accuracy_std": 0.01},

@@ -1,10 +1,6 @@
 """The C++ selection: bit for bit the reference, whatever the kind of values, guess, threads or instruction set."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from hypothesis import strategies as st
 from sfpk_kernels import _extension
 from sfpk_kernels.ops import Cut, topk_mask, topk_threshold
 
+from .processes import python
 from .selection_cases import DTYPES, INF, KINDS, scores_like
 
 LONG = 40_001  # several chunks, beyond the size that is settled without a sample
@@ -239,12 +236,7 @@ def test_the_number_of_threads_changes_nothing(threads):
 def test_the_instruction_set_changes_nothing(isa):
     """The set is chosen once per process; here and elsewhere, the reference agrees with the widest one."""
     program = "from tests.test_selection_backends import fingerprint; print(fingerprint())"
-    environment = {**os.environ, "SFPK_CPU_ISA": isa}
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) == fingerprint()
+    assert int(python(program, SFPK_CPU_ISA=isa)) == fingerprint()
 
 
 def bits(x):

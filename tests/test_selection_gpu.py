@@ -37,11 +37,21 @@ def scores(kind, d, generator):
     return values.half() if kind == "half" else values
 
 
+@pytest.mark.usefixtures("one_tile")
 @pytest.mark.parametrize("score", ["value", "abs", "abs_saliency", "mean_abs_saliency"])
 @pytest.mark.parametrize(
-    ("kind", "d"), [("normal", 1), ("normal", 1025), ("special", 1025), ("half", 1025), ("few", 17_000)]
+    ("kind", "d"), [("normal", 1), ("normal", 1025), ("special", 1025), ("half", 1025), ("few", 2500)]
 )
 def test_agrees_with_the_reference(backend, kind, score, d):
+    agree_with_the_reference(backend, kind, score, d)
+
+
+@pytest.mark.parametrize(("kind", "score"), [("few", "value"), ("normal", "mean_abs_saliency")])
+def test_agrees_beyond_a_chunk(backend, kind, score):
+    agree_with_the_reference(backend, kind, score, 17_000)
+
+
+def agree_with_the_reference(backend, kind, score, d):
     generator = torch.Generator().manual_seed(d)
     values = scores(kind, d, generator)
     saliency = torch.rand(d, generator=generator) + 0.1 if "saliency" in score else None
@@ -50,10 +60,11 @@ def test_agrees_with_the_reference(backend, kind, score, d):
     reference, ours = both(backend, topk_threshold, values, counts, **options)
     assert torch.equal(reference.threshold, ours.threshold)
     assert torch.equal(reference.tie_end, ours.tie_end)
-    packing = {1: None, 1025: "uint8", 17_000: "int32"}[d]
+    packing = {1: None, 1025: "uint8"}.get(d, "int32")
     assert torch.equal(*both(backend, topk_mask, values, counts, packed=packing, **options))
 
 
+@pytest.mark.usefixtures("one_tile")
 def test_protected_and_removed(backend):
     generator = torch.Generator().manual_seed(1)
     values, place = scores("few", 3000, generator), torch.rand(3, 3000, generator=generator)
@@ -65,17 +76,26 @@ def test_protected_and_removed(backend):
         assert torch.equal(*both(backend, topk_mask, values, [400, 500, 1400], **aside))
 
 
-def test_lists(backend):
+def agree_on_a_list(backend, longest, counts):
     generator = torch.Generator().manual_seed(2)
-    shapes = [(9, 70), (5,), (0,), (17_001,), (7, 3, 3), ()]
+    shapes = [(9, 70), (5,), (0,), (longest,), (7, 3, 3), ()]
     values = [torch.randint(-2, 3, s, generator=generator).float() for s in shapes]
-    for k in (0, 3, 5000, 15_000, sum(v.numel() for v in values)):
+    for k in (*counts, sum(v.numel() for v in values)):
         for packed in (None, "uint8"):
             reference, ours = both(backend, topk_mask, values, k, packed=packed)
             assert all(torch.equal(a, b) for a, b in zip(reference, ours, strict=True))
         reference, ours = both(backend, topk_threshold, values, k)
         assert torch.equal(reference.threshold, ours.threshold)
         assert torch.equal(reference.tie_end, ours.tie_end)
+
+
+@pytest.mark.usefixtures("one_tile")
+def test_lists(backend):
+    agree_on_a_list(backend, 2100, (0, 3, 700, 1900))
+
+
+def test_a_list_beyond_a_chunk(backend):
+    agree_on_a_list(backend, 17_001, (15_000,))
 
 
 def test_nan_is_an_error_where_the_host_looks(backend, monkeypatch):

@@ -1,9 +1,6 @@
 """Every fast backend of the transition against the fp64 reference: sizes, options, dtypes, strides, threads."""
 
 import itertools
-import os
-import subprocess
-import sys
 import threading
 from importlib.util import find_spec
 
@@ -14,6 +11,8 @@ from hypothesis import strategies as st
 
 from sfpk_kernels import _extension
 from sfpk_kernels.ops import TransitionStats, transition_
+
+from .processes import python
 
 BACKENDS = ["cpp", "triton"]
 HERE = BACKENDS if find_spec("triton") else ["cpp"]
@@ -88,7 +87,9 @@ FEW_OPTIONS = [(False, None, 0.0, 0.2), (True, 0.5, 0.0, 0.0), (True, 0.5, 0.3, 
 @pytest.mark.parametrize(("kernel", "density", "sized"), list(itertools.product(
     ["rbf", "weighted_rbf"], ["l2", "l2_squared"], [False, True])))  # fmt: skip
 def test_options(backend, kernel, density, sized, d):
-    for theta, target, consensus, repulsion in ALL_OPTIONS if backend == "cpp" or GPU else FEW_OPTIONS:
+    # Interpreted, half of the few: each meets every two of kernel, density and sizes.
+    few = FEW_OPTIONS[(kernel == "rbf") ^ (density == "l2") ^ sized :: 2]
+    for theta, target, consensus, repulsion in ALL_OPTIONS if backend == "cpp" or GPU else few:
         masks, grads, vectors = problem(5, fit(backend, d, 130), device=place(backend), sized=sized, theta=theta)
         options = {"kernel": kernel, "density": density, "target_density": target, "consensus": consensus}
         # One coordinate has no tangential part: the result is 1 + rounding, whatever the gradient.
@@ -269,12 +270,7 @@ def test_cpp_on_every_instruction_set(isa):
         "    compare('cpp', *problem(n, d, sized=sized, theta=True), consensus=consensus, target_density=0.5)\n"
         "print('agree')"
     )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = {**os.environ, "SFPK_CPU_ISA": isa, "PYTHONPATH": root}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root, check=False
-    )
-    assert done.stdout.strip() == "agree", done.stderr
+    assert python(code, SFPK_CPU_ISA=isa).strip() == "agree"
 
 
 def test_cpp_kernel_checks_its_arguments():

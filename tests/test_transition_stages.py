@@ -12,6 +12,7 @@ from sfpk_kernels.ops import TransitionStats, transition_
 from sfpk_kernels.ops._named import by_name
 from sfpk_kernels.ops.transition import Columns, Shard, Step, TransitionSpec, _stage_ops, stages
 
+from .pairs import pairwise
 from .test_transition_backends import problem
 
 STEP = {"step": 0.05, "radius": 2.0, "repulsion": 0.2}
@@ -193,11 +194,12 @@ TRITON = [(3, 130, True, torch.float32), (3, 130, False, torch.float16), (9, 70,
           (2, 5001, False, torch.float16)]  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize(("n", "d", "sized", "dtype"), TRITON)
-@pytest.mark.parametrize("options", [OPTIONS[3], {**OPTIONS[15], "only": 1}, {}])
-def test_triton(n, d, sized, dtype, options, count):
+@pytest.mark.parametrize(
+    ("size", "options", "count"), pairwise(TRITON, [OPTIONS[3], {**OPTIONS[15], "only": 1}, {}], [1, 3])
+)
+def test_triton(size, options, count):
     pytest.importorskip("triton")
+    n, d, sized, dtype = size
     spec = TransitionSpec(**{**STEP, "seed": 3, **options})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = []

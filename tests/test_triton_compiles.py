@@ -1,14 +1,10 @@
 """The Triton kernels compile for sm_80 and sm_90 without a GPU: no register spills, shared memory within the limit."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from .processes import module
 
 # Largest dynamic shared memory of a block, in bytes (CUDA programming guide, table of technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -18,7 +14,8 @@ ALL: list[str] = []
 PASSES = ["reduce", "update"]
 SIZED = ("sized weighted theta gram", "sized masksbf16")
 CASES = {
-    "default": [(10, "theta", [*PASSES, "plan"]), (16, "sized gram", [*PASSES, "plan", "finish"])],
+    "plain": [(10, "theta", [*PASSES, "plan"])],
+    "sums": [(16, "sized gram", [*PASSES, "plan", "finish"])],
     "few": [
         (1, "", PASSES),
         (6, "gram", [*PASSES, "whole"]),
@@ -38,29 +35,27 @@ CASES = {
     ],
     "many": [(128, "weighted theta", ALL), (150, "weighted theta", PASSES), (128, "sized masksbf16", PASSES)],
 }
+DEFAULT = [("plain", 80), ("plain", 90), ("sums", 90)]
 
 
-def compiled(module, tmp_path, *arguments):
+def compiled(program, tmp_path, *arguments):
     pytest.importorskip("triton")
     # A process of its own: in this one the kernels are interpreted.
-    paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))  # another Triton may be in front
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    text = module(program, *arguments, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET=None)
+    return json.loads(text.splitlines()[-1])
 
 
 def is_old(row):
     return tuple(map(int, row["triton"].split(".")[:2])) < (3, 6)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    "group", [name if name == "default" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    ("group", "capability"),
+    [
+        pytest.param(group, capability, marks=[] if (group, capability) in DEFAULT else pytest.mark.slow)
+        for group in CASES
+        for capability in SHARED_LIMIT
+    ],
 )
 def test_no_spills_and_shared_memory_within_the_limit(group, capability, tmp_path):
     cases = CASES[group]
