@@ -107,6 +107,11 @@ class SFPKConfig(Settings):
         "score behind the final mask, same names; ``None`` takes the polarizer's.",
         choices=(*POLARIZERS, None),
     )
+    signed_score: bool = setting(
+        False,
+        "rank by m·|θ| with its sign, in polarizer and final score: a weight pushed below 0 ranks last, and does not "
+        "climb back the further it is pushed. ``False`` takes |m|.",
+    )
     retract: bool = setting(True, "rescale every particle onto the schedule after each move.")
     consensus: float = setting(
         0.3,

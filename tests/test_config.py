@@ -67,6 +67,7 @@ def test_replace_checks_again():
         ("seed", -1, ValueError),
         ("retract", 1, TypeError),
         ("settle", None, TypeError),
+        ("signed_score", 1, TypeError),
         ("model_mode", "training", ValueError),
         ("kernel", "gauss", ValueError),
         ("density", "l1", ValueError),
