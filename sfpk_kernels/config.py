@@ -67,9 +67,16 @@ class SFPKConfig(Settings):
     n_steps: int = setting(100, "simulation steps K ≥ 1.", least=1)
     radius: float = setting(
         2.0,
-        "relative localization radius r > 1; the tangential part of a move is sqrt(r² - 1) times the radial part.",
+        "relative localization radius r > 1; the tangential part of a move is sqrt(r² - 1) times the radial part, "
+        'with ``step_length="radius"``.',
         wanted="> 1",
         accepts=lambda x: x > 1,
+    )
+    step_length: str = setting(
+        "radius",
+        'how long the tangential part of a move is: ``"radius"``: in proportion to the density change of the step; '
+        '``"angle"``: an angle that falls linearly to 0 over the run, whatever the density does.',
+        choices=("radius", "angle"),
     )
     repulsion: float = setting(
         0.2, "λ ≥ 0, weight of the pairwise kernel repulsion.", wanted="≥ 0", accepts=lambda x: x >= 0

@@ -68,6 +68,7 @@ def test_replace_checks_again():
         ("retract", 1, TypeError),
         ("settle", None, TypeError),
         ("signed_score", 1, TypeError),
+        ("step_length", "long", ValueError),
         ("model_mode", "training", ValueError),
         ("kernel", "gauss", ValueError),
         ("density", "l1", ValueError),

@@ -15,6 +15,7 @@ from ..execution import Execution
 from ..ops import TransitionStats, transition_
 from . import state_checks as check
 from .schedule import density_schedule
+from .step_length import angle_of_step
 
 _PART = 1 << 18  # elements
 _ROUNDING = 0.01  # relative: how far saved statistics may lie from those of the saved particles
@@ -174,6 +175,7 @@ class ParticleSystem:
             seed=config.seed,
             step_index=self.step,
             row=row,
+            angle=angle_of_step(config, self.schedule[0], self.step),
             nonfinite="skip" if config.nonfinite == "skip_particle" else "hold",
             backend=self._backend,
         )
