@@ -96,6 +96,14 @@ class SFPKConfig(Settings):
         'how ρ falls from 1 to 1 - sparsity: ``"cubic"``, ``"exponential"`` or ``"linear"``.',
         choices=("cubic", "exponential", "linear"),
     )
+    hold: float = setting(
+        1.0,
+        "fraction of the run in (0, 1] after which ρ has reached 1 - sparsity; in the rest it is held, and particles "
+        'move on along their gradients (below 1 with another ``step_length`` than ``"radius"``, by which nothing would '
+        "move).",
+        wanted="in (0, 1]",
+        accepts=lambda x: 0 < x <= 1,
+    )
     update: str = setting(
         "jacobi",
         'order of the moves in a step: ``"jacobi"``: all particles together, from where all of them were; this keeps '

@@ -138,24 +138,28 @@ def setting(n_steps=6, **options):
     return model, data, SFPKConfig(**{**base, **options})
 
 
-def test_a_run_follows_the_plain_loop():
-    """One particle; polarize, gradient by the masked weights, move: written out in fp64."""
-    model, data, config = setting()
-    coordinates = Coordinates(model)
-    theta = coordinates.flatten(model).double()
+def plain_run(model, data, density, score):
+    """One particle in fp64: polarize, gradient by the masked weights, move; and the normalized saliency."""
+    steps, target = len(density) - 1, density[-1]
+    theta = Coordinates(model).flatten(model).double()
     parts = [p.detach().abs() / p.detach().abs().mean() for p in (model[0].weight, model[2].weight)]
     saliency = torch.cat([part.flatten() for part in parts]).double()
-    schedule = density_schedule("cubic", 0.4, 6)
     m = torch.ones(80, dtype=torch.float64)
-    for k, (x, y) in enumerate(data):
+    for k, (x, y) in enumerate(data[:steps]):
         kept = torch.zeros(80, dtype=torch.float64)
-        kept[(m.abs() * saliency).argsort(descending=True, stable=True)[: round(schedule[k] * 80)]] = 1
+        kept[score(m, saliency).argsort(descending=True, stable=True)[: round(density[k] * 80)]] = 1
         w = (kept * theta).requires_grad_()
         hidden = torch.tanh(x.double() @ w[:48].view(8, 6).T + model[0].bias.double())
         loss = nn.functional.cross_entropy(hidden @ w[48:].view(4, 8).T + model[2].bias.double(), y)
         (gradient,) = torch.autograd.grad(loss, w)
-        angle = 0.035 * math.log(1 / 0.4) ** 1.5 * (1 - k / 6)
-        m = moved_by_hand(m, gradient * theta, angle, schedule[k + 1])
+        angle = 0.035 * math.log(1 / target) ** 1.5 * (1 - k / steps)
+        m = moved_by_hand(m, gradient * theta, angle, density[k + 1])
+    return m, saliency
+
+
+def test_a_run_follows_the_plain_loop():
+    model, data, config = setting()
+    m, _ = plain_run(model, data, density_schedule("cubic", 0.4, 6), lambda m, saliency: m.abs() * saliency)
     result = SFPKPruner(model, config=config).run(data)
     torch.testing.assert_close(result.particles[0].double(), m, rtol=1e-5, atol=1e-6)
 

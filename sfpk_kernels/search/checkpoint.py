@@ -22,7 +22,7 @@ KIND = "sfpk-run-2"  # format and version
 _FREE = ("seed", "memory_limit")
 
 # What runs did before there was a setting for it.
-_BEFORE: dict[str, Any] = {"signed_score": False, "step_length": "radius"}
+_BEFORE: dict[str, Any] = {"signed_score": False, "step_length": "radius", "hold": 1.0}
 
 _PARTS = {
     "model", "config", "names", "step", "particles", "vote", "energies", "history", "waypoints", "alarms", "taken",
