@@ -12,7 +12,7 @@ namespace sfpk {
 enum class FloatKind { kFloat, kBFloat16, kHalf };
 
 // What entries are ranked by.
-enum class Score { kValue, kAbs, kAbsSaliency, kMeanAbsSaliency };
+enum class Score { kValue, kAbs, kAbsSaliency, kValueSaliency, kMeanAbsSaliency };
 
 // What a mask is made of: bools, bits, factors, or particle values and their cut.
 enum class MaskKind { kBool, kPacked, kFactors, kCut };
@@ -33,7 +33,11 @@ constexpr uint32_t kRowStride = 0x9e3779b9, kHighStride = 0x85ebca6b;
 SFPK_HD constexpr int64_t bytes_of(FloatKind kind) { return kind == FloatKind::kFloat ? 4 : 2; }
 
 SFPK_HD constexpr bool needs_saliency(Score score) {
-  return score == Score::kAbsSaliency || score == Score::kMeanAbsSaliency;
+  return score == Score::kAbsSaliency || score == Score::kValueSaliency || score == Score::kMeanAbsSaliency;
+}
+
+SFPK_HD constexpr bool drops_sign(Score score) {
+  return score != Score::kValue && score != Score::kValueSaliency;
 }
 
 // Entries that a unit of a written mask holds, and its bytes.

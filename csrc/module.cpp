@@ -52,6 +52,7 @@ pybind11::dict codes() {
   all["Score"] = Values{{"VALUE", number(Score::kValue)},
                         {"ABS", number(Score::kAbs)},
                         {"ABS_SALIENCY", number(Score::kAbsSaliency)},
+                        {"VALUE_SALIENCY", number(Score::kValueSaliency)},
                         {"MEAN_ABS_SALIENCY", number(Score::kMeanAbsSaliency)}};
   all["MaskKind"] = Values{{"BOOL", number(MaskKind::kBool)},
                            {"PACKED", number(MaskKind::kPacked)},

@@ -9,7 +9,8 @@ STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
   m.def(
       "transition_(Tensor(a!) masks, Tensor grads, Tensor? weights, Tensor? saliency, Tensor? sizes, "
       "Tensor(b!)? residual, Tensor[] state, float step, float radius, float repulsion, bool weighted, "
-      "bool squared, float? target_density, float consensus, float eps, int key, bool skip, int only) "
+      "bool squared, float? target_density, float consensus, float eps, int key, bool skip, int only, "
+      "float? angle) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Its stages; mix: the (n, n) repulsion.
   m.def(
@@ -25,7 +26,7 @@ STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
   m.def(
       "transition_plan(Tensor[] state, Tensor sample, Tensor sums, float total, bool sized, float step, "
       "float radius, bool weighted, bool squared, float? target_density, float consensus, float eps, "
-      "bool skip, int only) -> (Tensor, Tensor)");
+      "bool skip, int only, float? angle) -> (Tensor, Tensor)");
   m.def(
       "transition_apply_(Tensor(a!) masks, Tensor(b!)? residual, Tensor grads, Tensor? weights, "
       "Tensor? saliency, Tensor? sizes, Tensor? mix, int only, Tensor coefficients, float consensus, "

@@ -67,9 +67,16 @@ class SFPKConfig(Settings):
     n_steps: int = setting(100, "simulation steps K ≥ 1.", least=1)
     radius: float = setting(
         2.0,
-        "relative localization radius r > 1; the tangential part of a move is sqrt(r² - 1) times the radial part.",
+        "relative localization radius r > 1; the tangential part of a move is sqrt(r² - 1) times the radial part, "
+        'with ``step_length="radius"``.',
         wanted="> 1",
         accepts=lambda x: x > 1,
+    )
+    step_length: str = setting(
+        "radius",
+        'how long the tangential part of a move is: ``"radius"``: in proportion to the density change of the step; '
+        '``"angle"``: an angle that falls linearly to 0 over the run, whatever the density does.',
+        choices=("radius", "angle"),
     )
     repulsion: float = setting(
         0.2, "λ ≥ 0, weight of the pairwise kernel repulsion.", wanted="≥ 0", accepts=lambda x: x >= 0
@@ -89,6 +96,14 @@ class SFPKConfig(Settings):
         'how ρ falls from 1 to 1 - sparsity: ``"cubic"``, ``"exponential"`` or ``"linear"``.',
         choices=("cubic", "exponential", "linear"),
     )
+    hold: float = setting(
+        1.0,
+        "fraction of the run in (0, 1] after which ρ has reached 1 - sparsity; in the rest it is held, and particles "
+        'move on along their gradients (below 1 with another ``step_length`` than ``"radius"``, by which nothing would '
+        "move).",
+        wanted="in (0, 1]",
+        accepts=lambda x: 0 < x <= 1,
+    )
     update: str = setting(
         "jacobi",
         'order of the moves in a step: ``"jacobi"``: all particles together, from where all of them were; this keeps '
@@ -106,6 +121,11 @@ class SFPKConfig(Settings):
         None,
         "score behind the final mask, same names; ``None`` takes the polarizer's.",
         choices=(*POLARIZERS, None),
+    )
+    signed_score: bool = setting(
+        False,
+        "rank by m·|θ| with its sign, in polarizer and final score: a weight pushed below 0 ranks last, and does not "
+        "climb back the further it is pushed. ``False`` takes |m|.",
     )
     retract: bool = setting(True, "rescale every particle onto the schedule after each move.")
     consensus: float = setting(

@@ -43,7 +43,7 @@ def constants_of(stage, n, options):
         "STAGE": stage, "SIZE": size, "N": tile.n, "B": tile.columns, "PART": tile.part,
         "FLUSH": tile.flush // tile.columns, "WEIGHTED": "weighted" in options, "SQUARED": "squared" in options,
         "RETRACT": True, "REPEL": n > 1 and stage != "rescale", "PULL": n > 1, "GRAMS": grams,
-        "HAS_EPS": "eps" in options, "SKIP": False, "DISTANCES": tile.distances,
+        "HAS_EPS": "eps" in options, "BY_ANGLE": "angle" in options, "SKIP": False, "DISTANCES": tile.distances,
         "ROWS": n if tile.by_columns else 0,
     }, tile  # fmt: skip
 

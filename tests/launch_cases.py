@@ -21,6 +21,7 @@ TRANSITIONS = [
     ({"n": 40}, {}),
     ({"n": 100, "theta": True, "saliency": True}, {"kernel": "weighted_rbf", "consensus": 0.1, "target_density": 0.9}),
     ({"n": 200}, {}),
+    ({"n": 10, "theta": True}, {"target_density": 0.5, "consensus": 0.1, "angle": 0.1}),
     ({"n": 10, "dtype": torch.bfloat16}, {"state": True}),
     ({"n": 20, "dtype": torch.bfloat16, "sizes": True}, {"state": True}),
     ({"n": 10, "dtype": torch.float16, "theta": True}, {"state": True, "row": 3}),
@@ -35,7 +36,10 @@ def empty(device, *size, dtype=torch.float32):
 def move(device, shape, options, d):
     """transition_."""
     n, dtype = shape.get("n", 10), shape.get("dtype", torch.float32)
-    options = {"kernel": "rbf", "target_density": None, "consensus": 0.0, "nonfinite": "hold", "row": None, **options}
+    options = {
+        "kernel": "rbf", "target_density": None, "consensus": 0.0, "nonfinite": "hold", "row": None, "angle": None,
+        **options,
+    }  # fmt: skip
     masks = empty(device, n, d, dtype=dtype)
     residual = empty(device, n, d, dtype=dtype) if dtype == torch.bfloat16 else None
     row = options["row"]
@@ -46,7 +50,7 @@ def move(device, shape, options, d):
         return transition._named.by_name("sfpk::transition_", transition._transition_)(
             masks, empty(device, n if row is None else 1, d), *vectors, residual, state if options.get("state") else [],
             0.01, 2.0, 0.2, options["kernel"], "l2", options["target_density"], options["consensus"], 0.0, 7, 0,
-            options["nonfinite"], -1 if row is None else row, "",
+            options["nonfinite"], -1 if row is None else row, options["angle"], "",
         )  # fmt: skip
 
 

@@ -222,6 +222,8 @@ def test_options_reach_the_config(tmp_path, capsys):
         ([TASK, *QUICK, "--out", "/proc/here"], 2, "--out: wanted a folder that can be written or made"),
         ([TASK, *QUICK, "--ignore", "re:.*"], 2, "--ignore: wanted patterns that leave something to prune"),
         ([TASK, *QUICK, "--settle"], 2, "--settle: wanted waypoints"),
+        ([TASK, *QUICK, "--hold", "0.7"], 2, "--hold: wanted 1 with step_length='radius'"),
+        ([TASK, *QUICK, "--hold", "0.7", "--plan"], 2, "--hold: wanted 1 with step_length='radius'"),
         ([TASK, *QUICK, "--settle", "--plan"], 2, "--settle: wanted waypoints"),
         ([TASK, *QUICK, "--settle", "--waypoints", "0.3", "0.5", "--n-steps", "2"], 2, "--n-steps: wanted ≥ 3"),
         ([TASK, *QUICK, "--vote", "masked", "--waypoints", "0.3"], 2, "--waypoints: wanted none below 0.8"),

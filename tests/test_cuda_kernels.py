@@ -178,7 +178,7 @@ def test_masked_weights(kernels, blocks, dtype):
         assert torch.equal(apply(kernels, theta, factors, blocks, out_dtype, kind=MaskKind.FACTORS), product)
     borders = [0, d // 3, d // 2, d]
     for score in ENTRY_SCORES:
-        options = {"score": score, "saliency": saliency if score == "abs_saliency" else None, "segments": borders}
+        options = {"score": score, "saliency": saliency if "saliency" in score else None, "segments": borders}
         cut = topk_threshold(values, [0, d // 4, d], **options)
         kept = masked_weights(theta, values, cut=cut, layout=blocks, backend="reference", **options)
         del options["segments"]

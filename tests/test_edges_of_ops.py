@@ -118,7 +118,8 @@ def test_shapes_and_strides(n, d, dtype):
         all_of_them = ON_GPU or (i in (0, 2) and dtype == torch.float32)
         full = {"backends": BACKENDS} if all_of_them else some
         agree(topk_mask, rows, [count] * n, **full)
-        agree(topk_mask, rows, count, score="abs_saliency", saliency=saliency, packed="int32", **full)
+        for score in ("abs_saliency", "value_saliency"):
+            agree(topk_mask, rows, count, score=score, saliency=saliency, packed="int32", **full)
         agree(topk_mask, rows, count, segments=[0, d // 2, d], max_keep=d, **some)
         agree(topk_mask, rows, count, sizes=torch.ones(()).expand(d), packed="uint8", **some)
         if n:
@@ -237,9 +238,10 @@ def test_a_nan_value_is_never_kept_by_a_cut(backend, nan):
         cut = Cut(torch.full((1, 1), threshold), torch.full((1, 1), 6))
         for layout in (None, Blocks(2, 6, 1)):
             theta = torch.ones(6 if layout is None else 12)
-            options = {"cut": cut, "score": "abs_saliency", "saliency": saliency, "layout": layout}
-            (kept,) = run(masked_weights, theta, values, **options, backend=backend)
-            assert kept[0, :6].tolist() == [1, 0, 0, 1, 1, 1]
+            for score in ("abs_saliency", "value_saliency"):
+                options = {"cut": cut, "score": score, "saliency": saliency, "layout": layout}
+                (kept,) = run(masked_weights, theta, values, **options, backend=backend)
+                assert kept[0, :6].tolist() == [1, 0, 0, 1, 1, 1]
 
 
 # Interpreted: each NaN once in fp32, one of each sign in the dtypes to which they are rounded.
@@ -254,7 +256,8 @@ def test_a_nan_score_is_an_error(backend, nan, dtype):
     for n, d in ((1, 4), (3, 40), (2, 20_000)) if fast else ((3, 40),):
         values = torch.randn(n, d).to(dtype)
         values[n - 1, d - 1] = nan
-        for options in ({}, {"score": "abs"}, {"score": "abs_saliency", "saliency": torch.ones(d)}):
+        weighted = [{"score": score, "saliency": torch.ones(d)} for score in ("abs_saliency", "value_saliency")]
+        for options in ({}, {"score": "abs"}, *weighted):
             for k in (0, 1, d // 2, d) if fast else (1,):
                 with pytest.raises(ValueError, match=f"values: wanted no NaN score, got NaN in row {n - 1}"):
                     run(topk_mask, values, k, **options, backend=backend)

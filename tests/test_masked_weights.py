@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfpk_kernels.ops import Blocks, Cut, mask_gradient, masked_weights, pack_mask, topk_mask, topk_threshold
+from sfpk_kernels.ops.codes import ENTRY_SCORES
 
 from .processes import python
 
@@ -40,11 +41,11 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
     + [("triton", d) for d in (1, 1025, 3000)]
     + [pytest.param("cuda", d, marks=pytest.mark.gpu) for d in (1, 1025, 70_001)],
 )
-@pytest.mark.parametrize("score", ["value", "abs", "abs_saliency"])
+@pytest.mark.parametrize("score", ENTRY_SCORES)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_cut_applies_the_mask_of_the_selection(backend, score, d, dtype):
     values, theta = torch.randn(3, d).to(dtype), torch.randn(d)
-    saliency = theta.abs() if score == "abs_saliency" else None
+    saliency = theta.abs() if score.endswith("saliency") else None
     counts = [0, d // 3, d]
     segments = [0, d // 2, d]
     for borders in (None, segments):
@@ -77,6 +78,23 @@ def test_ties_infinities_zeros_and_nan(backend):
     assert kept(-0.0, 2) == [0, 1, 2, 3, 6]
     assert kept(-inf, 7) == [0, 1, 2, 3, 4, 6]
     assert kept(inf, 7, "abs") == [2, 4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cut_of_a_signed_product(backend):
+    theta, saliency = torch.arange(1.0, 7.0), torch.tensor([1.0, 1.0, 2.0, 2.0, 0.0, 1.0])
+    values = torch.tensor([[0.0, -0.0, -0.5, 1.0, -3.0, -1.0]])  # scores 0, -0, -1, 2, -0, -1
+
+    def kept(threshold, tie_end):
+        options = {"cut": Cut(torch.tensor([[threshold]]), torch.tensor([[tie_end]])), "score": "value_saliency"}
+        result = run(masked_weights, theta, values, saliency=saliency, backend=backend, **options)
+        return result[0].nonzero().flatten().tolist()
+
+    assert kept(0.0, 0) == [3]
+    assert kept(-0.0, 2) == [0, 1, 3]
+    assert kept(-1.0, 0) == [0, 1, 3, 4]
+    assert kept(-1.0, 3) == [0, 1, 2, 3, 4]
+    assert kept(-1.0, 6) == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,7 +5,7 @@ import torch
 
 from sfpk_kernels import ops
 
-SPEC = (0.1, 2.0, 0.2, "weighted_rbf", "l2", 0.5, 0.3, 0.0, 7, 1, "hold", -1)  # of a step of the transition
+SPEC = (0.1, 2.0, 0.2, "weighted_rbf", "l2", 0.5, 0.3, 0.0, 7, 1, "hold", -1, 0.1)  # of a step of the transition
 SHARD = (20, torch.full((1,), 20.0, dtype=torch.float64), 4)
 
 
@@ -26,8 +26,9 @@ def shards():
             *columns,
             rest,
             state_of(3),
-            *SPEC[:-1],
+            *SPEC[:-2],
             1,
+            SPEC[-1],
             *SHARD,
             backend,
         )
@@ -41,9 +42,9 @@ SAMPLES = {
     "transition_": lambda: [
         (
             torch.rand(3, 7) + 0.5, torch.randn(3 if only < 0 else 1, 7), weights, saliency, sizes, None, [],
-            0.1, 2.0, 0.2, kernel, "l2", target, 0.3, 0.0, 7, 1, nonfinite, only, backend,
+            0.1, 2.0, 0.2, kernel, "l2", target, 0.3, 0.0, 7, 1, nonfinite, only, angle, backend,
         )
-        for backend, nonfinite in (("reference", "raise"), ("cpp", "hold"))
+        for backend, nonfinite, angle in (("reference", "raise", None), ("cpp", "hold", 0.1))
         for only in (-1, 1)
         for weights, saliency, sizes, kernel, target in [
             (None, None, None, "rbf", None),

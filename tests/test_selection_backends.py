@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sfpk_kernels import _extension
 from sfpk_kernels.ops import Cut, topk_mask, topk_threshold
+from sfpk_kernels.ops.codes import SCORES
 
 from .processes import python
 from .selection_cases import DTYPES, INF, KINDS, scores_like
@@ -58,7 +59,7 @@ def test_equals_the_reference(data):
     n, d = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([0, 1, 7, 31, 32, 33, 255, 1024, 1025, 20_000]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     values = torch.stack([scores_like(data.draw(kinds), d, generator) for _ in range(n)])
-    score = data.draw(st.sampled_from(["value", "abs", "abs_saliency", "mean_abs_saliency"]))
+    score = data.draw(st.sampled_from(SCORES))
     options = {"score": score, "packed": data.draw(st.sampled_from([None, "uint8", "int32"]))}
     if score.endswith("saliency"):
         values = torch.where(values.abs() > 1e30, 1.0, values)  # inf · 0 is NaN
@@ -216,7 +217,7 @@ def fingerprint():
             values = torch.stack([scores_like(kind, LONG, generator) for _ in range(2)]).to(dtype)
             values = torch.where(values.abs() > 1e4, 1.0, values)
             saliency = torch.rand(LONG, generator=generator)
-            for score in ("value", "abs", "abs_saliency", "mean_abs_saliency"):
+            for score in SCORES:
                 options = {"score": score, "saliency": saliency} if score.endswith("saliency") else {"score": score}
                 words = topk_mask(values, LONG // 3, packed="int32", backend="cpp", **options).to(torch.int64)
                 places = torch.arange(1, words.numel() + 1).view(words.shape)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sfpk_kernels.ops import topk_mask, topk_threshold
+from sfpk_kernels.ops.codes import SCORES
 from sfpk_kernels.ops.selection import _device
 
 BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -38,7 +39,7 @@ def scores(kind, d, generator):
 
 
 @pytest.mark.usefixtures("one_tile")
-@pytest.mark.parametrize("score", ["value", "abs", "abs_saliency", "mean_abs_saliency"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(
     ("kind", "d"), [("normal", 1), ("normal", 1025), ("special", 1025), ("half", 1025), ("few", 2500)]
 )

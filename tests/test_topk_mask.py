@@ -102,9 +102,32 @@ def test_golden_scores():
     assert topk_mask(values, 1).int().tolist() == [[0, 0, 1], [1, 0, 0]]
     assert topk_mask(values, 1, score="abs").int().tolist() == [[0, 1, 0], [1, 0, 0]]
     assert topk_mask(values, 1, score="abs_saliency", saliency=saliency).int().tolist() == [[0, 0, 1], [1, 0, 0]]
+    signed = {"score": "value_saliency", "saliency": saliency}  # 1, -3, 8; 4, 1, -4
+    assert topk_mask(values, 2, **signed).int().tolist() == [[1, 0, 1], [1, 1, 0]]
+    assert topk_threshold(values, 2, **signed).threshold.tolist() == [[1.0], [1.0]]
     cut = topk_threshold(values, 2, score="mean_abs_saliency", saliency=saliency)  # 2.5, 2, 6
     assert cut.threshold.tolist() == [[2.5]]
     assert topk_mask(values, 2, score="mean_abs_saliency", saliency=saliency).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize(
+    ("k", "threshold", "tie_end"),
+    [(0, INF, 0), (1, 2.0, 8), (2, 0.0, 1), (4, 0.0, 5), (5, 0.0, 8), (6, -1.0, 2), (7, -1.0, 8), (8, -INF, 8)],
+)
+def test_golden_cuts_of_a_signed_product(k, threshold, tie_end, backend):
+    """Below zero the larger product ranks last; a zero of either sign, or one by a saliency of 0, is a tie with 0."""
+    values = torch.tensor([0.0, -0.5, -1.0, -0.0, -3.0, 1.0, -INF, 0.0])
+    saliency = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.0, 2.0, 1.0, 5.0])
+    options = {"score": "value_saliency", "saliency": saliency, "backend": backend}
+    cut = topk_threshold(values, k, **options)
+    assert (cut.threshold.tolist(), cut.tie_end.tolist()) == ([[threshold]], [[tie_end]])
+    assert not torch.signbit(cut.threshold).any() or threshold < 0
+    order = [5, 0, 3, 4, 7, 1, 2, 6]
+    assert topk_mask(values, k, **options).nonzero().flatten().tolist() == sorted(order[:k])
+    assert topk_mask([values], k, **{**options, "saliency": [saliency]})[0].nonzero().flatten().tolist() == sorted(
+        order[:k]
+    )
 
 
 def test_empty_rows():

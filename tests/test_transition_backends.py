@@ -275,7 +275,7 @@ def test_cpp_on_every_instruction_set(isa):
 
 def test_cpp_kernel_checks_its_arguments():
     _extension.load()
-    options = (None, None, None, None, [], 0.1, 2.0, 0.2, False, False, None, 0.0, 0.0, 0, False, -1)
+    options = (None, None, None, None, [], 0.1, 2.0, 0.2, False, False, None, 0.0, 0.0, 0, False, -1, None)
     for masks, grads, words in [
         (torch.ones(2, 3).double(), torch.ones(2, 3), "masks: wanted fp32, bf16 or fp16"),
         (torch.ones(3, 2).t(), torch.ones(2, 3), "masks: wanted rows without gaps"),

@@ -14,7 +14,7 @@ SCHEMA = (
     "sfpk::transition_(Tensor(a!) masks, Tensor grads, Tensor? weights, Tensor? saliency, Tensor? sizes, "
     "Tensor(b!)? residual, Tensor[] state, float step, float radius, float repulsion, str kernel, str density, "
     "float? target_density, float consensus, float eps, SymInt seed, SymInt step_index, str nonfinite, SymInt only, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "float? angle, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 

@@ -22,7 +22,7 @@ CASES = {
         (10, "", ALL),
         (10, "masks16", PASSES),
         (10, "masksbf16", PASSES),
-        (10, "eps squared", ["plan"]),
+        (10, "eps squared angle", ["plan"]),
         (12, "weighted theta grads16", PASSES),
     ],
     "tiles": [

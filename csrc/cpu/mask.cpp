@@ -40,7 +40,7 @@ Mask::Mask(const Tensor& values, MaskKind kind, int64_t score, const std::option
                  tie_end->scalar_type() == ScalarType::Long && threshold->numel() == n_ * parts &&
                  tie_end->numel() == n_ * parts,
              op, "cut", "fp32 thresholds and int64 tie ends per row and segment", "others");
-  const Score ranks = score_of(score, op, Score::kAbsSaliency);
+  const Score ranks = score_of(score, op, Score::kValueSaliency);
   const bool sized = needs_saliency(ranks);
   SFPK_CHECK(!sized || (saliency && saliency->is_contiguous() && saliency->numel() == d_ &&
                         saliency->scalar_type() == ScalarType::Float),

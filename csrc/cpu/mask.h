@@ -37,7 +37,7 @@ class Mask {
     const Source& source = rows_[row];
     CutBlock block{};
     block.kind = kind_;
-    block.absolute = source.score != Score::kValue;
+    block.absolute = drops_sign(source.score);
     const auto& cuts = cuts_[row];
     auto segment =
         std::upper_bound(cuts.begin(), cuts.end(), begin,

@@ -64,13 +64,12 @@ static void scale(const void* weights, FloatKind kind, const void* factors, Floa
   if (out_kind != FloatKind::kFloat) close_floats(product, out_kind, count, out);
 }
 
-// kScore: 0 the value, 1 its size, 2 its size times the saliency.
-template <int kScore, bool kTies>
+template <bool kAbsolute, bool kSaliency, bool kTies>
 static inline void keep_scores(const float* __restrict__ x, const float* __restrict__ a, float threshold,
                                const float* __restrict__ from, int64_t count, float* __restrict__ to) {
   for (int64_t e = 0; e < count; ++e) {
-    float score = kScore == 0 ? x[e] : __builtin_fabsf(x[e]);
-    if (kScore == 2) score *= a[e];
+    float score = kAbsolute ? __builtin_fabsf(x[e]) : x[e];
+    if (kSaliency) score *= a[e];
     const bool keep = kTies ? score >= threshold : score > threshold;
     to[e] = keep ? from[e] : 0.0f;
   }
@@ -84,9 +83,12 @@ static void select_cut(const void* weights, FloatKind kind, const CutBlock& b, i
   const float* x = open_floats(b.values, b.kind, count, values);
   const float* from = open_floats(weights, kind, count, buffer);
   float* to = out_kind == FloatKind::kFloat ? static_cast<float*>(out) : kept;
-  const auto keep = b.saliency   ? (b.ties ? keep_scores<2, true> : keep_scores<2, false>)
-                    : b.absolute ? (b.ties ? keep_scores<1, true> : keep_scores<1, false>)
-                                 : (b.ties ? keep_scores<0, true> : keep_scores<0, false>);
+  const auto keep =
+      b.saliency
+          ? (b.absolute ? (b.ties ? keep_scores<true, true, true> : keep_scores<true, true, false>)
+                        : (b.ties ? keep_scores<false, true, true> : keep_scores<false, true, false>))
+          : (b.absolute ? (b.ties ? keep_scores<true, false, true> : keep_scores<true, false, false>)
+                        : (b.ties ? keep_scores<false, false, true> : keep_scores<false, false, false>));
   keep(x, b.saliency, b.threshold, from, count, to);
   if (out_kind != FloatKind::kFloat) close_floats(kept, out_kind, count, out);
 }

@@ -58,6 +58,13 @@ static bool load_keys(const Source& p, int64_t begin, int64_t count, int32_t* __
         nan |= score != score;
       }
       break;
+    case Score::kValueSaliency:
+      for (int64_t e = 0; e < count; ++e) {
+        const float score = x[e] * a[e];
+        keys[e] = key_from_bits(bits_of(score));
+        nan |= score != score;
+      }
+      break;
     case Score::kMeanAbsSaliency:
       for (int64_t e = 0; e < count; ++e) sum[e] = __builtin_fabsf(x[e]);
       for (int64_t row = 1; row < p.rows; ++row) {

@@ -24,7 +24,7 @@ Result transition_(Tensor masks, const Tensor& grads, const OptionalTensor& weig
                    const OptionalTensor& saliency, const OptionalTensor& sizes, OptionalTensor residual,
                    const std::vector<Tensor>& state, double step, double radius, double repulsion,
                    bool weighted, bool squared, std::optional<double> target_density, double consensus,
-                   double eps, int64_t key, bool skip, int64_t only) {
+                   double eps, int64_t key, bool skip, int64_t only, std::optional<double> angle) {
   SFPK_CHECK(!weighted || saliency, "transition_", "saliency", "a vector with the weighted kernel", "none");
   const std::optional<Tensor> none;
   sfpk::Problem p = sfpk::problem_of(masks, residual, {weights, weighted ? saliency : none, sizes});
@@ -44,7 +44,8 @@ Result transition_(Tensor masks, const Tensor& grads, const OptionalTensor& weig
     mix = sfpk::repulsion_mix(old.saliency_norms.data(), old.sq_distances.data(), n, d, repulsion, weighted);
   sfpk::add_gradients(p, grads, only, mix.empty() ? nullptr : mix.data());
 
-  const sfpk::Settings settings{step, radius, weighted, squared, target_density, consensus, eps, skip, only};
+  const sfpk::Settings settings{step,      radius, weighted, squared, target_density,
+                                consensus, eps,    skip,     only,    angle};
   const auto guess = sfpk::guess_from(sfpk::sample_sums(p), n);
   const auto sums = sfpk::reduce_sums(p, guess, sfpk::wants_grams(settings, n));
   const auto plan = sfpk::plan_moves(old, sums, guess, n, p.sizes != nullptr, total, settings);

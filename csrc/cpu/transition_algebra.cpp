@@ -174,13 +174,19 @@ Moves plan_moves(const State& old, const std::vector<double>& sums, const std::v
     const double u_square = std::max(0.0, uu - us * delta);
     const double slope = static_cast<double>(guess[i]) + delta;
     const double g_norm = std::sqrt(u_square + slope * slope * ss), u_norm = std::sqrt(u_square);
-    const double root = std::sqrt(settings.radius * settings.radius - 1.0);
+    alpha[i] = -settings.step / slope_norm / norm;  // ŝ = -s / ‖s‖
+    const double c_mm = (settings.squared ? old.densities[i] : old.densities[i] * old.densities[i]) * total;
+    double reach;        // of the tangential part, times ‖∇s‖
+    if (settings.angle)  // times ‖m + alpha s‖, where m.s = c_mm
+      reach = *settings.angle * slope_norm *
+              std::sqrt(std::max(
+                  0.0, old.norms[i] * old.norms[i] + 2 * alpha[i] * c_mm + alpha[i] * alpha[i] * ss));
+    else
+      reach = settings.step * std::sqrt(settings.radius * settings.radius - 1.0);
     double pace = 0.0;  // of u
     if (u_norm > kTangentTolerance * g_norm)
-      pace = settings.step * root /
-             (settings.eps > 0.0 ? std::sqrt(slope_norm * slope_norm * u_square + settings.eps)
-                                 : slope_norm * u_norm);
-    alpha[i] = -settings.step / slope_norm / norm;  // ŝ = -s / ‖s‖
+      pace = reach / (settings.eps > 0.0 ? std::sqrt(slope_norm * slope_norm * u_square + settings.eps)
+                                         : slope_norm * u_norm);
     b[i] = pace;
     row(kSlope)[i] = slope;
     // cos(move, e): move = alpha s + b u, and u.e = eu - delta es.
@@ -190,7 +196,6 @@ Moves plan_moves(const State& old, const std::vector<double>& sums, const std::v
     if (settings.target_density) {
       // Sum of c (m + alpha s + b u)^2, with s = c m.
       double moved;
-      const double c_mm = (settings.squared ? old.densities[i] : old.densities[i] * old.densities[i]) * total;
       if (sized) {
         const double cuu = sums[5 * n + i], csu = sums[6 * n + i], css = sums[7 * n + i];
         const double uu_c = cuu - 2 * delta * csu + delta * delta * css, su_c = csu - delta * css;

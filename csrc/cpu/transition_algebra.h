@@ -13,8 +13,9 @@ struct Settings {
   bool squared;   // density "l2_squared"
   std::optional<double> target_density;
   double consensus, eps;
-  bool skip;     // particles move although the gradient of another one is not finite
-  int64_t only;  // the one particle that moves, -1 for all
+  bool skip;                    // particles move although the gradient of another one is not finite
+  int64_t only;                 // the one particle that moves, -1 for all
+  std::optional<double> angle;  // of the tangential part, in place of the radius
 };
 
 // The statistics of the particles, as the Python side knows them (TransitionStats without the cosines).

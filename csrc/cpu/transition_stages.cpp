@@ -67,8 +67,9 @@ Tensor sums(const Tensor& masks, const OptionalTensor& residual, const Tensor& g
 std::tuple<Tensor, Tensor> plan(const std::vector<Tensor>& state, const Tensor& sample, const Tensor& sums,
                                 double total, bool sized, double step, double radius, bool weighted,
                                 bool squared, std::optional<double> target_density, double consensus,
-                                double eps, bool skip, int64_t only) {
-  const sfpk::Settings settings{step, radius, weighted, squared, target_density, consensus, eps, skip, only};
+                                double eps, bool skip, int64_t only, std::optional<double> angle) {
+  const sfpk::Settings settings{step,      radius, weighted, squared, target_density,
+                                consensus, eps,    skip,     only,    angle};
   SFPK_CHECK(sample.dim() == 2, "transition_plan", "sample", "shape (2, n)", sample.dim(), " dimensions");
   const int64_t n = sample.size(1);
   const int64_t size = sfpk::kReduceSums * n + (sfpk::wants_grams(settings, n) ? sfpk::kGrams * n * n : 0);

@@ -40,8 +40,8 @@ __device__ inline bool is_kept_by(const Mask& mask, int64_t row, int64_t coordin
     return bytes[coordinate / 8] >> (coordinate % 8) & 1;
   }
   float score = load_float(mask.values.data, mask.values.kind, row * mask.values.stride + coordinate);
-  if (mask.score != Score::kValue) score = fabsf(score);
-  if (mask.score == Score::kAbsSaliency) score *= mask.saliency[coordinate];
+  if (drops_sign(mask.score)) score = fabsf(score);
+  if (needs_saliency(mask.score)) score *= mask.saliency[coordinate];
   const int64_t cut = row * mask.segments + segment;
   const float threshold = mask.threshold[cut];
   return score > threshold || (score == threshold && coordinate < mask.tie_end[cut]);

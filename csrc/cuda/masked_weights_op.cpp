@@ -43,7 +43,7 @@ void masked_weights_device_(const std::vector<Tensor>& weights, const Tensor& va
   mask.borders = data_of<int64_t>(borders, first, ScalarType::Long, segments + 1, op, "borders");
   mask.segments = segments;
   if (mask.kind == MaskKind::kCut) {
-    mask.score = score_of(score, op, Score::kAbsSaliency);
+    mask.score = score_of(score, op, Score::kValueSaliency);
     SFPK_CHECK(threshold && tie_end && (saliency || !needs_saliency(mask.score)), op, "cut",
                "thresholds, tie ends and what their score needs", "others");
     mask.threshold = data_of<float>(*threshold, first, ScalarType::Float, n * segments, op, "threshold");

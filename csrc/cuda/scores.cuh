@@ -17,9 +17,8 @@ __device__ inline float load_float(const void* values, FloatKind kind, int64_t a
 __device__ inline float score_at(const Source& s, int64_t row, int64_t at) {
   const int64_t first = row * s.row_stride + at;
   float score = load_float(s.values, s.kind, first);
-  if (s.score == Score::kValue) return score;
-  score = fabsf(score);
-  if (s.score == Score::kAbs) return score;
+  if (drops_sign(s.score)) score = fabsf(score);
+  if (!needs_saliency(s.score)) return score;
   if (s.score == Score::kMeanAbsSaliency) {
     for (int64_t i = 1; i < s.rows; ++i)
       score += fabsf(load_float(s.values, s.kind, first + i * s.row_stride));

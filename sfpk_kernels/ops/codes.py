@@ -14,7 +14,8 @@ class Score(IntEnum):
     VALUE = 0
     ABS = 1
     ABS_SALIENCY = 2
-    MEAN_ABS_SALIENCY = 3
+    VALUE_SALIENCY = 3
+    MEAN_ABS_SALIENCY = 4
 
 
 class MaskKind(IntEnum):

@@ -21,6 +21,9 @@ KIND = "sfpk-run-2"  # format and version
 # Settings that may change between parts of a run: a new seed makes a branch; a limit decides nothing but refusal.
 _FREE = ("seed", "memory_limit")
 
+# What runs did before there was a setting for it.
+_BEFORE: dict[str, Any] = {"signed_score": False, "step_length": "radius", "hold": 1.0}
+
 _PARTS = {
     "model", "config", "names", "step", "particles", "vote", "energies", "history", "waypoints", "alarms", "taken",
     "scale", "plan",
@@ -35,11 +38,16 @@ def settings(config: SFPKConfig, execution: Execution) -> str:
 def settings_of_this_version(settings: Any, kept: str | None = None) -> Any:
     """Settings by name in the words of this version: what was called ``memory`` once is ``update`` now.
 
+    Those that there were none of then are what runs did.
+
     Args:
         settings: those of a file; what is no dict is returned as it is.
         kept: what the run's plan says of ``memory``.
     """
-    if not isinstance(settings, dict) or "memory" not in settings:
+    if not isinstance(settings, dict):
+        return settings
+    settings = {**_BEFORE, **settings}
+    if "memory" not in settings:
         return settings
     kept = kept or settings["memory"]
     others = {name: value for name, value in settings.items() if name != "memory"}
@@ -54,10 +62,10 @@ def of_this_version(state: Any) -> Any:
         config = json.loads(state["config"])
     except json.JSONDecodeError:
         return state
-    if not isinstance(config, dict) or "memory" not in config:
+    if not isinstance(config, dict):
         return state
     plan = state.get("plan")
-    if not isinstance(plan, Mapping):
+    if "memory" not in config or not isinstance(plan, Mapping):
         return {**state, "config": json.dumps(settings_of_this_version(config))}
     config = settings_of_this_version(config, plan.get("memory"))
     names = {"ways_out": "alternatives"}

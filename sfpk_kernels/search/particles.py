@@ -15,6 +15,7 @@ from ..execution import Execution
 from ..ops import TransitionStats, transition_
 from . import state_checks as check
 from .schedule import density_schedule
+from .step_length import angle_of_step
 
 _PART = 1 << 18  # elements
 _ROUNDING = 0.01  # relative: how far saved statistics may lie from those of the saved particles
@@ -77,7 +78,7 @@ class ParticleSystem:
         self._version = self.masks._version
         self._known: tuple[int, list[float]] | None = None  # the version of masks they are of
         first = 1.0 if start is None else self._begin(start)
-        self.schedule = density_schedule(config.schedule, config.target_density, config.n_steps, first)
+        self.schedule = self._falling_from(first)
         self._pull_after = config.consensus_start * config.n_steps  # steps
         self._settles = False
 
@@ -95,6 +96,11 @@ class ParticleSystem:
             )
         return min(density, 1.0)
 
+    def _falling_from(self, start: float, stops: Sequence[float] = ()) -> list[float]:
+        """The densities that the settings say, from the first on."""
+        config = self._config
+        return density_schedule(config.schedule, config.target_density, config.n_steps, start, stops, hold=config.hold)
+
     def settle_at(
         self,
         stops: Sequence[float],  # densities, falling
@@ -106,7 +112,7 @@ class ParticleSystem:
         """
         config = self._config
         if stops:
-            schedule = density_schedule(config.schedule, config.target_density, config.n_steps, self.schedule[0], stops)
+            schedule = self._falling_from(self.schedule[0], stops)
             self._pull_after = config.consensus_start * schedule.index(stops[0])
             self.schedule, self._settles = schedule, True
 
@@ -174,6 +180,7 @@ class ParticleSystem:
             seed=config.seed,
             step_index=self.step,
             row=row,
+            angle=angle_of_step(config, self.schedule[0], self.step),
             nonfinite="skip" if config.nonfinite == "skip_particle" else "hold",
             backend=self._backend,
         )
@@ -248,7 +255,7 @@ class ParticleSystem:
         elif given[0] <= config.target_density:
             raise ValueError(f"{name}[0]: wanted a density above the target {config.target_density:g}, got {given[0]}")
         else:
-            wanted = density_schedule(config.schedule, config.target_density, config.n_steps, given[0])
+            wanted = self._falling_from(given[0])
         for i, (a, b) in enumerate(zip(given, wanted, strict=True)):
             if not math.isclose(a, b, rel_tol=1e-9):  # powers differ from one C library to the next
                 raise ValueError(f"{name}[{i}]: wanted {b}, as the settings say, got {a}")

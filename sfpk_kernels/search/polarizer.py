@@ -65,13 +65,17 @@ class Polarizer:
             authors' released rule: with p = int((1 - ρ) d), keep every score ≥ the p-th smallest, and use
             the soft mask itself while p < 1.
         backend: of the selection op.
+        signed: rank by m·a with its sign: what lies below zero ranks last, and not by its distance from zero.
     """
 
-    def __init__(self, coordinates: Coordinates, theta: Tensor, selection: str, backend: str | None = None):
+    def __init__(
+        self, coordinates: Coordinates, theta: Tensor, selection: str, backend: str | None = None, signed: bool = False
+    ):
         self._coordinates = coordinates
         self._theta = theta
         self._selection = selection
         self._backend = backend
+        self._signed = signed
         self._cuts: dict[str, Cut] = {}  # the last ones by kind: where to look first
 
     @cached_property
@@ -88,9 +92,16 @@ class Polarizer:
         masks: Tensor,  # (…, d)
         kind: str,
     ) -> Tensor:  # (…, d)
-        """``"mask"``: m; ``"mask_weight"``: |m|·a; ``"mask_normalized"``: |m|·a / mean of a in its tensor."""
+        """``"mask"``: m; ``"mask_weight"``: |m|·a; ``"mask_normalized"``: |m|·a / mean of a in its tensor.
+
+        Where scores are signed, m stands in place of |m|.
+        """
         saliency = self._ranking(kind)["saliency"]
-        return masks if saliency is None else masks.abs() * saliency
+        return masks if saliency is None else self._sized(masks) * saliency
+
+    def _sized(self, masks: Tensor) -> Tensor:
+        """What is multiplied with the saliency."""
+        return masks if self._signed else masks.abs()
 
     def mean_score(
         self,
@@ -98,11 +109,11 @@ class Polarizer:
         rows: Iterable[int],
         kind: str,
     ) -> Tensor:  # (d,) fp32 at least
-        """The scores' mean over some particles, added in their order (the fused ``"mean_abs_saliency"``)."""
+        """The scores' mean over some particles, added in their order (as the fused ``"mean_abs_saliency"``)."""
         saliency = self._ranking(kind)["saliency"]
         total, count = masks.new_zeros(masks.shape[1], dtype=torch.promote_types(masks.dtype, torch.float32)), 0
         for row in rows:
-            total += masks[row] if saliency is None else masks[row].abs()
+            total += masks[row] if saliency is None else self._sized(masks[row])
             count += 1
         return (total if saliency is None else total.mul_(saliency)).mul_(1.0 / count)
 
@@ -167,7 +178,8 @@ class Polarizer:
         """Score and saliency as the ops take them."""
         if kind == "mask":
             return {"score": "value", "saliency": None}
-        return {"score": "abs_saliency", "saliency": self.saliency if kind == "mask_weight" else self._normalized}
+        saliency = self.saliency if kind == "mask_weight" else self._normalized
+        return {"score": "value_saliency" if self._signed else "abs_saliency", "saliency": saliency}
 
     def final(
         self,

@@ -23,6 +23,7 @@ from .diagnostics import dying, layer_names
 from .planning import Plan
 from .polarizer import Polarizer, budget
 from .records import StepRecord
+from .schedule import falling_steps
 from .vote import Vote
 from .waypoints import Waypoint
 
@@ -199,7 +200,10 @@ class PruneResult:
 
         The curve is smoothed by a running median of five steps first; batches differ.
         """
-        points = [point for point in self.curve() if math.isfinite(point["energy"])]
+        curve = self.curve()
+        if self.config.hold < 1:  # behind these all points lie at one sparsity
+            curve = curve[: falling_steps(self.config.n_steps, self.config.hold) + 1]
+        points = [point for point in curve if math.isfinite(point["energy"])]
         if len(points) < 8 or self.config.settle:
             return None
         x = torch.tensor([point["sparsity"] for point in points], dtype=torch.float64, device="cpu")

@@ -74,7 +74,9 @@ class Run:
         self.model, self.coordinates = model, coordinates
         self.config, self.execution = config, execution
         self.theta = coordinates.flatten(model).to(state_device(coordinates, execution))
-        self.polarizer = Polarizer(coordinates, self.theta, config.selection, where_present(execution.backend))
+        self.polarizer = Polarizer(
+            coordinates, self.theta, config.selection, where_present(execution.backend), config.signed_score
+        )
         saliency = self.polarizer.saliency if config.kernel == "weighted_rbf" else None
         self.system = ParticleSystem(coordinates.d, config, execution, self.theta, saliency, start)
         self.energy = energy_of(model, loss_fn, coordinates, self.theta, execution)

@@ -59,11 +59,16 @@ def chosen(
 
 
 def check_together(config: SFPKConfig, execution: Execution, model: nn.Module) -> None:
-    """Refuse what would decide the mask by how it is computed, or cannot be computed so.
+    """Refuse what would decide the mask by how it is computed, cannot be computed so, or would do nothing.
 
     Raises:
         ValueError: settings that do not go together.
     """
+    if config.hold < 1 and config.step_length == "radius":
+        raise ValueError(
+            "hold: wanted 1 with step_length='radius', by which nothing moves while the density is held, "
+            f"got {config.hold!r}"
+        )
     if execution.energy_mode == "vmap" and config.update == "gauss_seidel":
         raise ValueError(
             "energy_mode: wanted another than 'vmap' with update='gauss_seidel', where particles go one by one"

@@ -15,6 +15,7 @@ from ..coordinates.flat import Coordinates
 from ..masks.maskset import MaskSet
 from ..ops import pack_mask, unpack_mask
 from . import state_checks as check
+from .schedule import falling_steps
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Waypoints:
 
     def __init__(self, wanted: Iterable[float], config: SFPKConfig, first: float, keep_scores: bool):
         self._wanted = check_waypoints(wanted, config, 1.0 - first, keep_scores)
-        self._last = config.sparsity
+        self._last, self._steps = config.sparsity, config.n_steps
         self._keeps = keep_scores
         self._due = list(self._wanted)
         self.taken: list[Waypoint] = []
@@ -65,7 +66,7 @@ class Waypoints:
         """The masks of the sparsities that the schedule passes in a step; :meth:`take` them once it is done."""
         found = []
         for sparsity in self._due:
-            if not reached(sparsity, density):
+            if not self._is_due(sparsity, number, density):
                 break
             current = score()
             kept = current.to("cpu", copy=True) if self._keeps else None
@@ -105,7 +106,7 @@ class Waypoints:
             if found and sparsity <= found[-1].sparsity:
                 raise ValueError(f"{where}.sparsity: wanted more than {found[-1].sparsity:g}, got {sparsity:g}")
             at = check.integer(f"{where}.step", item["step"], 1, step)
-            if not reached(sparsity, schedule[at]) or reached(sparsity, schedule[at - 1]):
+            if not self._is_due(sparsity, at, schedule[at]) or self._is_due(sparsity, at - 1, schedule[at - 1]):
                 raise ValueError(f"{where}.step: wanted that in which the schedule passes {sparsity:g}, got {at}")
             d = coordinates.d
             bits = check.tensor(f"{where}.bits", item["bits"], (-(-d // 8),), torch.uint8).cpu()
@@ -114,7 +115,7 @@ class Waypoints:
             if score is not None:
                 score = check.tensor(f"{where}.score", score, (d,), *dtypes).to("cpu", copy=True)
             found.append(Waypoint(sparsity, at, mask, score))
-        passed = [sparsity for sparsity in self._without(found) if reached(sparsity, schedule[step])]
+        passed = [sparsity for sparsity in self._without(found) if self._is_due(sparsity, step, schedule[step])]
         if passed:
             raise ValueError(
                 "waypoints: wanted sparsities that the saved run took or has yet to pass (now "
@@ -125,6 +126,10 @@ class Waypoints:
     def take_over(self, taken: list[Waypoint]) -> None:
         """Go on from what was checked."""
         self.taken, self._due = taken, self._without(taken)
+
+    def _is_due(self, sparsity: float, number: int, density: float) -> bool:
+        """Whether the schedule, at this density after so many steps, has passed it: the last one where the run ends."""
+        return reached(sparsity, density) and (sparsity < self._last or number == self._steps)
 
     def _without(self, taken: list[Waypoint]) -> list[float]:
         sparsities = {waypoint.sparsity for waypoint in taken}
@@ -167,8 +172,10 @@ def check_waypoints(
         raise ValueError(f"{what}: the scores of vote='masked' are of the final sparsity alone")
     if config.settle and not found:
         raise ValueError("settle: wanted waypoints=[…] to settle at, got none")
-    if config.settle and len(early) + 1 > config.n_steps:
+    steps = falling_steps(config.n_steps, config.hold)
+    if config.settle and len(early) + 1 > steps:
+        before = "" if steps == config.n_steps else f" before the hold, of {config.n_steps}"
         raise ValueError(
-            f"n_steps: wanted ≥ {len(early) + 1} to settle at {len(early)} waypoints and the end, got {config.n_steps}"
+            f"n_steps: wanted ≥ {len(early) + 1} to settle at {len(early)} waypoints and the end, got {steps}{before}"
         )
     return found

@@ -77,8 +77,8 @@ def masked_weights(
             factors. Float with ``cut``: particle values, of which the cut says which are kept; no mask is
             written then.
         cut: of :func:`topk_threshold` for the same values, score, saliency and segments. A NaN score is not kept.
-        score, saliency: ``"value"``, ``"abs"`` or ``"abs_saliency"``, as in :func:`topk_threshold`; ``None`` for
-            ``"value"``.
+        score, saliency: ``"value"``, ``"abs"``, ``"abs_saliency"`` or ``"value_saliency"``, as in
+            :func:`topk_threshold`; ``None`` for ``"value"``.
         segments: those of the cut: offsets over all coordinates; ``"tensors"``: each tensor of a list is one, which a
             layout has no use for.
         layout: structured: which weights each coordinate governs, as :class:`Blocks` that cover the weights one

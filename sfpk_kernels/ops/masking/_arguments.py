@@ -96,7 +96,7 @@ def cut_of(
         check.is_tensor(op, name, tensor, dtypes)
         check.has_shape(op, name, tensor, (rows.shape[0], max(len(borders) - 1, 1)))
         check.same_device(op, name, tensor, mask.device)
-    if (saliency is None) == (score == "abs_saliency"):
+    if (saliency is None) == score.endswith("saliency"):
         wanted = "values to multiply with" if saliency is None else "None"
         raise ValueError(f"{op}: saliency: wanted {wanted} with score={score!r}, got {saliency!r:.80}")
     if saliency is not None:

@@ -11,6 +11,7 @@ PACKED = tl.constexpr(MaskKind.PACKED.value)
 FACTORS = tl.constexpr(MaskKind.FACTORS.value)
 VALUE = tl.constexpr(Score.VALUE.value)
 ABS_SALIENCY = tl.constexpr(Score.ABS_SALIENCY.value)
+VALUE_SALIENCY = tl.constexpr(Score.VALUE_SALIENCY.value)
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def apply(
     index = first + (at if SINGLE else (at // inner) % groups)
     if PART:
         inside = inside & (index >= low) & (index < high)
-    if SCORE == ABS_SALIENCY:
+    if SCORE == ABS_SALIENCY or SCORE == VALUE_SALIENCY:  # noqa: SIM109 - Triton does not know "in"
         sizes = tl.load(saliency + index, mask=inside, other=0.0)
     for i in range(n):
         row = tl.full([], 0, tl.int64) + i
@@ -46,9 +47,9 @@ def apply(
                 keep = ((word >> (index % BITS).to(tl.int32)) & 1) != 0
             else:
                 score = tl.load(mask + row * mask_stride + index, mask=inside, other=0.0).to(tl.float32)
-                if SCORE != VALUE:
+                if SCORE != VALUE and SCORE != VALUE_SALIENCY:
                     score = tl.abs(score)
-                if SCORE == ABS_SALIENCY:
+                if SCORE == ABS_SALIENCY or SCORE == VALUE_SALIENCY:  # noqa: SIM109
                     score = score * sizes
                 limit = tl.load(threshold + row * cut_stride)
                 keep = (score > limit) | ((score == limit) & (index < tl.load(tie_end + row * cut_stride)))

@@ -81,9 +81,9 @@ def topk_mask(
         k: how many to keep: an int, or for (n, d) values also n ints or an int64 tensor (n,). Where a GPU backend
             finds such a tensor on the GPU and no constraints, the host waits for nothing: k is clamped to 0 … d
             and a NaN score gives that row the threshold NaN, which keeps nothing.
-        score: ``"value"``: m. ``"abs"``: \\|m|. ``"abs_saliency"``: \\|m|·a. ``"mean_abs_saliency"``: one score for
-            all rows, (Σ_i \\|m_i|)·a·(1/n), added in order of the rows; the mask is (d,). All in fp32, each
-            operation rounded once (in fp64 for fp64 values).
+        score: ``"value"``: m. ``"abs"``: \\|m|. ``"abs_saliency"``: \\|m|·a. ``"value_saliency"``: m·a.
+            ``"mean_abs_saliency"``: one score for all rows, (Σ_i \\|m_i|)·a·(1/n), added in order of the rows; the
+            mask is (d,). All in fp32, each operation rounded once (in fp64 for fp64 values).
         saliency: a, for the scores that name it.
         sizes: how many weights each coordinate governs. k is then a budget: kept is the longest prefix of the
             ranking whose sizes sum to at most k, protected entries counted first.

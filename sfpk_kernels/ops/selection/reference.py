@@ -69,13 +69,11 @@ def score_of(
     score: str,
     saliency: Tensor | None,  # (d,)
 ) -> Tensor:  # (n, d) fp32, fp64 for fp64 values
-    """Scores of single entries: ``"value"``, ``"abs"`` or ``"abs_saliency"``."""
+    """Scores of single entries: ``"value"``, ``"abs"``, ``"abs_saliency"`` or ``"value_saliency"``."""
     wide = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
-    if score == "value":
-        return wide + 0.0
-    if saliency is None:
-        return wide.abs()
-    return wide.abs() * saliency.to(wide.dtype) + 0.0
+    if score.startswith("abs"):
+        wide = wide.abs()
+    return (wide if saliency is None else wide * saliency.to(wide.dtype)) + 0.0
 
 
 def _check_nan(selection: Selection, scores: Tensor) -> None:

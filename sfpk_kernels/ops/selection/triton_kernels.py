@@ -10,7 +10,8 @@ import triton.language as tl
 from ..codes import Score
 
 VALUE = tl.constexpr(Score.VALUE.value)
-ABS_SALIENCY = tl.constexpr(Score.ABS_SALIENCY.value)
+ABS = tl.constexpr(Score.ABS.value)
+VALUE_SALIENCY = tl.constexpr(Score.VALUE_SALIENCY.value)
 MEAN_ABS_SALIENCY = tl.constexpr(Score.MEAN_ABS_SALIENCY.value)
 
 # Columns of the state.
@@ -27,13 +28,13 @@ DIGITS = tl.constexpr(256)
 def keys_of(values, saliency, excluded, at, inside, n, stride, scale, SCORE: tl.constexpr, EXCLUDES: tl.constexpr):
     """Keys, and which scores are NaN, of the entries ``at``; SCORE as in codes.Score."""
     score = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
-    if SCORE != VALUE:
+    if SCORE != VALUE and SCORE != VALUE_SALIENCY:
         score = tl.abs(score)
     if SCORE == MEAN_ABS_SALIENCY:
         for i in range(1, n):
             row = tl.full([], 0, tl.int64) + i
             score += tl.abs(tl.load(values + row * stride + at, mask=inside, other=0.0).to(tl.float32))
-    if SCORE == ABS_SALIENCY or SCORE == MEAN_ABS_SALIENCY:  # noqa: SIM109 - Triton does not know "in"
+    if SCORE != VALUE and SCORE != ABS:
         score *= tl.load(saliency + at, mask=inside, other=0.0)
     if SCORE == MEAN_ABS_SALIENCY:
         score *= scale

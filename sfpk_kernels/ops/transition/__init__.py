@@ -44,6 +44,7 @@ def transition_(
     step_index: int = 0,
     nonfinite: str = "raise",
     row: int | None = None,
+    angle: float | None = None,  # α ≥ 0
     backend: str | None = None,
 ) -> TransitionStats:
     """Move every particle one step towards higher sparsity and lower energy (SFPK, Proposition 2, eq. 8).
@@ -55,14 +56,18 @@ def transition_(
         Δm  = (Δt/‖s‖) (ŝ + sqrt(r² - 1) u/‖u‖)
 
     so that ``s·Δm = Δt`` and ``‖Δm‖ = r Δt/‖s‖``; where ``‖u‖`` is below 1e-6 ``‖g‖`` the second term is 0.
+    With ``angle`` the tangential part has another length, whatever Δt is (which may be 0 then)::
+
+        Δm  = (Δt/‖s‖) ŝ + α ‖m_i + (Δt/‖s‖) ŝ‖ u/‖u‖
+
     Then, each only if asked for: scale row i so that ``ρ(m_i) = target_density``; pull all rows to their mean,
     ``m_i ← m_i + η (m̄ - m_i)``; scale again. A row of zeros has no direction and stays as it is, also where the others
     are pulled (it counts in their mean, like any row that does not move in this step).
 
     ``torch.compile(dynamic=True)`` keeps one graph while n, d, row, seed and step_index change; the floats (step,
-    radius, repulsion, target_density, consensus, eps) are compiled in, so each new value of one compiles again: where
-    they follow a schedule, leave this call out of what is compiled. A step has no derivative, and vmap runs it once per
-    entry.
+    radius, repulsion, target_density, consensus, eps, angle) are compiled in, so each new value of one compiles again:
+    where they follow a schedule, leave this call out of what is compiled. A step has no derivative, and vmap runs it
+    once per entry.
 
     With ``row`` only that particle moves and the others are held, so that calls for one row after the other, each with
     the gradient of that particle alone, are the same step in Gauss-Seidel order, without an (n, d) array of gradients.
@@ -96,6 +101,8 @@ def transition_(
             cosines of those whose gradient is at fault are NaN. On a GPU ``"raise"`` waits for the step's end, the
             others never wait.
         row: the one particle that moves, ``None`` for all at once (Jacobi).
+        angle: α, the tangent of the angle between a particle and where it is moved to on its sphere (exactly so without
+            sizes); ``None``: the length that ``radius`` says, which is not read otherwise.
         backend: ``None`` for the fastest available.
 
     Returns:
@@ -116,6 +123,7 @@ def transition_(
     # fmt: off
     spec = TransitionSpec(
         step, radius, repulsion, kernel, density, target_density, consensus, eps, seed, step_index, nonfinite, only,
+        angle,
     ).checked(_OP)
     # fmt: on
     arguments.check_columns(_OP, masks, columns, kernel)

@@ -41,7 +41,7 @@ def transition_(step: Step) -> TransitionStats:
     stats = torch.ops.sfpk_cpp.transition_(
         masks, _rows(grads), *_vectors(columns, spec), residual, [] if state is None else list(state), spec.step,
         spec.radius, spec.repulsion, spec.weighted, spec.squared, spec.target_density, spec.consensus, spec.eps,
-        spec.key, spec.skip, spec.only,
+        spec.key, spec.skip, spec.only, spec.angle,
     )
     # fmt: on
     return TransitionStats(*stats)
@@ -74,7 +74,7 @@ def plan(
     # fmt: off
     coefficients, cosines = torch.ops.sfpk_cpp.transition_plan(
         list(state), sample, sums, _total(shard), shard.total is not None, spec.step, spec.radius, spec.weighted,
-        spec.squared, spec.target_density, spec.consensus, spec.eps, spec.skip, spec.only,
+        spec.squared, spec.target_density, spec.consensus, spec.eps, spec.skip, spec.only, spec.angle,
     )
     # fmt: on
     return coefficients, cosines

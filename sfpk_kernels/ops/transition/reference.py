@@ -131,10 +131,12 @@ def transition_(step: Step) -> TransitionStats:
     u = g - sum_of(unit * g).to(dtype)[:, None] * unit
     u_norm, g_norm = sum_of(u.square()).sqrt(), sum_of(g.square()).sqrt()
     pace = slope_norm * u_norm if spec.eps == 0 else ((slope_norm * u_norm).square() + spec.eps).sqrt()
-    tangential = torch.where(u_norm > TANGENT_TOLERANCE * g_norm, spec.root / pace, 0.0)
+    tangential = torch.where(u_norm > TANGENT_TOLERANCE * g_norm, spec.reach / pace, 0.0)
     radial = torch.where(alive, spec.step / slope_norm, 0.0)
-    tangential = torch.where(alive, spec.step * tangential, 0.0)
-    move = radial.to(dtype)[:, None] * unit + tangential.to(dtype)[:, None] * u
+    move = radial.to(dtype)[:, None] * unit
+    by = spec.step if spec.angle is None else slope_norm * sum_of((particles + move).square()).sqrt()
+    tangential = torch.where(alive, by * tangential, 0.0)
+    move = move + tangential.to(dtype)[:, None] * u
     product = descent_norm * sum_of(move.square()).sqrt()
     cosines = torch.where(product > 0, sum_of(move * descent) / product, 0.0)
 

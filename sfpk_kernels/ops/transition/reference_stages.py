@@ -75,15 +75,18 @@ def plan(
     slope = moving(lean_of(sample).double() + rest)
     u_norm, g_norm = u_square.sqrt(), (u_square + slope.square() * ss).sqrt()
     divisor = slope_norm * u_norm if spec.eps == 0 else (slope_norm.square() * u_square + spec.eps).sqrt()
-    b = moving(torch.where(u_norm > TANGENT_TOLERANCE * g_norm, spec.step * spec.root / divisor, 0.0))
     alpha = moving(-spec.step / slope_norm / norm)
+    c_mm = total * (state.densities if spec.squared else state.densities.square())
+    by: Tensor | float = spec.step
+    if spec.angle is not None:  # ‖m + alpha s‖, as ‖∇s‖ is taken out again
+        by = slope_norm * (state.norms.square() + 2 * alpha * c_mm + alpha.square() * ss).clamp_min(0.0).sqrt()
+    b = moving(torch.where(u_norm > TANGENT_TOLERANCE * g_norm, by * spec.reach / divisor, 0.0))
     length = (alpha.square() * ss + b.square() * u_square).sqrt()
     cosines = (alpha * es + b * (eu - rest * es)) / (length * ee.sqrt())
     cosines = moving(torch.where((length > 0) & (ee > 0), cosines, 0.0)).masked_fill(bad, float("nan"))
 
     factor = torch.ones_like(norm)
     if spec.target_density is not None:
-        c_mm = total * (state.densities if spec.squared else state.densities.square())
         if sized:
             uu_c, su_c = cuu - 2 * rest * csu + rest.square() * css, csu - rest * css
             moved = c_mm + 2 * alpha * ss + alpha.square() * css + 2 * alpha * b * su_c + b.square() * uu_c

@@ -50,7 +50,7 @@ class Shard(NamedTuple):
 class TransitionSpec(NamedTuple):
     """The settings of one step; what each means is said at :func:`sfpk_kernels.ops.transition_`."""
 
-    step: float  # Δt > 0
+    step: float  # Δt > 0, or ≥ 0 with an angle
     radius: float  # r > 1
     repulsion: float  # λ ≥ 0
     kernel: str = "rbf"
@@ -62,6 +62,7 @@ class TransitionSpec(NamedTuple):
     step_index: int = 0
     nonfinite: str = "raise"
     only: int = -1  # the one particle that moves (Gauss-Seidel order), -1 for all (Jacobi)
+    angle: float | None = None  # α ≥ 0, in place of the radius
 
     @property
     def weighted(self) -> bool:
@@ -82,6 +83,11 @@ class TransitionSpec(NamedTuple):
     def root(self) -> float:
         """sqrt(r² - 1), the length of the tangential part of a move in units of the radial one."""
         return math.sqrt(self.radius**2 - 1)
+
+    @property
+    def reach(self) -> float:
+        """The length of the tangential part of a move: α of the moved particle, else sqrt(r² - 1) of the radial one."""
+        return self.root if self.angle is None else self.angle
 
     @property
     def key(self) -> int:
@@ -115,9 +121,13 @@ class TransitionSpec(NamedTuple):
         target = self.target_density
         if target is not None:
             target = check.is_real(op, "target_density", target, "in (0, 1]", 0.0, 1.0)
+        angle = self.angle
+        if angle is not None:
+            angle = check.is_real(op, "angle", angle, "≥ 0", 0.0, math.inf, open_low=False)
+        wanted = "> 0" if angle is None else "≥ 0"
         # In the order of the fields, as everything here is on the way of every step.
         return TransitionSpec(
-            check.is_real(op, "step", self.step, "> 0", 0.0, math.inf),
+            check.is_real(op, "step", self.step, wanted, 0.0, math.inf, open_low=angle is None),
             check.is_real(op, "radius", self.radius, "> 1", 1.0, math.inf),
             check.is_real(op, "repulsion", self.repulsion, "≥ 0", 0.0, math.inf, open_low=False),
             self.kernel,
@@ -129,6 +139,7 @@ class TransitionSpec(NamedTuple):
             _word(self.step_index),
             self.nonfinite,
             self.only,
+            angle,
         )
 
 

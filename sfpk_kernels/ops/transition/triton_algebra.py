@@ -50,9 +50,9 @@ def _times(coefficient, value):
 @triton.jit
 def plan_moves(
     densities, norms, slope_norms, q, sums, guess, moves, scratch, cosines, n, only,
-    total, step, root, eps, target, pull,
+    total, step, reach, eps, target, pull,
     N: tl.constexpr, SIZED: tl.constexpr, WEIGHTED: tl.constexpr, SQUARED: tl.constexpr, RETRACT: tl.constexpr,
-    GRAMS: tl.constexpr, HAS_EPS: tl.constexpr, SKIP: tl.constexpr,
+    GRAMS: tl.constexpr, HAS_EPS: tl.constexpr, BY_ANGLE: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """From the sums of the reduce pass to the coefficients of the update pass; scratch: 4 N fp64."""
     rows = tl.arange(0, N)
@@ -92,8 +92,16 @@ def plan_moves(
     divisor = slope_norm * u_norm
     if HAS_EPS:
         divisor = tl.sqrt(slope_norm * slope_norm * u_square + eps)
-    pace = tl.where(points, step * root / tl.where(points, divisor, 1.0), 0.0)
     alpha = tl.where(goes, -step / slope_norm / norm, 0.0)
+    c_mm = density * density * total
+    if SQUARED:
+        c_mm = density * total
+    by = step
+    if BY_ANGLE:
+        # ‖m + alpha s‖, of which ‖∇s‖ is taken out again.
+        own = tl.load(norms + rows, mask=real, other=0.0)
+        by = slope_norm * tl.sqrt(tl.maximum(own * own + 2 * alpha * c_mm + alpha * alpha * ss, 0.0))
+    pace = tl.where(points, by * reach / tl.where(points, divisor, 1.0), 0.0)
     along = tl.where(goes, alpha * es + pace * (eu - rest * es), 0.0)
     length = tl.sqrt(alpha * alpha * ss + pace * pace * u_square)
     known = goes & (length > 0) & (ee > 0)
@@ -102,10 +110,8 @@ def plan_moves(
 
     factor = tl.zeros([N], tl.float64) + 1.0
     if RETRACT:
-        c_mm = density * density * total
         wanted = target * target * total
         if SQUARED:
-            c_mm = density * total
             wanted = target * total
         if SIZED:
             uu_c = cuu - 2 * rest * csu + rest * rest * css

@@ -129,7 +129,7 @@ class Launches:
         )
         total = None if sizes is None else sizes.sum(dtype=torch.float64)
         whole = float(d if shard is None else shard.d)
-        numbers = (whole, spec.step, spec.root, spec.repulsion, spec.eps, spec.target_density or 1.0, spec.consensus)
+        numbers = (whole, spec.step, spec.reach, spec.repulsion, spec.eps, spec.target_density or 1.0, spec.consensus)
         self._key, self._first_column = spec.key, 0 if shard is None else shard.first_column
         self._particles = (
             masks, masks.stride(0), residual, 0 if residual is None else residual.stride(0), grads, grads.stride(0),
@@ -142,8 +142,8 @@ class Launches:
         self._constants = {
             "SIZE": self.size, "N": tile.n, "B": tile.columns, "PART": tile.part, "FLUSH": tile.flush // tile.columns,
             "WEIGHTED": spec.weighted, "SQUARED": spec.squared, "RETRACT": spec.target_density is not None,
-            "PULL": spec.pulls(n), "GRAMS": grams, "HAS_EPS": spec.eps > 0, "SKIP": spec.skip,
-            "DISTANCES": tile.distances, "ROWS": n if tile.by_columns else 0,
+            "PULL": spec.pulls(n), "GRAMS": grams, "HAS_EPS": spec.eps > 0, "BY_ANGLE": spec.angle is not None,
+            "SKIP": spec.skip, "DISTANCES": tile.distances, "ROWS": n if tile.by_columns else 0,
             "num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": True,
         }  # fmt: skip
 

@@ -79,8 +79,8 @@ def transition(
     d_low,
     step_high,
     step_low,
-    root_high,
-    root_low,
+    reach_high,  # of the tangential part: in units of the radial one, or BY_ANGLE of the particle
+    reach_low,
     lambda_high,
     lambda_low,
     eps_high,
@@ -106,6 +106,7 @@ def transition(
     PULL: tl.constexpr,
     GRAMS: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    BY_ANGLE: tl.constexpr,
     SKIP: tl.constexpr,
     DISTANCES: tl.constexpr,  # whether the update sums distances, else the stage "distances" does
     ROWS: tl.constexpr,  # n where the passes run by columns (triton_columns.py), else 0
@@ -166,9 +167,9 @@ def transition(
         plan_moves(
             old_densities, old_norms, old_slope_norms, old_distances, sums, guess, moves, scratch, cosines, n, only,
             total, double(step_high, step_low),
-            double(root_high, root_low), double(eps_high, eps_low),
+            double(reach_high, reach_low), double(eps_high, eps_low),
             target, pull,
-            N, sized, WEIGHTED, SQUARED, RETRACT, GRAMS, HAS_EPS, SKIP,
+            N, sized, WEIGHTED, SQUARED, RETRACT, GRAMS, HAS_EPS, BY_ANGLE, SKIP,
         )  # fmt: skip
         tl.debug_barrier()
     if whole or STAGE == "update" or STAGE == "measure" or STAGE == "rescale":
