@@ -41,5 +41,6 @@ def random(
     check_allocation(allocation, ("global", "uniform", "erk"))
     coordinates = Coordinates(model, **coordinate_options)
     # fp64: of 2^53 values hardly two are equal, so that the tie rule decides nothing.
-    score = torch.rand(coordinates.d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.rand(coordinates.d, dtype=torch.float64, device="cpu", generator=generator)
     return select(coordinates, score.to(coordinates.device), sparsity, allocation)
