@@ -11,6 +11,8 @@ import pytest
 from sfpk_kernels import _build, _triton
 from tests import matrix
 
+from .processes import Forked
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text()
 
@@ -86,16 +88,14 @@ def test_an_old_torch_is_refused_at_import():
 @pytest.mark.parametrize(("package", "version"), [("setuptools", "70.0.0"), ("torch", "2.9.0")])
 def test_old_build_tools_are_refused(package, version):
     code = (
-        f"import sys, {package}; {package}.__version__ = {version!r}; sys.argv = ['setup.py', '--version']; "
+        f"import os, sys, {package}; {package}.__version__ = {version!r}; sys.argv = ['setup.py', '--version']; "
+        f"os.chdir({str(ROOT)!r}); "
         "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py', '__name__': '__main__'})"
     )
-    environment = {**os.environ, "SFPK_BUILD": "none"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT, env=environment
-    )
-    assert done.returncode == 1
-    assert f"setup.py: sfpk_kernels needs {package} " in done.stderr
-    assert f"{version} is installed" in done.stderr
+    exitcode, _, errors = Forked(code, {**os.environ, "SFPK_BUILD": "none"}).wait()
+    assert exitcode == 1
+    assert f"setup.py: sfpk_kernels needs {package} " in errors
+    assert f"{version} is installed" in errors
 
 
 def test_an_old_triton_is_a_reason(monkeypatch):
