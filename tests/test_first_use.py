@@ -90,7 +90,7 @@ def wait_for(condition, seconds=60.0):
 
 
 def test_many_processes_build_once_and_one_says_so(tmp_path):
-    cache = Cache(tmp_path, seconds=3)
+    cache = Cache(tmp_path, seconds=2)
     processes = [cache.start() for _ in range(4)]
     texts = [said(process) for process in processes]
     assert cache.builds == ["cpu"]
@@ -103,7 +103,7 @@ def test_many_processes_build_once_and_one_says_so(tmp_path):
 @pytest.mark.parametrize("victim", ["builder", "both"])
 def test_a_killed_build_is_taken_over(tmp_path, victim):
     """The lock ends with the processes that hold it, and what the killed one left is cleared away."""
-    cache = Cache(tmp_path, seconds=4)
+    cache = Cache(tmp_path, seconds=2)
     first = cache.start()
     wait_for(lambda: list(cache.folder.glob("*.building-*")))
     left = next(cache.folder.glob("*.building-*"))
@@ -120,7 +120,7 @@ def test_a_killed_build_is_taken_over(tmp_path, victim):
 
 def test_an_orphaned_build_is_waited_for(tmp_path):
     """Killing the process that asked does not stop its compiler, which holds the lock: nobody starts a second one."""
-    cache = Cache(tmp_path, seconds=4)
+    cache = Cache(tmp_path, seconds=2)
     first = cache.start()
     wait_for(lambda: list(cache.folder.glob("*.building-*")))
     os.kill(first.pid, signal.SIGKILL)
