@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,7 @@ from .saving import save_path as checked_save_path
 _COLUMNS = 80  # of the progress bar
 
 
-class Loop(Resumable):
+class Loop(Resumable, abc.ABC):
     """A run that goes through its steps by itself.
 
     Args:
@@ -34,9 +35,9 @@ class Loop(Resumable):
         self._callbacks = _functions(callbacks)
         super().__init__(run)
 
+    @abc.abstractmethod
     def _step(self, batches: Sequence[Any], taken: int = 0) -> StepRecord:
         """One step on batches that are where the model is; ``taken`` of them from the loader."""
-        raise NotImplementedError
 
     def add_callback(self, callback: Callable[[StepRecord], None]) -> None:
         """Have it called with the :class:`StepRecord` of every further step."""

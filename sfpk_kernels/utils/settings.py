@@ -132,14 +132,14 @@ def _checked(name: str, value: Any, kind: type, optional: bool, meaning: Meaning
         if not isinstance(value, bool):
             raise TypeError(f"{name}: wanted a bool, got {value!r}")
         return value
-    number = numbers.Integral if kind is int else numbers.Real
     wanted = f"an integer ≥ {meaning.least}" if kind is int else f"a number {meaning.wanted}"
-    if isinstance(value, bool) or not isinstance(value, number):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
         raise TypeError(f"{name}: wanted {wanted}, got {value!r}")
-    fits = value >= meaning.least if kind is int else math.isfinite(value) and meaning.accepts(value)  # type: ignore
-    if not fits:
+    number: float = kind(value)
+    high_enough = meaning.least is None or number >= meaning.least
+    if not (math.isfinite(number) and high_enough and (meaning.accepts is None or meaning.accepts(number))):
         raise ValueError(f"{name}: wanted {wanted}, got {value!r}")
-    return kind(value)
+    return number
 
 
 def _one_of(name: str, value: Any, choices: Sequence[str | None]) -> None:

@@ -98,7 +98,11 @@ def choose(
                 raise RuntimeError(f"energy_mode={name!r} cannot run this model: {error}") from error
             why_not += f"; not {name}: {error}"
         except Exception as error:  # whatever it is, one by one the model runs
-            if mode not in UNDECIDED:
+            # What is free just now must not decide how a run is computed that repeats: only a timed trial may ask.
+            full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if full and mode == "auto" and hasattr(error, "add_note"):  # Python ≥ 3.11
+                error.add_note("sfpk_kernels: Execution(energy_mode='sequential') takes less memory")
+            if mode not in UNDECIDED or (full and not timed):
                 raise
             why_not += f"; not {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if timed and wanted:
