@@ -505,3 +505,32 @@ def test_the_last_shot_is_saved_by_a_further_run(mlp, vectors, tmp_path, monkeyp
 
 def interrupted(*arguments):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("sfpk_kernels.retraining.gradual.end_contexts", "shot 1 stopped half-way"),
+        ("sfpk_kernels.modeling.whole_model.WholeModel.restore", "putting back shot 1 stopped half-way"),
+    ],
+)
+def test_a_second_interruption_while_a_shot_is_put_back_is_said(mlp, vectors, monkeypatch, where, words):
+    """Like Ctrl-C twice: the model may be anything, which every further call says, until a state is loaded."""
+
+    class Interruption(BaseException):
+        pass
+
+    def interrupted(*arguments):
+        raise Interruption
+
+    pruner = GradualPruner(mlp, vectors, config=quick(), shots=2, retrain=interrupted)
+    state = pruner.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, interrupted)
+        with pytest.raises(Interruption):
+            pruner.shot()
+    for further in (pruner.run, pruner.shot, pruner.result, pruner.state_dict):
+        with pytest.raises(RuntimeError, match=f"the model is not as after the last finished shot: {words}"):
+            further()
+    pruner.load_state_dict(state)
+    assert pruner.state_dict()["history"] == []

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sfpk_kernels
-from sfpk_kernels import GradualPruner, MaskSet, SFPKPruner, prune
+from sfpk_kernels import Execution, GradualPruner, MaskSet, SFPKPruner, prune
 from sfpk_kernels.modeling.whole_model import _nesting
 from sfpk_kernels.retraining.gradual import FORMAT
 from sfpk_kernels.search.run import Run
@@ -371,3 +371,44 @@ def test_the_last_step_is_saved_by_a_further_run(mlp, vectors, tmp_path):
     fresh = SFPKPruner(mlp, config=quick())
     fresh.load(path)
     assert fresh.done
+
+
+def test_a_second_interruption_while_a_step_is_put_back_is_said(mlp, vectors, monkeypatch):
+    """Like Ctrl-C twice: whether anything has moved is not known any more, which every further call says."""
+
+    class Interruption(BaseException):
+        pass
+
+    def interrupted(*arguments):
+        raise Interruption
+
+    pruner = SFPKPruner(mlp, loss_fn=lambda model, batch: interrupted(), config=quick())
+    state = pruner.state_dict()
+    pruner._run.make_plan = lambda batch: setattr(pruner._run, "plan", True)  # whose trial runs the loss, too
+    with monkeypatch.context() as patch:
+        patch.setattr("sfpk_kernels.search.attempt.end_contexts", interrupted)
+        with pytest.raises(Interruption):
+            pruner.step(vectors[:3])
+    for further in (lambda: pruner.step(vectors[:3]), lambda: pruner.run(vectors), pruner.result, pruner.state_dict):
+        with pytest.raises(RuntimeError, match="cannot go on: step 1 stopped half-way; resume what was saved before"):
+            further()
+    pruner.load_state_dict(state)
+    pruner._run.plan = None
+    assert pruner.state_dict()["step"] == 0
+
+
+def test_a_step_that_failed_leaves_nothing_of_it_behind(mlp, vectors):
+    """Statistics and densities the host knows, the scale of fp16 losses, how energies are computed: as before it."""
+    nan = [(x * float("nan"), y) for x, y in vectors[:3]]
+    pruner = SFPKPruner(mlp, config=quick(), execution=Execution(dtype="fp16", energy_mode="sequential"))
+    pruner.step(vectors[:3])
+    (stats, known), energy = pruner._run.system.measured(), pruner._run.energy.state()
+    assert stats is not None
+    assert known is not None
+    for batches in (nan, [*vectors[:2], nan[2]], [*vectors[:2], (vectors[2][0], "no labels")]):
+        with pytest.raises((FloatingPointError, TypeError)):
+            pruner.step(batches)
+        after, still_known = pruner._run.system.measured()
+        assert all(torch.equal(a, b) for a, b in zip(after, stats, strict=True))
+        assert still_known == known
+        assert pruner._run.energy.state() == energy
