@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is imported
@@ -29,6 +30,14 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_mode_stays():
+    """A dispatch mode left on shows in whatever test compiles next."""
+    yield
+    assert not torch._C._len_torch_dispatch_stack()
+    assert not is_in_torch_dispatch_mode()
 
 
 # Tests of the ops, in which memory that nobody has written holds NaN, or the largest integer.

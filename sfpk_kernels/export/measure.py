@@ -13,6 +13,7 @@ from torch import nn
 
 from ..masks.maskset import MaskSet
 from ..modeling.state import guarded, seeded
+from ..utils.modes import within
 
 Forward = Callable[[nn.Module, Any], Any]
 _WARM_UP = 3  # runs before latency is measured
@@ -40,7 +41,8 @@ def count_flops(
     torch.backends.mha.set_fastpath_enabled(False)  # torch does not count the fused attention layer
     try:
         # Fused attention is counted on GPUs, but not on the CPU.
-        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext(), FlopCounterMode(display=False) as counter:
+        kernels = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
+        with kernels, within(FlopCounterMode(display=False)) as counter:
             run(model, batch, forward_fn)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .modes import within
+
 
 def available_bytes(device: torch.device) -> int | None:
     """Bytes a process may still take on ``device``; ``None`` where the system does not say."""
@@ -59,8 +61,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    mode = _Following()
-    with mode:
+    with within(_Following()) as mode:
         work()
     return mode.peak
 
