@@ -39,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 POLARIZERS = ("mask_normalized", "mask_weight", "mask")
+STEP_LENGTHS = ("radius", "angle", "effective_dimension")
 UPDATES = ("jacobi", "gauss_seidel")
 
 # Names that this class had, or that one may look for here.
@@ -75,8 +76,17 @@ class SFPKConfig(Settings):
     step_length: str = setting(
         "radius",
         'how long the tangential part of a move is: ``"radius"``: in proportion to the density change of the step; '
-        '``"angle"``: an angle that falls linearly to 0 over the run, whatever the density does.',
-        choices=("radius", "angle"),
+        '``"angle"``: an angle that falls linearly to 0 over the run, whatever the density does; '
+        '``"effective_dimension"``: such an angle, the larger the more coordinates share the gradient, which is '
+        "measured in the first steps.",
+        choices=STEP_LENGTHS,
+    )
+    step_scale: float = setting(
+        1.0,
+        'factor > 0 on the angle, with another ``step_length`` than ``"radius"``; half and twice make about the same '
+        "masks.",
+        wanted="> 0",
+        accepts=lambda x: x > 0,
     )
     repulsion: float = setting(
         0.2, "λ ≥ 0, weight of the pairwise kernel repulsion.", wanted="≥ 0", accepts=lambda x: x >= 0

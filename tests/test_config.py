@@ -69,6 +69,7 @@ def test_replace_checks_again():
         ("settle", None, TypeError),
         ("signed_score", 1, TypeError),
         ("step_length", "long", ValueError),
+        ("step_scale", 0.0, ValueError),
         ("hold", 0.0, ValueError),
         ("hold", 1.5, ValueError),
         ("model_mode", "training", ValueError),

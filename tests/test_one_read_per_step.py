@@ -66,6 +66,8 @@ def filled(shape, value):
 CONFIGS = {
     "default": {},
     "lean": {"update": "gauss_seidel"},
+    "effective dimension": {"step_length": "effective_dimension"},
+    "lean effective dimension": {"step_length": "effective_dimension", "update": "gauss_seidel"},
     "skip": {"nonfinite": "skip_particle"},
     "lean skip": {"update": "gauss_seidel", "nonfinite": "skip_particle"},
     "weighted": {"kernel": "weighted_rbf", "polarizer": "mask_normalized"},

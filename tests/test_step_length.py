@@ -8,7 +8,10 @@ from torch import nn
 
 from sfpk_kernels import Coordinates, SFPKConfig, SFPKPruner
 from sfpk_kernels.ops import transition_
+from sfpk_kernels.search import step_length
+from sfpk_kernels.search.records import StepRecord
 from sfpk_kernels.search.schedule import density_schedule
+from sfpk_kernels.search.step_length import StepLength, effective_share
 from tests import test_transition_backends as backends
 from tests import test_transition_stages as stages
 from tests.test_transition import density_of, slope_of
@@ -138,13 +141,26 @@ def setting(n_steps=6, **options):
     return model, data, SFPKConfig(**{**base, **options})
 
 
-def plain_run(model, data, density, score):
+def by_angle(k, steps, target, shares):
+    """α of step k + 1; what is known of the effective dimension does not matter."""
+    return 0.035 * math.log(1 / target) ** 1.5 * (1 - k / steps)
+
+
+def by_effective_dimension(k, steps, target, shares):
+    """The same until a gradient was seen; then by the geometric mean of the effective dimensions so far."""
+    seen = shares[: min(k, math.ceil(0.15 * steps))]
+    if not seen:
+        return by_angle(k, steps, target, shares)
+    return 0.33 * math.log(1 / target) ** 2 * math.prod(seen) ** (0.5 / len(seen)) * (1 - k / steps)
+
+
+def plain_run(model, data, density, score, length=by_angle):
     """One particle in fp64: polarize, gradient by the masked weights, move; and the normalized saliency."""
     steps, target = len(density) - 1, density[-1]
     theta = Coordinates(model).flatten(model).double()
     parts = [p.detach().abs() / p.detach().abs().mean() for p in (model[0].weight, model[2].weight)]
     saliency = torch.cat([part.flatten() for part in parts]).double()
-    m = torch.ones(80, dtype=torch.float64)
+    m, shares = torch.ones(80, dtype=torch.float64), []
     for k, (x, y) in enumerate(data[:steps]):
         kept = torch.zeros(80, dtype=torch.float64)
         kept[score(m, saliency).argsort(descending=True, stable=True)[: round(density[k] * 80)]] = 1
@@ -152,7 +168,8 @@ def plain_run(model, data, density, score):
         hidden = torch.tanh(x.double() @ w[:48].view(8, 6).T + model[0].bias.double())
         loss = nn.functional.cross_entropy(hidden @ w[48:].view(4, 8).T + model[2].bias.double(), y)
         (gradient,) = torch.autograd.grad(loss, w)
-        angle = 0.035 * math.log(1 / target) ** 1.5 * (1 - k / steps)
+        angle = length(k, steps, target, shares)
+        shares.append(float((gradient * theta).square().sum() ** 2 / (80 * (gradient * theta).pow(4).sum())))
         m = moved_by_hand(m, gradient * theta, angle, density[k + 1])
     return m, saliency
 
@@ -164,17 +181,108 @@ def test_a_run_follows_the_plain_loop():
     torch.testing.assert_close(result.particles[0].double(), m, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("n_steps", [1, 6, 14])
+def test_a_run_by_effective_dimension_follows_the_plain_loop(n_steps):
+    """Three of 14 steps are looked at, one of 6; the only one of 1 is over before its gradient is known."""
+    model, data, config = setting(n_steps, step_length="effective_dimension")
+    density = density_schedule("cubic", 0.4, n_steps)
+    m, _ = plain_run(model, data, density, lambda m, saliency: m.abs() * saliency, by_effective_dimension)
+    result = SFPKPruner(model, config=config).run(data)
+    torch.testing.assert_close(result.particles[0].double(), m, rtol=1e-5, atol=1e-6)
+    looked_at = [len(record.effective_dimensions) for record in result.history]
+    assert looked_at == ([1] * math.ceil(0.15 * n_steps) + [0] * n_steps)[:n_steps]
+
+
+@pytest.mark.parametrize("length", ["angle", "effective_dimension"])
+def test_the_scale_is_a_factor_on_the_angle(length):
+    config = setting(20, step_length=length)[2]
+    history = [step_record([0.25, math.nan]), step_record([0.01, 0.04]), step_record([math.nan, math.nan])]
+    once, twice = (StepLength(config.replace(step_scale=scale), history) for scale in (1.0, 2.0))
+    assert twice.angle(7, 0.9) == 2 * once.angle(7, 0.9)
+    share = math.sqrt(0.25 * math.sqrt(0.01 * 0.04))  # every step counts alike
+    fall = math.log(0.9 / 0.4)
+    wanted = 0.035 * fall**1.5 if length == "angle" else 0.33 * fall**2 * math.sqrt(share)
+    assert once.angle(7, 0.9) == pytest.approx(wanted * (1 - 7 / 20))
+
+
+def step_record(shares):
+    return StepRecord(1, 0.5, [0.5] * 2, [1.0] * 2, [0.1] * 2, 0.1, effective_dimensions=shares)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_effective_dimensions_by_hand(dtype, monkeypatch):
+    monkeypatch.setitem(step_length._PART, "cpu", 16)  # many parts
+    grads, theta = torch.zeros(5, 100, dtype=dtype), torch.full((100,), 0.5, dtype=dtype)
+    grads[0] = 3e-5  # all alike; its fourth power is below what fp32 holds
+    grads[1, :25] = -2.0
+    grads[2, 7] = 5.0
+    grads[4, 0] = math.inf
+    theta[99] = -0.5
+    found = effective_share(grads, theta)
+    assert found[:3].tolist() == pytest.approx([1.0, 0.25, 0.01])
+    assert found[3:].isnan().all()
+    values = uniform(100)
+    g = values * (uniform(100, seed=1) - 1)
+    found = effective_share((uniform(100, seed=1) - 1)[None], values).item()
+    assert found == pytest.approx(g.square().sum().item() ** 2 / (100 * g.pow(4).sum().item()))
+
+
+@pytest.mark.parametrize("length", ["angle", "effective_dimension"])
 @pytest.mark.parametrize("update", ["jacobi", "gauss_seidel"])
-def test_a_resumed_run_goes_on_bit_for_bit(update):
-    model, data, config = setting(n_particles=3, update=update)
-    batches = [[data[(k + i) % 6] for i in range(3)] for k in range(6)]
-    whole, first, second = (SFPKPruner(model, config=config) for _ in range(3))
-    for k in range(6):
+def test_a_resumed_run_goes_on_bit_for_bit(update, length):
+    """Saved while gradients are looked at, and later."""
+    steps = 14
+    model, data, config = setting(steps, n_particles=3, update=update, step_length=length)
+    batches = [[data[(k + i) % steps] for i in range(3)] for k in range(steps)]
+    whole, first = (SFPKPruner(model, config=config) for _ in range(2))
+    for k in range(steps):
         whole.step(batches[k])
-    for k in range(3):
-        first.step(batches[k])
-    second.load_state_dict(first.state_dict())
-    for k in range(3, 6):
-        second.step(batches[k])
-    assert torch.equal(whole.particles, second.particles)
-    assert torch.equal(whole.result().score, second.result().score)
+    for saved in range(5):
+        if saved:
+            first.step(batches[saved - 1])
+        second = SFPKPruner(model, config=config)
+        second.load_state_dict(first.state_dict())
+        for k in range(saved, steps):
+            second.step(batches[k])
+        assert torch.equal(whole.particles, second.particles)
+        assert torch.equal(whole.result().score, second.result().score)
+
+
+def test_a_particle_without_a_gradient_has_no_effective_dimension():
+    model, data, config = setting(14, n_particles=2, step_length="effective_dimension", nonfinite="skip_particle")
+    bad = (data[0][0] * math.nan, data[0][1])
+    pruner = SFPKPruner(model, config=config)
+    record = pruner.step([bad, data[1]])
+    assert math.isnan(record.effective_dimensions[0])
+    assert 1 / 80 < record.effective_dimensions[1] < 1
+    fresh = SFPKPruner(model, config=config)
+    fresh.load_state_dict(pruner.state_dict())
+    for other in (pruner, fresh):
+        other.step(data[2:4])
+    assert torch.equal(pruner.particles, fresh.particles)
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ([], "wanted 1 entries, got 0"),
+        ([0.1, 0.2], "wanted 1 entries, got 2"),
+        ([0.0], "wanted shares in"),
+        ([1.5], "wanted shares in"),
+        ([-0.1], "wanted a number"),
+    ],
+)
+def test_damaged_effective_dimensions_are_named(shares, words):
+    model, data, config = setting(14, step_length="effective_dimension")
+    pruner = SFPKPruner(model, config=config)
+    pruner.step(data[:1])
+    state = pruner.state_dict()
+    state["history"][0]["effective_dimensions"] = shares
+    with pytest.raises(ValueError, match=rf"state: history\[0\].effective_dimensions.*: {words}"):
+        pruner.load_state_dict(state)
+
+
+def test_a_factor_on_nothing_is_refused():
+    model, _, config = setting(step_length="radius", step_scale=0.5)
+    with pytest.raises(ValueError, match=r"step_scale: wanted 1 with step_length='radius', .* got 0\.5"):
+        SFPKPruner(model, config=config)

@@ -75,7 +75,8 @@ class GradualState:
         mine, theirs = self.settings(), state["settings"]
         if not isinstance(theirs, Mapping):
             raise TypeError(f"state: settings: wanted a dict, got {check.got(theirs)}")
-        theirs = {**theirs, "config": checkpoint.settings_of_this_version(theirs.get("config"))}
+        saved = theirs.get("config")
+        theirs = {**theirs, "config": checkpoint.settings_of_this_version(saved)}
         differing = [key for key in {**mine, **theirs} if not check.same(mine.get(key, ""), theirs.get(key, ""))]
         if differing:
             of = "; ".join(f"{key}: {mine.get(key)!r} here, {theirs.get(key)!r} there" for key in differing)
@@ -85,7 +86,7 @@ class GradualState:
         if len(shots) > len(self.shots):
             raise ValueError(f"state: history: wanted at most {len(self.shots)} shots, got {len(shots)}")
         masks = self._checked_masks(state["masks"], len(shots))
-        history = [self._checked_record(i, value, masks) for i, value in enumerate(shots)]
+        history = [self._checked_record(i, value, masks, saved) for i, value in enumerate(shots)]
         values = check.tensor("state: values", state["values"], (self.coordinates.d,), values_like.dtype)
         done = Progress(
             self._checked_particles(state["particles"], len(shots)),
@@ -138,7 +139,7 @@ class GradualState:
             found.append(masks)
         return found
 
-    def _checked_record(self, i: int, value: Any, masks: list[MaskSet]) -> ShotRecord:
+    def _checked_record(self, i: int, value: Any, masks: list[MaskSet], settings: Any) -> ShotRecord:
         name, shot = f"state: history[{i}]", self.shots[i]
         check.entries(name, value, [field.name for field in dataclasses.fields(ShotRecord)])
         if not check.same(value["shot"], dataclasses.asdict(shot)):
@@ -146,8 +147,12 @@ class GradualState:
         kept = check.integer(f"{name}.kept", value["kept"])
         if kept != masks[i].kept:
             raise ValueError(f"{name}.kept: wanted {masks[i].kept}, as in masks[{i}], got {kept}")
+        config, search = config_of_shot(self.config, shot, 0), value["search"]
         search = checkpoint.history(
-            f"{name}.search", value["search"], config_of_shot(self.config, shot, 0), len(self.coordinates.tensors)
+            f"{name}.search",
+            checkpoint.records_of_this_version(search, settings),
+            config,
+            len(self.coordinates.tensors),
         )
         if not 1 <= len(search) <= shot.n_steps:
             raise ValueError(f"{name}.search: wanted 1 … {shot.n_steps} steps, got {len(search)}")

@@ -15,6 +15,7 @@ from ..execution import ENERGY_MODES, Execution
 from . import state_checks as check
 from .planning import Plan
 from .records import StepRecord
+from .step_length import StepLength
 
 KIND = "sfpk-run-2"  # format and version
 
@@ -22,7 +23,7 @@ KIND = "sfpk-run-2"  # format and version
 _FREE = ("seed", "memory_limit")
 
 # What runs did before there was a setting for it.
-_BEFORE: dict[str, Any] = {"signed_score": False, "step_length": "radius", "hold": 1.0}
+_BEFORE: dict[str, Any] = {"signed_score": False, "step_length": "radius", "hold": 1.0, "step_scale": 1.0}
 
 _PARTS = {
     "model", "config", "names", "step", "particles", "vote", "energies", "history", "waypoints", "alarms", "taken",
@@ -54,6 +55,13 @@ def settings_of_this_version(settings: Any, kept: str | None = None) -> Any:
     return {**others, "update": "gauss_seidel" if kept == "lean" else "jacobi"}
 
 
+def records_of_this_version(records: Any, settings: Any) -> Any:
+    """Records of steps with every field of this version; ``settings`` of their run as the file has them."""
+    if not isinstance(records, list | tuple) or not isinstance(settings, dict) or "step_scale" in settings:
+        return records
+    return [{"effective_dimensions": [], **value} if isinstance(value, Mapping) else value for value in records]
+
+
 def of_this_version(state: Any) -> Any:
     """A state in the words of this version; what is none, or is damaged, as it is: who reads it says what is wrong."""
     if not isinstance(state, Mapping) or not isinstance(state.get("config"), str):
@@ -64,6 +72,8 @@ def of_this_version(state: Any) -> Any:
         return state
     if not isinstance(config, dict):
         return state
+    if "history" in state:
+        state = {**state, "history": records_of_this_version(state["history"], config)}
     plan = state.get("plan")
     if "memory" not in config or not isinstance(plan, Mapping):
         return {**state, "config": json.dumps(settings_of_this_version(config))}
@@ -142,9 +152,19 @@ def record(name: str, value: Any, number: int, config: SFPKConfig, tensors: int)
             for i, row in enumerate(check.sequence(f"{name}.overlaps", value["overlaps"], n))
         ],
         layer_densities=check.reals(f"{name}.layer_densities", value["layer_densities"], tensors, 0.0, 1.0),
+        effective_dimensions=_shares(f"{name}.effective_dimensions", value["effective_dimensions"], number, config),
         skipped=[check.integer(f"{name}.skipped[{i}]", item, 0, n - 1) for i, item in enumerate(skipped)],
         alarms=check.texts(f"{name}.alarms", value["alarms"]),
     )
+
+
+def _shares(name: str, value: Any, number: int, config: SFPKConfig) -> list[float]:
+    """Effective dimensions, in the steps that have them."""
+    wanted = config.n_particles if StepLength(config, []).looks_at(number - 1) else 0
+    shares = check.reals(name, value, wanted, 0.0, finite=False)
+    if any(share == 0.0 or share > 1.0 + 1e-6 for share in shares):
+        raise ValueError(f"{name}: wanted shares in (0, 1], got {shares}")
+    return shares
 
 
 def history(name: str, value: Any, config: SFPKConfig, tensors: int, steps: int | None = None) -> list[StepRecord]:

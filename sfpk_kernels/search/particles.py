@@ -15,7 +15,6 @@ from ..execution import Execution
 from ..ops import TransitionStats, transition_
 from . import state_checks as check
 from .schedule import density_schedule
-from .step_length import angle_of_step
 
 _PART = 1 << 18  # elements
 _ROUNDING = 0.01  # relative: how far saved statistics may lie from those of the saved particles
@@ -150,8 +149,9 @@ class ParticleSystem:
         self,
         weight_grads: Tensor,  # (n, d) ∂L/∂W; (1, d) with row
         row: int | None = None,
+        angle: float | None = None,
     ) -> TransitionStats:
-        """Steps 3 to 7 of the method: repulsion, transition, retraction, consensus.
+        """Steps 3 to 7 of the method: repulsion, transition, retraction, consensus; by the radius without ``angle``.
 
         With ``row`` that particle alone moves. Never waits for the device: where a gradient is not finite, as
         ``config.nonfinite`` says, its particle or all of them stay, and its cosine is NaN. The step is done with
@@ -180,7 +180,7 @@ class ParticleSystem:
             seed=config.seed,
             step_index=self.step,
             row=row,
-            angle=angle_of_step(config, self.schedule[0], self.step),
+            angle=angle,
             nonfinite="skip" if config.nonfinite == "skip_particle" else "hold",
             backend=self._backend,
         )

@@ -135,7 +135,7 @@ class SFPKPruner(Loop):
         if run.plan is None:
             run.make_plan(batches[0])
         started = time.perf_counter()
-        reached = run.look_for_gradients()
+        reached, dimensions = run.look_for_gradients(), run.look_at_dimensions()
         with self._attempt:
             densities = system.densities
             # 1. polarize
@@ -143,7 +143,9 @@ class SFPKPruner(Loop):
             observed = run.diagnostics.observe(keep)
             # 2. energies, each particle on its own batch; 3.-7. repulsion, transition, retraction, consensus
             with seeded(run.seed_of(number), self.coordinates.device):
-                energies, stats = move_particles(self.config, run.energy, system, keep, batches, reached)
+                energies, stats = move_particles(
+                    self.config, run.energy, system, keep, batches, run.angle, reached, dimensions
+                )
             # All that the host wants to know of the step, in the one wait for the device.
             read = read_together(
                 start_density=densities.mean(),
@@ -153,6 +155,7 @@ class SFPKPruner(Loop):
                 deviation=run.diagnostics.deviation(system.masks, stats),
                 **observed._asdict(),
                 **({} if reached is None or reached.flags is None else {"reached": reached.flags}),
+                **({} if dimensions is None else {"effective_dimensions": dimensions.shares}),
             )
             missing = [] if reached is None else reached.missing(read.pop("reached"), number)
             skips = self.config.nonfinite == "skip_particle"

@@ -24,6 +24,9 @@ class StepRecord:
     layer_densities: list[float] = field(
         default_factory=list
     )  # of those masks, mean over particles, by prunable tensor
+    effective_dimensions: list[float] = field(
+        default_factory=list
+    )  # share of the coordinates that carry a gradient, by particle, where step_length asks for it; NaN: no gradient
     skipped: list[int] = field(default_factory=list)  # particles that stood still: loss or gradient not finite
     alarms: list[str] = field(default_factory=list)
 

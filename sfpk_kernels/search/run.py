@@ -27,6 +27,7 @@ from .polarizer import Polarizer, budget
 from .records import StepRecord
 from .result import PruneResult
 from .settings import check_together
+from .step_length import Dimensions, StepLength
 from .unreached import Reached
 from .vote import Vote
 from .waypoints import Waypoint, Waypoints
@@ -95,6 +96,7 @@ class Run:
             self.system.settle_at(self.waypoints.stops)
         self.plan: Plan | None = None
         self.history: list[StepRecord] = []
+        self._step_length = StepLength(config, self.history)
         self.energies: Tensor | None = None
         self.taken = 0
         self.fingerprint = model_fingerprint(model)
@@ -153,6 +155,15 @@ class Run:
         if done == 0 or (done == 1 and not any(self.history[0].cosines)):
             return Reached(self.coordinates, needed=done == 1 or self.config.n_steps == 1)
         return None
+
+    @property
+    def angle(self) -> float | None:
+        """By which particles turn in the next step, where the radius does not say it."""
+        return self._step_length.angle(self.system.step, self.system.schedule[0])
+
+    def look_at_dimensions(self) -> Dimensions | None:
+        """In the steps whose gradients say how long later moves are."""
+        return Dimensions(self.theta) if self._step_length.looks_at(self.system.step) else None
 
     def count_in(self, record: StepRecord, energies: Tensor, passed: list[Waypoint], taken: int) -> None:
         """All of a step is known: from here on it is done.

@@ -69,6 +69,11 @@ def check_together(config: SFPKConfig, execution: Execution, model: nn.Module) -
             "hold: wanted 1 with step_length='radius', by which nothing moves while the density is held, "
             f"got {config.hold!r}"
         )
+    if config.step_scale != 1 and config.step_length == "radius":
+        raise ValueError(
+            "step_scale: wanted 1 with step_length='radius', where radius says how far particles move, "
+            f"got {config.step_scale!r}"
+        )
     if execution.energy_mode == "vmap" and config.update == "gauss_seidel":
         raise ValueError(
             "energy_mode: wanted another than 'vmap' with update='gauss_seidel', where particles go one by one"

@@ -17,6 +17,7 @@ from .energy import ParticleEnergy
 from .nonfinite import not_finite, spoil_
 from .particles import ParticleSystem
 from .polarizer import Polarized
+from .step_length import Dimensions
 from .unreached import Reached
 
 
@@ -26,12 +27,15 @@ def move_particles(
     system: ParticleSystem,
     keep: Polarized,
     batches: Sequence[Any],  # one per particle
+    angle: float | None = None,  # of the moves, where the radius does not say it
     reached: Reached | None = None,
+    dimensions: Dimensions | None = None,
 ) -> tuple[Tensor, TransitionStats]:  # energies (n,) fp64
-    """In the order that ``config.update`` says."""
+    """In the order that ``config.update`` says; ``reached`` and ``dimensions`` look at the gradients."""
     if config.update == "jacobi":
-        return jacobi(energy, system, keep, batches, reached)
-    return gauss_seidel(energy, system, keep, batches, config.nonfinite == "skip_particle", reached)
+        return jacobi(energy, system, keep, batches, angle, reached, dimensions)
+    skips = config.nonfinite == "skip_particle"
+    return gauss_seidel(energy, system, keep, batches, skips, angle, reached, dimensions)
 
 
 def jacobi(
@@ -39,7 +43,9 @@ def jacobi(
     system: ParticleSystem,
     keep: Polarized,
     batches: Sequence[Any],  # one per particle
+    angle: float | None = None,
     reached: Reached | None = None,
+    dimensions: Dimensions | None = None,
 ) -> tuple[Tensor, TransitionStats]:  # energies (n,) fp64
     """All particles move at once, from where all of them were; none where ``reached`` refuses the gradients."""
     energies, grads = energy(keep, batches)
@@ -47,8 +53,10 @@ def jacobi(
     if reached is not None:
         reached.observe(grads)
         bad = bad | reached.refused()
+    if dimensions is not None:
+        dimensions.observe(grads)
     spoil_(grads, bad)
-    return energies, system.move_(grads)
+    return energies, system.move_(grads, angle=angle)
 
 
 def gauss_seidel(
@@ -57,7 +65,9 @@ def gauss_seidel(
     keep: Polarized,
     batches: Sequence[Any],
     skips: bool,  # config.nonfinite == "skip_particle"
+    angle: float | None = None,
     reached: Reached | None = None,
+    dimensions: Dimensions | None = None,
 ) -> tuple[Tensor, TransitionStats]:
     """One particle after the other, each from where the ones before it have gone: one gradient in memory.
 
@@ -73,8 +83,10 @@ def gauss_seidel(
             energies[i] = energy.single(i, keep.rows(row), batches[i], grad[0])
             if reached is not None:
                 reached.observe(grad)
+            if dimensions is not None:
+                dimensions.observe(grad)
             spoil_(grad, not_finite(energies[row]) if skips else bad | not_finite(energies[row]))
-            stats = system.move_(grad, row=i)
+            stats = system.move_(grad, row=i, angle=angle)
             cosines[i] = stats.cosines[i]
             bad = bad | cosines[row].isnan()
     return energies, stats._replace(cosines=cosines)

@@ -1,25 +1,116 @@
-"""How far a particle moves along its tangential gradient in a step."""
+"""How far a particle moves along its tangential gradient in a step, where the radius does not say it."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from ..config import SFPKConfig
+from .records import StepRecord
 
-# An empirical fit, flat: half and twice of it gave about the same masks.
-_GAMMA, _POWER = 0.035, 1.5
+# Empirical fits, flat: half and twice of either factor gave about the same masks.
+_ANGLE, _ANGLE_POWER = 0.035, 1.5
+_SHARE, _SHARE_POWER = 0.33, 2.0
+_LOOKED_AT = 0.15  # fraction of the run in which gradients are looked at
+_PART = {"cpu": 1 << 18}  # elements in one piece: what stays in the cache
+_PART_ELSEWHERE = 1 << 22
 
 
-def angle_of_step(
-    config: SFPKConfig,
-    start: float,  # ρ_0
-    step: int,  # k: steps done before it, 0 … K - 1
-) -> float | None:
-    """α_k = γ ln(ρ_0/ρ_K)^(3/2) (1 - k/K) of ``step_length="angle"``; None where the radius says it.
+class StepLength:
+    """The angle α_k of every step, of ``step_length="angle"`` or ``"effective_dimension"``.
 
     The density change of the step does not enter, so the sum over a run grows with K: more passes explore further.
+
+    ``"angle"``: α_k = γ ln(ρ_0/ρ_K)^(3/2) (1 - k/K), γ = 0.035.
+
+    ``"effective_dimension"``: α_k = 0.33 ln(ρ_0/ρ_K)² sqrt(δ) (1 - k/K), δ the geometric mean of the effective
+    dimensions (:func:`effective_share`) in the first 0.15 K steps, of those before step k: they reach the host with
+    everything else it reads of a step, so nothing waits. Until there is one, the angle above.
+
+    Args:
+        config: of the run.
+        history: of the run, which grows with it.
     """
-    if config.step_length == "radius":
-        return None
-    fall = math.log(start / config.target_density)
-    return _GAMMA * fall**_POWER * (1.0 - step / config.n_steps)
+
+    def __init__(self, config: SFPKConfig, history: Sequence[StepRecord]):
+        self._config, self._history = config, history
+
+    def looks_at(self, step: int) -> bool:  # k: steps done, 0 … K - 1
+        """Whether the effective dimensions of this step's gradients are asked for."""
+        return self._config.step_length == "effective_dimension" and step < self._looked_at
+
+    def angle(
+        self,
+        step: int,  # k: steps done, 0 … K - 1
+        start: float,  # ρ_0
+    ) -> float | None:
+        """α_k; None where the radius says it."""
+        config = self._config
+        if config.step_length == "radius":
+            return None
+        fall, left = math.log(start / config.target_density), config.step_scale * (1.0 - step / config.n_steps)
+        share = self._share()
+        if share is None:
+            return _ANGLE * fall**_ANGLE_POWER * left
+        return _SHARE * fall**_SHARE_POWER * math.sqrt(share) * left
+
+    @property
+    def _looked_at(self) -> int:
+        return math.ceil(_LOOKED_AT * self._config.n_steps)
+
+    def _share(self) -> float | None:
+        """δ, where there is one."""
+        if self._config.step_length != "effective_dimension":
+            return None
+        steps = [
+            [math.log(share) for share in record.effective_dimensions if math.isfinite(share)]
+            for record in self._history[: self._looked_at]
+        ]
+        means = [statistics.fmean(logs) for logs in steps if logs]
+        return math.exp(statistics.fmean(means)) if means else None
+
+
+class Dimensions:
+    """Effective dimensions of the gradients of a step, particle by particle; waits for nothing.
+
+    Args:
+        theta: (d,) dense weights, where the gradients are.
+    """
+
+    def __init__(self, theta: Tensor):
+        self._theta = theta
+        self._found: list[Tensor] = []
+
+    def observe(self, grads: Tensor) -> None:  # (rows, d) ∂L/∂W
+        """Those of the next particles."""
+        self._found.append(effective_share(grads, self._theta))
+
+    @property
+    def shares(self) -> Tensor:  # (n,) fp64
+        """Of all that were seen."""
+        return torch.cat(self._found)
+
+
+@torch.no_grad()
+def effective_share(grads: Tensor, theta: Tensor) -> Tensor:
+    """(Σg²)² / (d Σg⁴) of g = θ ⊙ ∂L/∂W: 1 where all coordinates share a gradient alike, 1/d where one has it all.
+
+    Args:
+        grads: (rows, d), any float.
+        theta: (d,), any float.
+
+    Returns:
+        (rows,) fp64; NaN for gradients that are zero or not finite.
+    """
+    squares = torch.zeros(len(grads), dtype=torch.float64, device=grads.device)
+    fourth = torch.zeros_like(squares)
+    size = max(1, _PART.get(grads.device.type, _PART_ELSEWHERE) // len(grads))
+    for part, weights in zip(grads.split(size, dim=1), theta.split(size), strict=True):
+        square = (part.double() * weights).square_()  # in fp64: fourth powers of small numbers
+        squares += square.sum(dim=1)
+        fourth += square.square_().sum(dim=1)
+    return squares.square() / (grads.shape[1] * fourth)
