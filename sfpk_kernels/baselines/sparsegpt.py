@@ -15,9 +15,9 @@ from ..modeling.state import autograd_allowed
 from ..modeling.turns import alone
 from ..ops import topk_mask
 from ..search.energy import LossFn
-from ..utils.arguments import called
+from ..utils.arguments import called, check_least, check_positive
 from ._layers import layerwise
-from ._passes import check_data, check_least, check_positive
+from ._passes import check_data
 from .select import (
     allocated,
     backend_of,

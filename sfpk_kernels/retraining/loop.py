@@ -199,6 +199,7 @@ def train_masked(
     clip_norm: float | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    left: str = "the model keeps what the steps before have trained, masked",
 ) -> list[float]:
     """The loop of :func:`retrain`, with any optimizer and schedule.
 
@@ -209,6 +210,7 @@ def train_masked(
         descent: makes the optimizer of these parameters and its schedule, which is stepped after it.
         total: optimizer steps, 0 for none.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
+        left: what an error leaves behind, in words.
 
     Returns:
         The loss of every step.
@@ -259,10 +261,7 @@ def train_masked(
         end_contexts(error)
         masks.apply_(model)  # a step that was left half-way has moved removed weights
         if hasattr(error, "add_note"):  # Python ≥ 3.11
-            error.add_note(
-                f"sfpk_kernels: in step {max(step, 1)} of {total} of retraining; the model keeps what the steps before "
-                "have trained, masked"
-            )
+            error.add_note(f"sfpk_kernels: in step {max(step, 1)} of {total} of retraining; {left}")
         raise
     finally:
         for parameter in parameters:
