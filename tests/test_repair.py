@@ -163,6 +163,35 @@ def test_it_helps_a_network_and_says_how_much(convnet, images):
     assert repair(masked, mask, images, guard="output", dense=dense).layers == result.layers
 
 
+def test_a_run_repeats_under_its_seed(mlp, vectors):
+    """The order of a shuffled loader decides what is held out."""
+    mask, samples = magnitude(mlp, 0.5), [pair for x, y in vectors for pair in zip(x, y, strict=True)]
+    loader = torch.utils.data.DataLoader(samples, 16, shuffle=True)
+
+    def outcome(seed):
+        torch.rand(1)
+        return repair(copy.deepcopy(mlp), mask, loader, seed=seed).layers
+
+    assert outcome(1) == outcome(1) != outcome(2)
+
+
+def test_modules_of_transformers_that_have_a_path_of_their_own():
+    """A fused forward pass calls no layers; with hooks it is not taken."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    mask = magnitude(model, 0.6)
+    result = repair(model, mask, [torch.randn(6, 5, 8) for _ in range(4)], guard="output")
+    assert [layer.name for layer in result.layers] == ["linear1.weight", "linear2.weight"]
+    assert result.skipped["self_attn.out_proj.weight"] == "not called"
+    assert MaskSet.from_model(model) == mask
+
+
+def test_wrapped_models(mlp, vectors):
+    mask, plain = magnitude(mlp, 0.5), copy.deepcopy(mlp)
+    wrapped, dense = nn.DataParallel(mlp), nn.DataParallel(copy.deepcopy(mlp))
+    assert repair(wrapped, mask, vectors, dense=dense).layers == repair(plain, mask, vectors).layers
+    assert MaskSet.from_model(mlp) == mask
+
+
 def test_the_guard_refuses_what_harms(mlp, vectors):
     """A loss that is least where the masked weights are: every change raises it."""
     mask = magnitude(mlp, 0.5)

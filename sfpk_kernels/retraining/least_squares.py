@@ -105,6 +105,8 @@ class LeastSquares:
             image = (direction @ matrix) * keep
             curvature = (direction * image).sum(2, keepdim=True)
             going = (curvature > 0) & (rest.square().sum(2, keepdim=True) > least)
+            if not bool(going.any()):
+                break
             length = torch.where(going, power / torch.where(going, curvature, 1.0), 0.0)
             solution += length * direction
             rest -= length * image

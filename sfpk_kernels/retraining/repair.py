@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..coordinates.flat import named_parameters
+from ..coordinates.flat import named_parameters, unwrapped
 from ..masks.maskset import MaskSet
 from ..modeling.batches import default_loss, forward, move_to
 from ..modeling.batchnorm import recalibrate_batchnorm
@@ -82,7 +82,7 @@ def repair(
     one forward pass of the dense and of the pruned model over the calibration batches; three of the pruned one over the
     held-out ones (of both, to compare outputs); S·(C² + C·R) multiplications for the moments of S samples
     (for a convolution S counts positions, C is channels times kernel size); ``iterations``·R·C² for the solution: for
-    C = 4,096, R = 10,000 and S = 131,072 that is 2·10¹² … 8·10¹² each. Memory: two copies of the model, and a few times
+    C = 4,096, R = 10,000 and S = 131,072 that is 8·10¹² and 5·10¹². Memory: two copies of the model, and a few times
     C² and R·C numbers for one layer (those with one input) at a time.
 
     After an error or an interruption the model is as it came in.
@@ -111,6 +111,7 @@ def repair(
     """
     check_model(model)
     check_mask(mask, model, _CALL)
+    model = unwrapped(model)
     check_loader(loader)
     check_loss_fn(loss_fn)
     if guard not in GUARDS:
@@ -124,6 +125,7 @@ def repair(
     else:
         check_dense("dense", dense, model)
         mask.check(dense)
+        dense = unwrapped(dense)
     layers, skipped = masked_layers(model, mask)
     device = next(iter(named_parameters(model).values())).device
     with seeded(seed, device):
