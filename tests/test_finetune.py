@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from sfpk_kernels import MaskSet, finetune_masked
 from sfpk_kernels.baselines import magnitude
-from sfpk_kernels.retraining import finetune, loop
+from sfpk_kernels.modeling import state
+from sfpk_kernels.retraining import distillation, finetune, loop, measured
 from tests.interruptions import every_moment
 from tests.snapshot import Snapshot
 
@@ -143,19 +144,22 @@ def test_an_error_leaves_the_model_as_it_was(convnet, images):
     seen.check()
 
 
-def test_an_interruption_anywhere_leaves_the_model_as_it_was(mlp, vectors):
-    mask = magnitude(mlp, 0.5)
-    seen, model = Snapshot(mlp), mlp
-    moments = 0
+def test_an_interruption_anywhere_leaves_the_models_as_they_were(mlp, vectors):
+    mask, dense, stopped = magnitude(mlp, 0.5), copy.deepcopy(mlp), 0
+    seen = Snapshot(mlp), Snapshot(dense)
 
     def work():
-        finetune_masked(model, mask, vectors[:1], steps=2, evaluate=vectors[:1])
+        finetune_masked(mlp, mask, vectors[:1], steps=2, distill=dense, evaluate=vectors[:1])
 
-    for _ in every_moment(work, [finetune.__file__, loop.__file__], step=3):
-        moments += 1
-        seen.check()
-    assert moments > 10
+    files = [finetune.__file__, loop.__file__, distillation.__file__, measured.__file__, state.__file__]
+    for _ in every_moment(work, files, step=9):
+        stopped += 1
+        for snapshot in seen:
+            snapshot.check()
+        assert torch.is_grad_enabled()
+    assert stopped > 10
     assert MaskSet.from_model(mlp) == mask
+    seen[1].check()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sfpk_kernels import MaskSet, repair
 from sfpk_kernels.baselines import magnitude
+from sfpk_kernels.modeling import layers, state
 from sfpk_kernels.retraining import layer_moments, layer_repair
 from sfpk_kernels.retraining.layer_moments import stages
 from sfpk_kernels.retraining.least_squares import Moments
@@ -250,8 +251,8 @@ def test_shared_inputs_tied_weights_padding_and_what_is_no_layer():
     names = ["q.weight", "k.weight", "v.weight", "first.weight", "unused.weight", "embedding.weight"]
     mask = MaskSet({name: torch.rand(model.get_parameter(name).shape) < 0.6 for name in names})
     batches = [{"x": torch.randint(4, (8, 5)), "attention_mask": (torch.arange(5) < 3).repeat(8, 1)} for _ in range(4)]
-    layers, _ = layer_moments.masked_layers(model, mask)
-    order = stages(model, layers, batches[0], lambda model, batch: model(**batch))
+    found, _ = layer_moments.masked_layers(model, mask)
+    order = stages(model, found, batches[0], lambda model, batch: model(**batch))
     assert [[layer.tensor.name for layer in stage] for stage in order] == [names[:3], names[3:4]]
     seen = {}
     for layer in order[0]:
@@ -294,17 +295,27 @@ def test_an_error_leaves_the_model_as_it_was(convnet, images):
     seen.check()
 
 
-def test_an_interruption_anywhere_leaves_the_model_as_it_was(mlp, vectors):
-    mask, seen, moments = magnitude(mlp, 0.5), Snapshot(mlp), 0
+def test_an_interruption_anywhere_leaves_the_models_as_they_were(mlp, vectors):
+    mask, dense, stopped = magnitude(mlp, 0.5), copy.deepcopy(mlp), 0
+    seen = Snapshot(mlp), Snapshot(dense)
 
     def work():
-        repair(mlp, mask, vectors[:2], iterations=1)
+        repair(mlp, mask, vectors[:2], dense=dense, iterations=1)
 
-    for _ in every_moment(work, [repair.__code__.co_filename, layer_repair.__file__], step=5):
-        moments += 1
-        seen.check()
-    assert moments > 10
+    files = [
+        repair.__code__.co_filename, layer_repair.__file__, layer_moments.__file__, layers.__file__, state.__file__
+    ]  # fmt: skip
+    for _ in every_moment(work, files, step=11):
+        stopped += 1
+        for snapshot in seen:
+            snapshot.check()
+        for module in (*mlp.modules(), *dense.modules()):
+            assert not module._forward_pre_hooks
+            assert not module._forward_hooks
+        assert torch.is_grad_enabled()
+    assert stopped > 20
     assert MaskSet.from_model(mlp) == mask
+    seen[1].check()
 
 
 @pytest.mark.parametrize(

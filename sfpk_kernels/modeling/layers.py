@@ -100,3 +100,22 @@ def hooked(layers: Sequence[Layer], look: Callable[[Layer, nn.Module, Tensor], A
     finally:
         for handle in handles:
             handle.remove()
+
+
+class Hooks:
+    """The forward hooks of models, to be put back after work that was stopped as it set or removed its own."""
+
+    def __init__(self, *models: nn.Module):
+        self._hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = [
+            (hooks, dict(hooks))
+            for model in models
+            for module in model.modules()
+            for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks)
+        ]
+
+    def restore(self) -> None:
+        """Those that were there, and no others."""
+        for hooks, saved in self._hooks:
+            if hooks != saved:
+                hooks.clear()
+                hooks.update(saved)

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..masks.maskset import MaskSet
 from ..modeling.batches import default_loss
 from ..modeling.turns import alone, end_contexts
-from ..modeling.whole_model import WholeModel
+from ..modeling.whole_model import Registered, WholeModel
 from ..search.energy import LossFn
 from ..utils.arguments import called, check_least, check_loader, check_loss_fn, check_model, check_positive
 from .distillation import Compare, Dense, Distillation, check_dense, loss_to_measure
@@ -135,6 +135,8 @@ def finetune_masked(
         return None if held is None else mean_loss(model, loss, held, device, "running")
 
     started, whole = time.perf_counter(), WholeModel(model)
+    run = [each for each in (model, distill) if isinstance(each, nn.Module)]
+    before_all: list[Registered | WholeModel] = [*map(Registered, run), whole]
     try:
         whole.put_gradients_aside()
         mask.apply_(model)
@@ -149,7 +151,8 @@ def finetune_masked(
         return FinetuneResult(losses, before, after, time.perf_counter() - started)
     except BaseException as error:
         end_contexts(error)
-        whole.restore()
+        for part in before_all:
+            part.restore()
         raise
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..coordinates.flat import Coordinates
+from ..coordinates.flat import Coordinates, PrunableTensor
 from ..masks.maskset import MaskSet
 from ..modeling.batches import move_to
 from ..modeling.layers import Layer, hooked, layer_of
@@ -23,12 +23,12 @@ def masked_layers(model: nn.Module, mask: MaskSet) -> tuple[list[Layer], dict[st
     everything = Coordinates(model, include_embeddings=True, include_biases=True, include_norms=True)
     layers, skipped = [], {}
     for index, tensor in enumerate(everything.tensors):
-        name = next((name for name in (tensor.name, *tensor.aliases) if name in mask), None)
-        if name is None:
+        names = names_in(mask, tensor)
+        if not names:
             continue
         layer = layer_of(model, tensor, index)
         if layer is None:
-            skipped[name] = f"{tensor.layer}: no weight of Linear or Conv2d layers alone"
+            skipped[names[0]] = f"{tensor.layer}: no weight of Linear or Conv2d layers alone"
         else:
             layers.append(layer)
     known = {name for layer in layers for name in (layer.tensor.name, *layer.tensor.aliases)}
@@ -106,9 +106,9 @@ def moments_of(
     return found
 
 
-def mask_name(layer: Layer, mask: MaskSet) -> str:
-    """Under which of its weight's names the mask has it."""
-    return next(name for name in (layer.tensor.name, *layer.tensor.aliases) if name in mask)
+def names_in(mask: MaskSet, tensor: PrunableTensor) -> list[str]:
+    """Of all names of a tensor those under which the mask has it."""
+    return [name for name in (tensor.name, *tensor.aliases) if name in mask]
 
 
 def own_bias(layer: Layer) -> nn.Parameter | None:

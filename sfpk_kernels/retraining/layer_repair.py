@@ -11,7 +11,7 @@ from torch import nn
 
 from ..masks.maskset import MaskSet
 from ..modeling.layers import Layer
-from .layer_moments import mask_name, own_bias
+from .layer_moments import names_in, own_bias
 from .least_squares import LeastSquares
 
 _STEPS = (1.0, 0.5, 0.25)
@@ -41,7 +41,7 @@ class Way:
         weight = layer.modules[0].weight
         assert isinstance(weight, nn.Parameter)
         self._layer, self._weight, self._bias, self._problem = layer, weight, own_bias(layer), problem
-        self._name = mask_name(layer, mask)
+        self._name = names_in(mask, layer.tensor)[0]
         keep = layer.matrices(mask[self._name].to(weight.device))
         self._old = layer.matrices(weight).to(torch.promote_types(weight.dtype, torch.float32)).clone()
         self._new = problem.solve(self._old, keep, damping, iterations)

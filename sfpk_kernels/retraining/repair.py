@@ -15,9 +15,10 @@ from ..coordinates.flat import named_parameters, unwrapped
 from ..masks.maskset import MaskSet
 from ..modeling.batches import default_loss, forward, move_to
 from ..modeling.batchnorm import recalibrate_batchnorm
+from ..modeling.layers import Hooks
 from ..modeling.state import autograd_allowed, guarded, seeded
 from ..modeling.turns import alone, end_contexts
-from ..modeling.whole_model import WholeModel
+from ..modeling.whole_model import Registered, WholeModel
 from ..search.energy import LossFn
 from ..utils.arguments import called, check_least, check_loader, check_loss_fn, check_model, check_positive
 from .distillation import check_dense
@@ -53,7 +54,6 @@ class RepairResult:
 
 @called(_CALL)
 @alone
-@autograd_allowed()
 def repair(
     model: nn.Module,
     mask: MaskSet,
@@ -139,8 +139,9 @@ def repair(
             "loader: wanted at least one batch to calibrate on, and one more to judge by unless evaluate= has some, "
             f"got {len(held) if evaluate is None else 0}"
         )
-    started, whole = time.perf_counter(), WholeModel(model)
+    started = time.perf_counter()
     dense = copy.deepcopy(model) if dense is None else dense
+    parts = Registered(model), Registered(dense), Hooks(model, dense), WholeModel(model)
     loss = loss_fn or default_loss if guard == "loss" else _distance_from(dense)
     run = loss_fn or forward
 
@@ -148,28 +149,30 @@ def repair(
         return mean_loss(model, loss, held, device, "batch")
 
     try:
-        mask.apply_(model)
-        with guarded(model, bn="batch", training=False), guarded(dense, bn="batch", training=False):
-            before = least = judge()
-            order = stages(model, layers, move_to(calibration[0], device), run)
-            reached = {layer for stage in order for layer in stage}
-            skipped |= {layer.tensor.name: "not called" for layer in layers if layer not in reached}
-            if not order:
-                raise ValueError(f"mask: wanted masks of Linear or Conv2d layers that are called, got {skipped}")
-            done: list[LayerRepair] = []
-            for stage in order:
-                moments = moments_of(stage, model, dense, calibration, device, run)
-                for layer in stage:
-                    problem = moments.pop(layer).problem(centred=own_bias(layer) is not None)
-                    way = Way(layer, mask, problem, damping, iterations)
-                    done.append(way.walked(None if guard is None else judge, least))
-                    least = done[-1].loss
-            after = judge()
-        recalibrate_batchnorm(model, calibration, forward_fn=run)
+        with autograd_allowed():
+            mask.apply_(model)
+            with guarded(model, bn="batch", training=False), guarded(dense, bn="batch", training=False):
+                before = least = judge()
+                order = stages(model, layers, move_to(calibration[0], device), run)
+                reached = {layer for stage in order for layer in stage}
+                skipped |= {layer.tensor.name: "not called" for layer in layers if layer not in reached}
+                if not order:
+                    raise ValueError(f"mask: wanted masks of Linear or Conv2d layers that are called, got {skipped}")
+                done: list[LayerRepair] = []
+                for stage in order:
+                    moments = moments_of(stage, model, dense, calibration, device, run)
+                    for layer in stage:
+                        problem = moments.pop(layer).problem(centred=own_bias(layer) is not None)
+                        way = Way(layer, mask, problem, damping, iterations)
+                        done.append(way.walked(None if guard is None else judge, least))
+                        least = done[-1].loss
+                after = judge()
+            recalibrate_batchnorm(model, calibration, forward_fn=run)
         return RepairResult(done, skipped, before, after, time.perf_counter() - started)
     except BaseException as error:
         end_contexts(error)
-        whole.restore()
+        for part in parts:
+            part.restore()
         raise
 
 
