@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from ..modeling.batches import forward
 from ..modeling.state import guarded
-from ..search.energy import LossFn
 from ..utils.arguments import check_positive
 from .measured import tensor_of
 
@@ -90,8 +89,3 @@ class Distillation:
         ours = F.log_softmax(output.reshape(-1, classes) / self._temperature, dim=-1)
         theirs = F.log_softmax(wanted.reshape(-1, classes) / self._temperature, dim=-1)
         return self._temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-
-
-def loss_to_measure(loss_fn: LossFn | None, distillation: Distillation | None, default: LossFn) -> LossFn:
-    """The user's loss, else the one that is trained."""
-    return loss_fn or distillation or default

@@ -20,7 +20,7 @@ from ..modeling.turns import alone, end_contexts
 from ..modeling.whole_model import Registered, WholeModel
 from ..search.energy import LossFn
 from ..utils.arguments import called, check_least, check_loader, check_loss_fn, check_model, check_positive
-from .distillation import Compare, Dense, Distillation, check_dense, loss_to_measure
+from .distillation import Compare, Dense, Distillation, check_dense
 from .loop import train_masked, trained_parameters
 from .measured import check_mask, held_batches, mean_loss
 
@@ -131,7 +131,7 @@ def finetune_masked(
         return adam, torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _share(step, steps, warmup, decay))
 
     def measured() -> float | None:
-        loss = loss_to_measure(loss_fn, distillation, default_loss)
+        loss = loss_fn or distillation or default_loss  # the one that is trained, unless another is given
         return None if held is None else mean_loss(model, loss, held, device, "running")
 
     started, whole = time.perf_counter(), WholeModel(model)
