@@ -105,9 +105,8 @@ def test_what_the_kept_weights_can_represent_is_recovered(make, shape):
     batches = []
     for _ in range(4):
         x = torch.randn(8, *shape, dtype=torch.float64)
-        x.unflatten(axis, (-1, channels)).select(axis if axis == -1 else 2, 1).copy_(
-            x.unflatten(axis, (-1, channels)).select(axis if axis == -1 else 2, 0)
-        )
+        apart = x.unflatten(axis, (-1, channels)).movedim(axis if axis == -1 else 2, 0)  # a view
+        apart[1] = apart[0]
         batches.append(x)
     dense, mask = copy.deepcopy(layer), MaskSet({"weight": keep})
     result = repair(layer, mask, batches, **EXACT)
@@ -302,9 +301,7 @@ def test_an_interruption_anywhere_leaves_the_models_as_they_were(mlp, vectors):
     def work():
         repair(mlp, mask, vectors[:2], dense=dense, iterations=1)
 
-    files = [
-        repair.__code__.co_filename, layer_repair.__file__, layer_moments.__file__, layers.__file__, state.__file__
-    ]  # fmt: skip
+    files = [repair.__code__.co_filename, *(m.__file__ for m in (layer_repair, layer_moments, layers, state))]
     for _ in every_moment(work, files, step=11):
         stopped += 1
         for snapshot in seen:
