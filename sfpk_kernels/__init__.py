@@ -13,8 +13,11 @@ from .export.export import ExportReport, export
 from .masks.maskset import MaskSet
 from .modeling.batches import default_loss
 from .modeling.batchnorm import recalibrate_batchnorm
+from .retraining.finetune import FinetuneResult, finetune_masked
 from .retraining.gradual import GradualPruner
+from .retraining.layer_repair import LayerRepair
 from .retraining.loop import RetrainConfig, retrain
+from .retraining.repair import RepairResult, repair
 from .retraining.shots import GradualResult
 from .search.planning import Plan, plan
 from .search.prune import prune
@@ -26,11 +29,14 @@ __all__ = [
     "Coordinates",
     "Execution",
     "ExportReport",
+    "FinetuneResult",
     "GradualPruner",
     "GradualResult",
+    "LayerRepair",
     "MaskSet",
     "Plan",
     "PruneResult",
+    "RepairResult",
     "RetrainConfig",
     "SFPKConfig",
     "SFPKPruner",
@@ -39,10 +45,12 @@ __all__ = [
     "baselines",
     "default_loss",
     "export",
+    "finetune_masked",
     "load_exported",
     "ops",
     "plan",
     "prune",
     "recalibrate_batchnorm",
+    "repair",
     "retrain",
 ]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sfpk_kernels import Coordinates, baselines
-from sfpk_kernels.baselines._layers import find_layers
 from sfpk_kernels.baselines.sparsegpt import inverse_factor, prune_matrix, share
+from sfpk_kernels.modeling.layers import find_layers
 
 from .snapshot import Snapshot
 

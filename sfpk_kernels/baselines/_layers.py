@@ -1,85 +1,23 @@
-"""Layer by layer: weights as the matrices they multiply by, the inputs they meet, blocks pruned in forward order."""
+"""Layer by layer: statistics of the inputs they meet, blocks pruned in forward order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..coordinates.flat import Coordinates, PrunableTensor, unwrapped
+from ..coordinates.flat import Coordinates, unwrapped
 from ..masks.maskset import MaskSet
 from ..modeling.batches import forward
+from ..modeling.layers import Layer, find_layers, hooked
 from ..search.energy import LossFn
 from ._passes import batches, stood_in
 
 Run = Callable[[nn.Module, Any], Any]
 Statistic = Callable[[Tensor], Tensor]  # of inputs (G, samples, C) in fp32 at least; added up over batches in fp64
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A weight as G matrices (R, C) of outputs by inputs: one of a Linear, one for each group of a Conv2d.
-
-    Columns of a convolution are ordered by kernel position first and channel last, so that an N:M pattern along them
-    runs along the channels.
-    """
-
-    tensor: PrunableTensor
-    index: int  # among the coordinates' tensors
-    modules: tuple[nn.Module, ...]  # more than one for tied weights
-
-    @property
-    def groups(self) -> int:
-        """G."""
-        return int(getattr(self.modules[0], "groups", 1))
-
-    def matrices(self, weight: Tensor) -> Tensor:  # (G, R, C)
-        """The weight's entries in their places."""
-        return weight.movedim(1, -1).reshape(self.groups, weight.shape[0] // self.groups, -1)
-
-    def weight(self, matrices: Tensor) -> Tensor:
-        """The inverse of :meth:`matrices`, in the weight's shape."""
-        out, channels, *kernel = self.tensor.shape
-        return matrices.reshape(out, *kernel, channels).movedim(-1, 1)
-
-    def columns(self, module: nn.Module, x: Tensor) -> Tensor:  # (G, samples, C)
-        """What the matrices are multiplied by, for an input of the module; convolutions unfolded."""
-        if isinstance(module, nn.Linear):
-            return x.reshape(1, -1, module.in_features)
-        assert isinstance(module, nn.Conv2d)
-        x = x if x.dim() == 4 else x.unsqueeze(0)
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        unfolded = F.unfold(x, module.kernel_size, dilation=module.dilation, stride=module.stride)  # (N, C, samples)
-        samples, channels = unfolded.shape[0], self.tensor.shape[1]
-        apart = unfolded.view(samples, self.groups, channels, -1, unfolded.shape[-1])
-        return apart.permute(1, 0, 4, 3, 2).reshape(self.groups, samples * unfolded.shape[-1], -1)
-
-
-def find_layers(model: nn.Module, coordinates: Coordinates) -> list[Layer]:
-    """The layer of every prunable tensor.
-
-    Raises:
-        ValueError: one that is no weight of a Linear or Conv2d.
-    """
-    model, layers = unwrapped(model), []
-    for index, tensor in enumerate(coordinates.tensors):
-        places = [name.rpartition(".") for name in (tensor.name, *tensor.aliases)]
-        modules = tuple(model.get_submodule(prefix) for prefix, _, _ in places)
-        fits = all(isinstance(module, nn.Linear | nn.Conv2d) for module in modules)
-        if not fits or any(local != "weight" for _, _, local in places) or len({*map(type, modules)}) > 1:
-            raise ValueError(
-                f"model: wanted weights of Linear and Conv2d layers, got {tensor.name} ({tensor.layer}), for which "
-                f"this method is not defined here: leave it out, ignored_layers=[{tensor.name!r}]"
-            )
-        layers.append(Layer(tensor, index, modules))
-    return layers
 
 
 Prune = Callable[[Layer, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -122,7 +60,7 @@ def layerwise(
     with stood_in(model, loss_fn, coordinates, theta) as runner, torch.no_grad():
         order: dict[Layer, None] = {}
         first = next(batches(held, None, coordinates.device))
-        with _hooked(layers, lambda layer, module, x: order.setdefault(layer)):
+        with hooked(layers, lambda layer, module, x: order.setdefault(layer)):
             run(inner, first)
         blocks = _blocks([*order, *(layer for layer in layers if layer not in order)]) if sequential else [layers]
         for block in blocks:
@@ -152,7 +90,7 @@ def _totals(
         found = statistic(layer.columns(module, x.to(coordinates.dtype))).double()
         totals[layer] = totals[layer] + found if layer in totals else found
 
-    with _hooked(block, add):
+    with hooked(block, add):
         for batch in batches(held, None, coordinates.device):
             run(model, batch)
     for layer in block:
@@ -165,26 +103,6 @@ def _totals(
         if not bool(totals[layer].isfinite().all()):
             raise FloatingPointError(f"loader: wanted finite inputs of every layer, got others at {name}")
     return totals
-
-
-@contextmanager
-def _hooked(layers: Sequence[Layer], look: Callable[[Layer, nn.Module, Tensor], Any]) -> Iterator[None]:
-    """``look`` at every input that one of the layers is called with."""
-    handles = []
-    try:
-        for layer in layers:
-            for module in dict.fromkeys(layer.modules):
-
-                def hook(
-                    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: Layer = layer
-                ) -> None:
-                    look(layer, module, args[0] if args else kwargs["input"])
-
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _blocks(layers: Sequence[Layer]) -> list[list[Layer]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -17,7 +15,7 @@ from ..modeling.batches import default_loss, move_to
 from ..modeling.state import check_no_inference_tensors, guarded
 from ..search.energy import LossFn, ParticleEnergy
 from ..search.energy.sequential import OneByOne
-from ..utils.arguments import check_loader, check_loss_fn
+from ..utils.arguments import check_least, check_loader, check_loss_fn
 
 
 def check_data(loader: Any, loss_fn: Any, max_batches: Any = None) -> None:
@@ -26,30 +24,6 @@ def check_data(loader: Any, loss_fn: Any, max_batches: Any = None) -> None:
     check_loss_fn(loss_fn)
     if max_batches is not None:
         check_least("max_batches", max_batches, 1, " or None")
-
-
-def check_least(name: str, value: Any, least: int, more: str = "") -> None:
-    """An integer of at least so much.
-
-    Raises:
-        TypeError, ValueError: it is none; the message names it.
-    """
-    if type(value) is not int:
-        raise TypeError(f"{name}: wanted an integer ≥ {least}{more}, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: wanted ≥ {least}{more}, got {value}")
-
-
-def check_positive(name: str, value: Any) -> None:
-    """A finite number above 0.
-
-    Raises:
-        TypeError, ValueError: it is none; the message names it.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: wanted a number > 0, got {value!r}")
-    if not 0 < float(value) < math.inf:
-        raise ValueError(f"{name}: wanted a finite number > 0, got {value!r}")
 
 
 def batches(loader: Iterable[Any], max_batches: int | None, device: torch.device) -> Iterator[Any]:

@@ -11,8 +11,7 @@ from ..config import SFPKConfig
 from ..masks.maskset import MaskSet
 from ..search.energy import LossFn
 from ..search.prune import prune
-from ..utils.arguments import called
-from ._passes import check_least
+from ..utils.arguments import called, check_least
 from .select import check_sparsity
 
 

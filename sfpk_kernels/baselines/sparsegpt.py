@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from ..coordinates.flat import Coordinates
 from ..masks.maskset import MaskSet
+from ..modeling.layers import Layer, find_layers
 from ..modeling.state import autograd_allowed
 from ..modeling.turns import alone
 from ..ops import topk_mask
 from ..search.energy import LossFn
-from ..utils.arguments import called
-from ._layers import Layer, find_layers, layerwise
-from ._passes import check_data, check_least, check_positive
+from ..utils.arguments import called, check_least, check_positive
+from ._layers import layerwise
+from ._passes import check_data
 from .select import (
     allocated,
     backend_of,

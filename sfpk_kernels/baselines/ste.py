@@ -18,8 +18,8 @@ from ..search.energy import LossFn
 from ..search.polarizer import budget
 from ..search.schedule import density_schedule
 from ..search.unreached import NoGradientError
-from ..utils.arguments import called
-from ._passes import check_data, check_least, check_positive, gradients
+from ..utils.arguments import called, check_least, check_positive
+from ._passes import check_data, gradients
 from .select import check_sparsity, select
 
 _RAMP = 0.7  # share of the passes after which the density is the target

@@ -17,8 +17,7 @@ from ..modeling.state import BATCH_NORMS, autograd_allowed, check_no_inference_t
 from ..ops import topk_mask
 from ..search.polarizer import budget
 from ..search.schedule import density_schedule
-from ..utils.arguments import called
-from ._passes import check_least
+from ..utils.arguments import called, check_least
 from .select import check_sparsity, select
 
 

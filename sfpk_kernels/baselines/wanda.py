@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ..coordinates.flat import Coordinates
 from ..masks.maskset import MaskSet
+from ..modeling.layers import Layer, find_layers
 from ..modeling.state import autograd_allowed
 from ..ops import topk_mask
 from ..search.energy import LossFn
 from ..utils.arguments import called
-from ._layers import Layer, find_layers, layerwise
+from ._layers import layerwise
 from ._passes import check_data
 from .select import backend_of, best_of_groups, check_divides, check_pattern, check_sparsity
 

@@ -13,8 +13,8 @@ from ..masks.maskset import MaskSet
 from ..modeling.state import autograd_allowed
 from ..search.energy import LossFn
 from ..search.unreached import NoGradientError
-from ..utils.arguments import called
-from ._passes import batches, check_data, check_least, check_positive, gradients
+from ..utils.arguments import called, check_least, check_positive
+from ._passes import batches, check_data, gradients
 from .select import check_allocation, check_sparsity, select
 
 _CHUNK = 1 << 24  # entries of blocks inverted at once, in fp64

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from ..masks.maskset import MaskSet
@@ -159,14 +161,68 @@ def retrain(
     check_loss_fn(loss_fn)
     check_label_smoothing(loss_fn, config)
     total = config.total_steps(loader) if steps is None else steps
+
+    def descent(parameters: list[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
+        sgd = torch.optim.SGD(
+            parameters,
+            config.lr,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            weight_decay=config.weight_decay,
+        )
+        return sgd, torch.optim.lr_scheduler.CosineAnnealingLR(sgd, total)
+
+    return train_masked(
+        model,
+        loader,
+        masks,
+        descent,
+        total,
+        lambda model, batch: _loss(model, loss_fn, batch, config.label_smoothing),
+        clip_norm=config.clip_norm,
+        seed=seed,
+        progress=progress,
+    )
+
+
+Descent = Callable[[list[nn.Parameter]], tuple[Optimizer, LRScheduler]]
+
+
+def train_masked(
+    model: nn.Module,
+    loader: Iterable[Any],
+    masks: MaskSet,
+    descent: Descent,
+    total: int,
+    loss_fn: LossFn,
+    *,
+    clip_norm: float | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+    left: str = "the model keeps what the steps before have trained, masked",
+) -> list[float]:
+    """The loop of :func:`retrain`, with any optimizer and schedule.
+
+    Removed weights are 0 after every step, and their gradients before it: they count neither in the norm of the
+    gradient nor in the optimizer's state.
+
+    Args:
+        descent: makes the optimizer of these parameters and its schedule, which is stepped after it.
+        total: optimizer steps, 0 for none.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        left: what an error leaves behind, in words.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        ValueError, FloatingPointError: as for :func:`retrain`.
+    """
     masks.apply_(model)
     if total == 0:
         return []
     parameters = trained_parameters(model)
-    optimizer = torch.optim.SGD(
-        parameters, config.lr, momentum=config.momentum, nesterov=config.momentum > 0, weight_decay=config.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    optimizer, schedule = descent(parameters)
     device = parameters[0].device
     modes = [(module, module.training) for module in model.modules()]
     losses: list[float] = []
@@ -183,7 +239,7 @@ def retrain(
             for step in range(1, total + 1):
                 buffers.keep()
                 try:
-                    loss = _loss(model, loss_fn, stream.take(1)[0], config.label_smoothing)
+                    loss = loss_fn(model, stream.take(1)[0])
                     losses.append(float(loss.detach()))
                     if not math.isfinite(losses[-1]):
                         raise FloatingPointError(
@@ -191,9 +247,9 @@ def retrain(
                         )
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
-                    if config.clip_norm is not None:
-                        enforcer.mask_gradients_()
-                        nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                    enforcer.mask_gradients_()
+                    if clip_norm is not None:
+                        nn.utils.clip_grad_norm_(parameters, clip_norm)
                 except BaseException:
                     buffers.restore()  # a forward pass writes batch-norm statistics, also of a batch with NaN
                     raise
@@ -205,10 +261,7 @@ def retrain(
         end_contexts(error)
         masks.apply_(model)  # a step that was left half-way has moved removed weights
         if hasattr(error, "add_note"):  # Python ≥ 3.11
-            error.add_note(
-                f"sfpk_kernels: in step {max(step, 1)} of {total} of retraining; the model keeps what the steps before "
-                "have trained, masked"
-            )
+            error.add_note(f"sfpk_kernels: in step {max(step, 1)} of {total} of retraining; {left}")
         raise
     finally:
         for parameter in parameters:

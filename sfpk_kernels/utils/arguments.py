@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -127,6 +129,30 @@ def check_model(model: Any) -> None:
     elif isinstance(model, DataLoader | list | tuple) or callable(model):
         hint = f": {_ORDER}"
     raise TypeError(f"model: wanted an nn.Module, got {name}{hint}")
+
+
+def check_least(name: str, value: Any, least: int, more: str = "") -> None:
+    """An integer of at least so much.
+
+    Raises:
+        TypeError, ValueError: it is none; the message names it.
+    """
+    if type(value) is not int:
+        raise TypeError(f"{name}: wanted an integer ≥ {least}{more}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: wanted ≥ {least}{more}, got {value}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """A finite number above 0.
+
+    Raises:
+        TypeError, ValueError: it is none; the message names it.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: wanted a number > 0, got {value!r}")
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{name}: wanted a finite number > 0, got {value!r}")
 
 
 def _of_outputs(wanted: str, name: str, names: str, loss_fn: Callable[..., Any]) -> str:
