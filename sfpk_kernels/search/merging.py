@@ -39,11 +39,14 @@ def mean_square(config: SFPKConfig, density: float) -> float:
     return density**2 if config.density == "l2" else density
 
 
-def energies_of(records: Sequence[StepRecord], config: SFPKConfig) -> Tensor:  # (n,) fp64, on the CPU
+def energies_of(
+    records: Sequence[StepRecord], config: SFPKConfig, device: torch.device | str = "cpu"
+) -> Tensor:  # (n,) fp64
     """Of the particles as they stand after the last of some steps: where they were merged since, the mean of it."""
     last = records[-1]
-    merged = particles_after(config, last.step) < len(last.energies)
-    return torch.tensor([last.energy] if merged else last.energies, dtype=torch.float64, device="cpu")
+    if particles_after(config, last.step) < len(last.energies):
+        return torch.full((1,), last.energy, dtype=torch.float64, device=device)  # waits for nothing
+    return torch.tensor(last.energies, dtype=torch.float64, device=device)
 
 
 @torch.no_grad()

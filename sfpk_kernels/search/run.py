@@ -174,7 +174,7 @@ class Run:
         """The particles become one, after a step that was counted in; what n of them needed is freed."""
         self.energy.drop_gradients()  # first: there is room for the one then
         self.system.merge_()
-        self.energies = energies_of(self.history, self.config).to(self.theta.device)
+        self.energies = energies_of(self.history, self.config, self.theta.device)
 
     def take_over(self, history: list[StepRecord], energies: Tensor | None, taken: int, plan: Plan | None) -> None:
         """Go on from what was checked; the parts have been taken over."""
