@@ -64,7 +64,9 @@ class SFPKConfig(Settings):
         wanted="in (0, 1)",
         accepts=lambda x: 0 < x < 1,
     )
-    n_particles: int = setting(10, "mask particles n ≥ 1. A run costs n · K forward/backward passes.", least=1)
+    n_particles: int = setting(
+        10, "mask particles n ≥ 1. A run costs n · K forward/backward passes, fewer with ``merge``.", least=1
+    )
     n_steps: int = setting(100, "simulation steps K ≥ 1.", least=1)
     radius: float = setting(
         2.0,
@@ -149,6 +151,14 @@ class SFPKConfig(Settings):
         "fraction of the run in [0, 1] after which the pull acts.",
         wanted="in [0, 1]",
         accepts=lambda x: 0 <= x <= 1,
+    )
+    merge: float | None = setting(
+        None,
+        "fraction of the run in (0, 1) after which the n particles become one, their mean, back on the schedule where "
+        "``retract`` is set: several explore, one refines. With M the steps until then a run costs n · M + K - M "
+        "passes. ``None``: never; nothing of it matters to one particle.",
+        wanted="in (0, 1) or None",
+        accepts=lambda x: 0 < x < 1,
     )
     settle: bool = setting(
         False,

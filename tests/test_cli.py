@@ -224,6 +224,7 @@ def test_options_reach_the_config(tmp_path, capsys):
         ([TASK, *QUICK, "--settle"], 2, "--settle: wanted waypoints"),
         ([TASK, *QUICK, "--hold", "0.7"], 2, "--hold: wanted 1 with step_length='radius'"),
         ([TASK, *QUICK, "--hold", "0.7", "--plan"], 2, "--hold: wanted 1 with step_length='radius'"),
+        ([TASK, *QUICK, "--merge", "0.9"], 2, "--merge: wanted a fraction that leaves a step for one particle, of"),
         ([TASK, *QUICK, "--settle", "--plan"], 2, "--settle: wanted waypoints"),
         ([TASK, *QUICK, "--settle", "--waypoints", "0.3", "0.5", "--n-steps", "2"], 2, "--n-steps: wanted ≥ 3"),
         ([TASK, *QUICK, "--vote", "masked", "--waypoints", "0.3"], 2, "--waypoints: wanted none below 0.8"),

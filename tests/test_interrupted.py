@@ -17,6 +17,7 @@ import sfpk_kernels
 from sfpk_kernels import Execution, GradualPruner, MaskSet, SFPKPruner, prune
 from sfpk_kernels.modeling.whole_model import _nesting
 from sfpk_kernels.retraining.gradual import FORMAT
+from sfpk_kernels.search.merging import passes
 from sfpk_kernels.search.run import Run
 from sfpk_kernels.utils.files import load_state
 
@@ -199,7 +200,7 @@ def test_killed_while_writing_the_old_file_stays(mlp, vectors, tmp_path, monkeyp
 
 
 SETTINGS = [
-    {"momentum": 0.1},
+    {"momentum": 0.1, "merge": 0.5},
     {"update": "gauss_seidel", "momentum": 0.1, "vote": "hard"},
     {"particle_dtype": "bfloat16", "kernel": "weighted_rbf", "settle": True},
     {"dtype": "fp16", "energy_mode": "vmap", "vote": "masked_at_the_end"},
@@ -209,8 +210,8 @@ SETTINGS = [
 # What a step passes through.
 MODULES = (
     "search/pruner", "search/attempt", "search/loop", "search/run", "search/resumable", "search/saving",
-    "search/state", "search/one_run", "search/waypoints", "search/step", "search/particles", "search/vote",
-    "search/polarizer", "search/diagnostics", "search/nonfinite", "search/reading", "masks/maskset",
+    "search/state", "search/one_run", "search/waypoints", "search/step", "search/particles", "search/merging",
+    "search/vote", "search/polarizer", "search/diagnostics", "search/nonfinite", "search/reading", "masks/maskset",
     "modeling/turns", "modeling/batches", "modeling/state", "modeling/whole_model", "search/energy/__init__",
     "search/energy/sequential", "search/energy/batched", "search/energy/_swap", "search/energy/_scale",
     "search/energy/_problem",
@@ -266,7 +267,7 @@ def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(mlp, vectors, ca
         if not by_run:  # the batches were given by hand
             done = len(pruner.history)
             for number in range(done, 4):
-                pruner.step((vectors * 2)[3 * number :][:3])
+                pruner.step((vectors * 2)[passes(pruner.config, number) :][: len(pruner.particles)])
             assert outcome(pruner.result()) == expected
         else:
             assert outcome(pruner.run(vectors)) == expected

@@ -20,6 +20,7 @@ from .snapshot import Snapshot
 SLOW = [
     ("wide-mlp", {"energy_mode": "sequential"}),
     ("wide-mlp", {"energy_mode": "vmap"}),
+    ("wide-mlp", {"energy_mode": "sequential", "merge": 0.5}),
     ("wide-resnet-20", {"energy_mode": "sequential"}),
     ("wide-resnet-20", {"energy_mode": "sequential", "update": "gauss_seidel"}),
     ("vit-small", {"energy_mode": "sequential"}),

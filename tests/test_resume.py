@@ -38,6 +38,7 @@ VARIANTS = [
     {"particle_dtype": "bfloat16", "kernel": "weighted_rbf"},
     {"model_mode": "train", "dtype": "fp16"},
     {"energy_mode": "vmap"},
+    {"merge": 0.5},
     {"selection": "threshold", "early_stop": True, "momentum": 0.1, "retract": False, "schedule": "exponential"},
 ]
 

@@ -154,14 +154,17 @@ def by_effective_dimension(k, steps, target, shares):
     return 0.33 * math.log(1 / target) ** 2 * math.prod(seen) ** (0.5 / len(seen)) * (1 - k / steps)
 
 
-def plain_run(model, data, density, score, length=by_angle):
-    """One particle in fp64: polarize, gradient by the masked weights, move; and the normalized saliency."""
+def plain_run(model, data, density, score, length=by_angle, m=None, first=0, last=None):
+    """One particle in fp64: polarize, gradient by the masked weights, move; and the normalized saliency.
+
+    From all ones, or from what it was after ``first`` steps.
+    """
     steps, target = len(density) - 1, density[-1]
     theta = Coordinates(model).flatten(model).double()
     parts = [p.detach().abs() / p.detach().abs().mean() for p in (model[0].weight, model[2].weight)]
     saliency = torch.cat([part.flatten() for part in parts]).double()
-    m, shares = torch.ones(80, dtype=torch.float64), []
-    for k, (x, y) in enumerate(data[:steps]):
+    m, shares = torch.ones(80, dtype=torch.float64) if m is None else m, []
+    for k, (x, y) in list(enumerate(data[:steps]))[first:last]:
         kept = torch.zeros(80, dtype=torch.float64)
         kept[score(m, saliency).argsort(descending=True, stable=True)[: round(density[k] * 80)]] = 1
         w = (kept * theta).requires_grad_()

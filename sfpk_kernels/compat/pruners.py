@@ -239,7 +239,7 @@ class SFPK:
     def _particles(self) -> Tensor | None:
         """Where the particles stand, (n, d); None at their usual start, all ones."""
         if self.result is not None:
-            return self.result.particles
+            return self.result.particles.expand(self._config.n_particles, -1)  # from one, where they were merged
         masks = torch.cat([mask.detach().reshape(-1) for _, mask, _ in masked_params(self.model)])
         return None if bool((masks == 1).all()) else masks.expand(self._config.n_particles, -1)
 

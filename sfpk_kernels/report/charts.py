@@ -12,6 +12,7 @@ from ..search.records import StepRecord
 from ..utils.extras import require
 from ..utils.files import atomic_write
 from ..utils.smoothing import WINDOW, running_median
+from .contents import before_the_merge
 from .names import shortened_apart
 
 _COLOURS = ("#1b5e9e", "#c4541a", "#5b8c2a", "#7d3c98")
@@ -136,7 +137,7 @@ def plot_loss(target: IO[bytes], report: Mapping[str, Any]) -> None:
 def plot_particles(target: IO[bytes], report: Mapping[str, Any]) -> None:
     """How far apart the particles are: their deviation (the paper's Figure 5), overlap and effective number."""
     figure, (left, right) = _figure(2, (11, 4.8))
-    steps = report["history"]
+    steps = before_the_merge(report["history"])  # merged ones would be a line at 0
     sparsity = [100 * (1 - step["start_density"]) for step in steps]
     after = [100 * (1 - sum(step["densities"]) / len(step["densities"])) for step in steps]
     left.plot(after, [100 * step["deviation"] for step in steps], color=_COLOURS[0], marker=_dot(steps))

@@ -170,6 +170,12 @@ def _model(coordinates: Coordinates) -> dict[str, Any]:
     return {"parameters": coordinates.d + beside, "prunable": coordinates.d, "left_alone": left}
 
 
+def before_the_merge(history: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The steps of all particles; all steps where they were never merged, or are one."""
+    n = len(history[0]["energies"]) if history else 0
+    return [step for step in history if len(step["energies"]) == n]
+
+
 def checked_row(row: Any) -> dict[str, Any]:
     """A row of ``baselines``, its numbers as Python's.
 

@@ -11,6 +11,7 @@ from ..config import SFPKConfig
 from ..execution import Execution
 from ..utils.settings import meanings
 from . import words
+from .contents import before_the_merge
 from .markup import STYLE, Fact, Name, Number, explained, facts, table
 
 _TITLES = {
@@ -76,7 +77,7 @@ def _of_run(report: Mapping[str, Any]) -> list[Fact]:
     summary, config, choice = report["summary"], report["config"], report["plan"]["choice"]
     kind = config["final_score"] or config["polarizer"]
     found = [
-        Fact("steps, particles", f"{summary['steps']:,}, {config['n_particles']:,}", words.STEPS),
+        Fact("steps, particles", f"{summary['steps']:,}, {config['n_particles']:,}{_merged(report)}", words.STEPS),
         Fact("time", f"{summary['seconds']:.1f} s", words.SECONDS),
     ]
     losses = [point["energy"] for point in report["curve"] if point["energy"] is not None]
@@ -84,9 +85,13 @@ def _of_run(report: Mapping[str, Any]) -> list[Fact]:
         found.append(Fact("loss", f"{losses[0]:.4g} at the first step, {losses[-1]:.4g} at the last", words.LOSS))
     knee = "none found" if report["knee"] is None else f"{100 * report['knee']:.1f} % removed"
     found.append(Fact("knee of the loss", knee, words.KNEE))
-    last = report["history"][-1] if report["history"] else {"overlaps": []}
+    apart = before_the_merge(report["history"])
+    last = apart[-1] if apart else {"overlaps": []}
     if config["n_particles"] > 1 and last["overlaps"] and last["effective_particles"] is not None:
-        count = f"{last['effective_particles']:.2f} of {config['n_particles']:,} at the last step"
+        when = (
+            "at the last step" if len(apart) == len(report["history"]) else f"at step {len(apart):,}, the last of all"
+        )
+        count = f"{last['effective_particles']:.2f} of {config['n_particles']:,} {when}"
         found.append(Fact("effective particles", count, words.EFFECTIVE))
     return [
         *found,
@@ -94,6 +99,12 @@ def _of_run(report: Mapping[str, Any]) -> list[Fact]:
         Fact("energies", f"{choice['mode']}: {choice['reason']}", words.ENERGIES),
         Fact("predicted peak memory", f"{report['plan']['peak_bytes'] / 1e6:,.1f} MB", words.MEMORY),
     ]
+
+
+def _merged(report: Mapping[str, Any]) -> str:
+    """When the particles became one, where they did in the steps of the report."""
+    apart = len(before_the_merge(report["history"]))
+    return f"; one after step {apart:,}" if apart < len(report["history"]) else ""
 
 
 def _evaluation(evaluation: Mapping[str, Mapping[str, float | None]]) -> str:

@@ -15,7 +15,9 @@ SPARSITY = "The share of the prunable weights that the mask removes."
 COVERED = "The masks cover the prunable weights; all other parameters stay as they are. Tied ones count once."
 REMOVED = "The removed weights as a share of all parameters of the model, not only the prunable ones."
 FINGERPRINT = "The beginning of a hash of the mask: equal masks have equal fingerprints."
-STEPS = "A step takes the loss and its gradient once per particle, and moves each."
+STEPS = (
+    "A step takes the loss and its gradient once per particle, and moves each. Merged particles go on as their mean."
+)
 SECONDS = "Of the steps, all together."
 METHOD = "What chose the mask: a method to compare the search with, a function of sfpk_kernels.baselines."
 METHOD_SECONDS = "That the method took."

@@ -19,6 +19,7 @@ from ..modeling.state import seeded
 from ..modeling.turns import alone, end_contexts
 from ..modeling.whole_model import WholeModel, write
 from ..search.energy import LossFn
+from ..search.merging import mean_square, merge_into
 from ..search.polarizer import budget
 from ..search.pruner import SFPKPruner
 from ..search.result import PruneResult
@@ -42,8 +43,8 @@ class GradualPruner:
     """Prunes a model in T shots and retrains it after each (gradual pruning of the SFPK paper).
 
     Shot i searches on from the particles of shot i - 1, from density ρ_{i-1} to ρ_i (:func:`schedule_shots`), applies
-    the mask and retrains with the mask enforced. Together the shots take the n · K forward/backward passes of a
-    one-shot run with the same config.
+    the mask and retrains with the mask enforced. Together the shots take the forward/backward passes of a one-shot run
+    with the same config: n · K, or, with ``merge``, fewer from that step of all of them on, whichever shot it is in.
 
     Unlike :func:`~sfpk_kernels.prune` this CHANGES the model: :meth:`run` leaves it pruned and retrained, in place
     (parameters keep their identity). After an error or an interruption it is as after the last finished shot: weights,
@@ -261,12 +262,21 @@ class GradualPruner:
                 loss_fn=self._loss_fn,
                 config=config,
                 execution=self.execution,
-                start=self._done.particles,
+                start=self._start(shot, config),
                 **self._options,
             )
         finally:
             self._write(held)
         return pruner.run(self._loader, progress=self._progress)
+
+    def _start(self, shot: Shot, config: SFPKConfig) -> Tensor | None:
+        """Where the particles of a shot begin: merged, where those of the one before have yet to be."""
+        given = self._done.particles
+        if given is None or len(given) == config.n_particles:
+            return given
+        one = given.new_empty(1, given.shape[1])
+        merge_into(one, None, given, None, mean_square(config, shot.start_density))
+        return one
 
     def _train(self, shot: Shot, masks: MaskSet, seed: int) -> list[float]:
         if isinstance(self._retrain, RetrainConfig):
@@ -297,7 +307,7 @@ class GradualPruner:
         if self.config.retract:
             return particles
         share = particles.double().square().mean(dim=1)
-        return particles.mul_((_square(density, self.config.density) / share).sqrt().unsqueeze(1).to(particles.dtype))
+        return particles.mul_((mean_square(self.config, density) / share).sqrt().unsqueeze(1).to(particles.dtype))
 
     @alone
     def state_dict(self) -> dict[str, Any]:
@@ -332,8 +342,3 @@ class GradualPruner:
             self._done = before
             self._broken = broken
             raise
-
-
-def _square(density: float, kind: str) -> float:
-    """Mean square of a particle with that soft density."""
-    return density**2 if kind == "l2" else density

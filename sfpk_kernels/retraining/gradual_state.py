@@ -17,6 +17,7 @@ from ..masks.maskset import MaskSet
 from ..modeling.whole_model import spread, tensors
 from ..search import checkpoint
 from ..search import state_checks as check
+from ..search.merging import particles_after
 from .loop import RetrainConfig
 from .shots import Shot, ShotRecord, config_of_shot
 
@@ -27,7 +28,7 @@ _PARTS = {"settings", "model", "particles", "values", "masks", "history"}
 class Progress:
     """What the finished shots left; replaced as a whole."""
 
-    particles: Tensor | None  # (n, d), on the CPU
+    particles: Tensor | None  # (n, d), (1, d) once merged; on the CPU
     values: Tensor  # (d,): those of removed weights from before their removal
     masks: list[MaskSet]
     history: list[ShotRecord]
@@ -89,7 +90,7 @@ class GradualState:
         history = [self._checked_record(i, value, masks, saved) for i, value in enumerate(shots)]
         values = check.tensor("state: values", state["values"], (self.coordinates.d,), values_like.dtype)
         done = Progress(
-            self._checked_particles(state["particles"], len(shots)),
+            self._checked_particles(state["particles"], history),
             values.to(values_like.device, copy=True),
             masks,
             history,
@@ -160,15 +161,16 @@ class GradualState:
         losses = check.reals(f"{name}.losses", value["losses"], steps)
         return ShotRecord(shot, kept, check.integer(f"{name}.returned", value["returned"], 0, kept), search, losses)
 
-    def _checked_particles(self, value: Any, finished: int) -> Tensor | None:
-        name = "state: particles"
+    def _checked_particles(self, value: Any, history: list[ShotRecord]) -> Tensor | None:
+        name, finished = "state: particles", len(history)
         if not finished:
             if value is not None:
                 raise ValueError(f"{name}: wanted None before the first shot, got {check.got(value)}")
             return None
         config = self.config
         dtype = self.coordinates.dtype if config.particle_dtype == "float32" else getattr(torch, config.particle_dtype)
-        found = check.tensor(name, value, (config.n_particles, self.coordinates.d), dtype).to("cpu", copy=True)
+        rows = particles_after(config_of_shot(config, history[-1].shot, 0), len(history[-1].search))
+        found = check.tensor(name, value, (rows, self.coordinates.d), dtype).to("cpu", copy=True)
         share = found.double().square().mean(dim=1)
         density = float((share.sqrt() if config.density == "l2" else share).mean())
         low = self.shots[finished].density if finished < len(self.shots) else 0.0  # else the next shot could not begin

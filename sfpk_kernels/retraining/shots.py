@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import SFPKConfig
 from ..masks.maskset import MaskSet
+from ..search.merging import steps_of_all
 from ..search.records import StepRecord
 
 
@@ -47,7 +48,7 @@ class GradualResult:
     mask: MaskSet  # the final mask
     masks: list[MaskSet]  # after every shot; its weights were those retrained up to there
     history: list[ShotRecord]
-    particles: Tensor  # (n, d), on the CPU
+    particles: Tensor  # (n, d), (1, d) once merged; on the CPU
     config: SFPKConfig
 
     def __repr__(self) -> str:
@@ -84,7 +85,7 @@ def schedule_shots(
     total, kept = int(shots), config.target_density
     g = kept ** (-1 / total) if growth is None else float(growth)
     densities = [kept ** (i / total) for i in range(total)] + [kept]
-    steps = [round(config.n_steps * i / total) for i in range(total + 1)]
+    steps = [_steps_before(config, i, total) for i in range(total + 1)]
     weights = [g ** (i - total) for i in range(total)]
     return [
         Shot(i + 1, total, densities[i], densities[i + 1], steps[i + 1] - steps[i], weights[i] / sum(weights))
@@ -93,9 +94,24 @@ def schedule_shots(
 
 
 def config_of_shot(config: SFPKConfig, shot: Shot, seed: int) -> SFPKConfig:
-    """The search of one shot of the run that ``config`` describes."""
+    """The search of one shot of the run that ``config`` describes.
+
+    ``merge`` counts in steps of all shots together: those before have n particles, those behind one.
+    """
     last = shot.number == shot.shots  # without the rounding of 1 - (1 - s)
-    return config.replace(sparsity=config.sparsity if last else shot.sparsity, n_steps=shot.n_steps, seed=seed)
+    left = steps_of_all(config) - _steps_before(config, shot.number - 1, shot.shots)  # of all particles
+    return config.replace(
+        sparsity=config.sparsity if last else shot.sparsity,
+        n_steps=shot.n_steps,
+        n_particles=config.n_particles if left > 0 else 1,
+        merge=left / shot.n_steps if 0 < left < shot.n_steps else None,
+        seed=seed,
+    )
+
+
+def _steps_before(config: SFPKConfig, shots: int, total: int) -> int:
+    """Search steps of the first so many shots."""
+    return round(config.n_steps * shots / total)
 
 
 def spread_steps(total: int, shares: list[float]) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import SFPKConfig
 from ..execution import ENERGY_MODES, Execution
 from . import state_checks as check
+from .merging import energies_of, particles_after, passes
 from .planning import Plan
 from .records import StepRecord
 from .step_length import StepLength
@@ -23,7 +24,9 @@ KIND = "sfpk-run-2"  # format and version
 _FREE = ("seed", "memory_limit")
 
 # What runs did before there was a setting for it.
-_BEFORE: dict[str, Any] = {"signed_score": False, "step_length": "radius", "hold": 1.0, "step_scale": 1.0}
+_BEFORE: dict[str, Any] = {
+    "signed_score": False, "step_length": "radius", "hold": 1.0, "step_scale": 1.0, "merge": None,
+}  # fmt: skip
 
 _PARTS = {
     "model", "config", "names", "step", "particles", "vote", "energies", "history", "waypoints", "alarms", "taken",
@@ -75,6 +78,10 @@ def of_this_version(state: Any) -> Any:
     if "history" in state:
         state = {**state, "history": records_of_this_version(state["history"], config)}
     plan = state.get("plan")
+    n, steps = config.get("n_particles"), config.get("n_steps")
+    if "merge" not in config and isinstance(plan, Mapping) and isinstance(n, int) and isinstance(steps, int):
+        plan = {"passes": n * steps, **plan}  # every step was one of all particles
+        state = {**state, "plan": plan}
     if "memory" not in config or not isinstance(plan, Mapping):
         return {**state, "config": json.dumps(settings_of_this_version(config))}
     config = settings_of_this_version(config, plan.get("memory"))
@@ -134,7 +141,7 @@ def record(name: str, value: Any, number: int, config: SFPKConfig, tensors: int)
         TypeError, ValueError: it is none; the message names the field.
     """
     check.entries(name, value, [field.name for field in dataclasses.fields(StepRecord)])
-    n, skips = config.n_particles, config.nonfinite == "skip_particle"
+    n, skips = particles_after(config, number - 1), config.nonfinite == "skip_particle"
     if check.integer(f"{name}.step", value["step"]) != number:
         raise ValueError(f"{name}.step: wanted {number}, got {value['step']}")
     skipped = check.sequence(f"{name}.skipped", value["skipped"])
@@ -160,7 +167,8 @@ def record(name: str, value: Any, number: int, config: SFPKConfig, tensors: int)
 
 def _shares(name: str, value: Any, number: int, config: SFPKConfig) -> list[float]:
     """Effective dimensions, in the steps that have them."""
-    wanted = config.n_particles if StepLength(config, []).looks_at(number - 1) else 0
+    looked_at = StepLength(config, []).looks_at(number - 1)
+    wanted = particles_after(config, number - 1) if looked_at else 0
     shares = check.reals(name, value, wanted, 0.0, finite=False)
     if any(share == 0.0 or share > 1.0 + 1e-6 for share in shares):
         raise ValueError(f"{name}: wanted shares in (0, 1], got {shares}")
@@ -184,7 +192,8 @@ def plan(name: str, value: Any, config: SFPKConfig, d: int) -> Plan:
         TypeError, ValueError: it is none, or that of another run.
     """
     check.entries(name, value, [field.name for field in dataclasses.fields(Plan)])
-    for field, wanted in (("particles", config.n_particles), ("coordinates", d), ("steps", config.n_steps)):
+    whole = {"particles": config.n_particles, "coordinates": d, "steps": config.n_steps, "passes": passes(config)}
+    for field, wanted in whole.items():
         check.integer(f"{name}.{field}", value[field], wanted, wanted)
     check.text(f"{name}.update", value["update"], (config.update,))
     choice = check.entries(f"{name}.choice", value["choice"], ("mode", "reason", "seconds", "transient"))
@@ -206,8 +215,10 @@ def plan(name: str, value: Any, config: SFPKConfig, d: int) -> Plan:
     })  # fmt: skip
 
 
-def energies(name: str, value: Any, records: Sequence[StepRecord], device: torch.device) -> Tensor | None:
-    """The energies of the last step, those of its record.
+def energies(
+    name: str, value: Any, records: Sequence[StepRecord], config: SFPKConfig, device: torch.device
+) -> Tensor | None:
+    """The energies of the last step, those of its record (:func:`energies_of`).
 
     Raises:
         TypeError, ValueError: others.
@@ -216,7 +227,7 @@ def energies(name: str, value: Any, records: Sequence[StepRecord], device: torch
         if value is not None:
             raise ValueError(f"{name}: wanted None before the first step, got {check.got(value)}")
         return None
-    last = torch.tensor(records[-1].energies, dtype=torch.float64, device="cpu")
+    last = energies_of(records, config)
     found = check.tensor(name, value, tuple(last.shape), torch.float64, finite=False).to(device, copy=True)
     if not torch.equal(found.nan_to_num(0.0).cpu(), last.nan_to_num(0.0)) or not torch.equal(
         found.isnan().cpu(), last.isnan()

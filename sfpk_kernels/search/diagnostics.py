@@ -163,7 +163,7 @@ class Alarms:
 
     def _collapse(self, record: StepRecord) -> dict[str, str]:
         """Particles on top of each other explore nothing. The pull to their mean does not make them so."""
-        if self._config.n_particles < 2 or record.deviation >= _COLLAPSED:
+        if len(record.energies) < 2 or record.deviation >= _COLLAPSED:
             return {}
         if not any(record.cosines):  # no gradient yet that would part them
             return {}
@@ -177,8 +177,8 @@ class Alarms:
 
     def _falling(self, history: Sequence[StepRecord]) -> dict[str, str]:
         """A.1 of the paper: removing weights from a trained model raises its loss; batches differ by chance."""
-        alone = self._config.n_particles < 2
-        window = max(5 if alone else 3, math.ceil(_WINDOW * self._config.n_steps))
+        alone = len(history[0].energies) < 2
+        window = max(5 if len(history[-1].energies) < 2 else 3, math.ceil(_WINDOW * self._config.n_steps))
         if len(history) <= (2 * window if alone else window):
             return {}
         # One particle has no spread in a step: its first steps, which remove little, stand in.

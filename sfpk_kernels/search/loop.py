@@ -56,10 +56,10 @@ class Loop(Resumable, abc.ABC):
         """All remaining steps; every particle takes its own batch in every step.
 
         Args:
-            loader: batches, cycled; n · K are used by a whole run. Its order is drawn under ``config.seed``
-                where it uses torch's global generator. A resumed run, and a further call, pass over the batches used
-                before: give them the same loader from its beginning (a list, or a DataLoader whose order and
-                augmentation come from torch's global generator, without ``persistent_workers``).
+            loader: batches, cycled; n · K are used by a whole run (fewer with ``config.merge``). Its order is drawn
+                under ``config.seed`` where it uses torch's global generator. A resumed run, and a further call, pass
+                over the batches used before: give them the same loader from its beginning (a list, or a DataLoader
+                whose order and augmentation come from torch's global generator, without ``persistent_workers``).
             progress: show a bar; ``None`` for only on a terminal.
             save_every: write ``save_path`` after so many steps, and at the end; ``None`` writes nothing. Where that
                 fails (a full disk) the run goes on, with an error in the log.
@@ -97,7 +97,7 @@ class Loop(Resumable, abc.ABC):
     def _loop(
         self, loader: Iterable[Any], progress: bool | None, target: str | os.PathLike[str] | None, every: int
     ) -> PruneResult:
-        run, n = self._run, self.config.n_particles
+        run = self._run
         if self.coordinates.device.type == "cpu":
             warn_of_spinning()
         remaining = self.config.n_steps - run.system.step
@@ -106,7 +106,8 @@ class Loop(Resumable, abc.ABC):
         hidden = None if progress is None else not progress
         with tqdm(total=remaining, desc="SFPK", ncols=_COLUMNS, disable=hidden) as bar:
             with turns.turn():
-                stream = BatchStream(loader, self.coordinates.device, run.taken + n * remaining)
+                what = "particles × steps" if self.config.merge is None else "one per particle and step"
+                stream = BatchStream(loader, self.coordinates.device, run.taken + run.system.passes_left, what)
                 if self.done:
                     self._save_if_missing(target)  # an interruption came before it
                 else:
@@ -114,13 +115,13 @@ class Loop(Resumable, abc.ABC):
                     stream.skip(run.taken)
             while not self.done:
                 with turns.turn():
-                    batches = stream.take(n)
+                    batches = stream.take(len(run.system.masks))
                     with run.guard():
                         if run.plan is None:
                             plan = run.make_plan(batches[0])
                             if not bar.disable:
                                 bar.write(str(plan), file=sys.stderr)
-                        record = self._step(batches, taken=n)
+                        record = self._step(batches, taken=len(batches))
                 self._call_back(record)
                 if target is not None and (record.step % every == 0 or self.done):
                     self._try_to_save(target)

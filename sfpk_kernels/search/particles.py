@@ -14,6 +14,7 @@ from ..config import SFPKConfig
 from ..execution import Execution
 from ..ops import TransitionStats, transition_
 from . import state_checks as check
+from .merging import mean_square, merge_into, particles_after, passes
 from .schedule import density_schedule
 
 _PART = 1 << 18  # elements
@@ -31,7 +32,7 @@ class SystemState(NamedTuple):
 
 
 class ParticleSystem:
-    """n mask particles that start at "all weights kept" and follow the density schedule.
+    """n mask particles that start at "all weights kept" and follow the density schedule; one, once they are merged.
 
     Args:
         d: number of coordinates.
@@ -46,8 +47,8 @@ class ParticleSystem:
         ValueError: ``start`` of another shape, not finite, or of a mean density not above the target and at most 1.
 
     Attributes:
-        masks: (n, d) in ``config.particle_dtype``, the particles. May be written between steps; the
-            statistics are then measured anew.
+        masks: (n, d) in ``config.particle_dtype``, the particles; another tensor, (1, d), once they are merged. May
+            be written between steps; the statistics are then measured anew.
         step: steps done, 0 … K.
         known_densities: ρ(m_i) as the host knows them, or None.
         moves: of single particles, counted when they begin: after an error or an interruption it may not have ended.
@@ -65,7 +66,8 @@ class ParticleSystem:
     ):
         dtype = theta.dtype if config.particle_dtype == "float32" else getattr(torch, config.particle_dtype)
         pinned = execution.offload == "cpu" and theta.device.type == "cpu" and torch.cuda.is_available()
-        self.masks = torch.ones(config.n_particles, d, dtype=dtype, device=theta.device, pin_memory=pinned)
+        self._options: dict[str, Any] = {"dtype": dtype, "device": theta.device, "pin_memory": pinned}
+        self.masks = torch.ones(config.n_particles, d, **self._options)
         # What rounding took from bf16 particles.
         self._residual = torch.zeros_like(self.masks) if dtype == torch.bfloat16 else None
         self.step = self.moves = 0
@@ -119,6 +121,16 @@ class ParticleSystem:
     def done(self) -> bool:
         """Whether the schedule has been passed."""
         return self.step >= self._config.n_steps
+
+    @property
+    def passes_left(self) -> int:
+        """Forward and backward passes, and batches, of the steps to come."""
+        return passes(self._config) - passes(self._config, self.step)
+
+    @property
+    def merge_is_due(self) -> bool:
+        """Whether all particles have taken their last step, and have yet to become one."""
+        return len(self.masks) > particles_after(self._config, self.step)
 
     @property
     def stats(self) -> TransitionStats | None:
@@ -192,6 +204,23 @@ class ParticleSystem:
         self.step += 1
         self._known = (self.masks._version, densities)
 
+    def merge_(self) -> None:
+        """The particles become their mean, one, on the schedule where particles are retracted: the memory is freed.
+
+        Only where :attr:`merge_is_due`. Statistics are measured anew. Waits for nothing.
+        """
+        config = self._config
+        square = mean_square(config, self.schedule[self.step]) if config.retract else None
+        one, rest = self._empty(1)
+        merge_into(one, rest, self.masks, self._residual, square)
+        self.masks, self._residual = one, rest
+        self._stats, self._version, self._known = None, -1, None
+
+    def _empty(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        """So many particles and what rounding takes from them, where they lie, unwritten."""
+        masks = torch.empty(rows, self.masks.shape[1], **self._options)
+        return masks, None if self._residual is None else torch.empty_like(masks)
+
     def count_moves(self, moves: int) -> None:
         """So many have begun: fewer than was thought where a move found that it must not."""
         self.moves = moves
@@ -228,7 +257,9 @@ class ParticleSystem:
         """
         config, device = self._config, self.masks.device
         check.entries(prefix.removesuffix(".") or "state", state, SystemState._fields)
-        masks = check.tensor(f"{prefix}masks", state["masks"], tuple(self.masks.shape), self.masks.dtype)
+        step = check.integer(f"{prefix}step", state["step"], 0, config.n_steps)
+        shape = particles_after(config, step), self.masks.shape[1]
+        masks = check.tensor(f"{prefix}masks", state["masks"], shape, self.masks.dtype)
         residual = state["residual"]
         if self._residual is not None:
             residual = check.tensor(f"{prefix}residual", residual, tuple(masks.shape), self._residual.dtype)
@@ -237,7 +268,6 @@ class ParticleSystem:
                 raise ValueError(f"{prefix}residual: wanted what rounding took from particles, got up to {size:g}")
         elif residual is not None:
             raise ValueError(f"{prefix}residual: wanted None beside {masks.dtype} particles, got {check.got(residual)}")
-        step = check.integer(f"{prefix}step", state["step"], 0, config.n_steps)
         schedule = self._checked_schedule(f"{prefix}schedule", state["schedule"])
         stats = None
         if state["stats"] is not None:
@@ -281,6 +311,8 @@ class ParticleSystem:
 
     def take_over(self, state: SystemState) -> None:
         """Go on from a checked state."""
+        if len(state.masks) != len(self.masks):  # the one is merged, the other not
+            self.masks, self._residual = self._empty(len(state.masks))
         self.masks.copy_(state.masks)
         if self._residual is not None and state.residual is not None:
             self._residual.copy_(state.residual)

@@ -19,6 +19,7 @@ from ..modeling.state import autograd_allowed, check_no_inference_tensors, guard
 from ..utils.arguments import called, check_loader, check_loss_fn
 from ..utils.memory import available_bytes, format_bytes
 from .energy import Choice, LossFn, ParticleEnergy, energy_of
+from .merging import passes
 from .polarizer import budget, score_kinds
 from .settings import FIELDS, check_together, chosen
 
@@ -44,14 +45,15 @@ class Plan:
 
     particles: int  # n
     coordinates: int  # d
-    steps: int
+    steps: int  # K
+    passes: int  # forward and backward, of all steps
     update: str  # "jacobi" or "gauss_seidel": how many gradients are kept
     choice: Choice  # how particles go through the model
     parts: dict[str, int]  # bytes on the device of the particles (and of the model, where it is the same)
     model_parts: dict[str, int]  # bytes on the model's device, where it is another
     available: int | None  # bytes; on the device of the particles
     model_available: int | None
-    seconds_per_step: float  # 0: not measured, the run was refused before its first pass
+    seconds_per_step: float  # of all particles; 0: not measured, the run was refused before its first pass
     alternatives: dict[str, int]  # what would take less, and its bytes
 
     @property
@@ -90,8 +92,11 @@ class Plan:
         if self.model_parts:
             rows += [(f"{name} (GPU)", format_bytes(size)) for name, size in self.model_parts.items() if size]
             rows.append(("peak (GPU)", format_bytes(sum(self.model_parts.values())) + _of(self.model_available)))
-        total = _duration(self.seconds_per_step * self.steps)
-        measured = f"{self.seconds_per_step:.3g} s a step, {total} for {self.steps}"
+        # A step of one particle, after the others were merged into it, takes its share of one of all.
+        total = _duration(self.seconds_per_step * self.passes / self.particles)
+        whole = self.passes == self.particles * self.steps
+        of, passes = ("", "") if whole else (f" of {self.particles}", f" ({self.passes:,} passes)")
+        measured = f"{self.seconds_per_step:.3g} s a step{of}, {total} for {self.steps}{passes}"
         rows.append(("time", measured if self.seconds_per_step else "not measured"))
         width = max(len(name) for name, _ in rows)
         head = f"{self.particles} particles of {self.coordinates:,} weights, update={self.update!r}"
@@ -170,7 +175,7 @@ def check_state(coordinates: Coordinates, config: SFPKConfig, execution: Executi
         choice = Choice(execution.energy_mode, "not tried")
         ways = _alternatives(coordinates, config, execution, choice)
         n, d = config.n_particles, coordinates.d
-        Plan(n, d, config.n_steps, config.update, choice, parts, {}, limit, None, 0.0, ways).check()
+        Plan(n, d, config.n_steps, passes(config), config.update, choice, parts, {}, limit, None, 0.0, ways).check()
 
 
 def plan_run(
@@ -205,11 +210,12 @@ def plan_run(
     choice = energy.choose(batch, config.n_particles, together, trial_bytes)
     parts, model_parts = _parts(coordinates, config, execution, choice, split)
     n, d = config.n_particles, coordinates.d
-    passes = _PASSES[config.update] + (0.0 if config.update == "jacobi" else 2.0 * n)
+    readings = _PASSES[config.update] + (0.0 if config.update == "jacobi" else 2.0 * n)
     return Plan(
         particles=n,
         coordinates=d,
         steps=config.n_steps,
+        passes=passes(config),
         update=config.update,
         choice=choice,
         parts=parts,
@@ -217,7 +223,7 @@ def plan_run(
         available=limit,
         model_available=available_bytes(problem.device) if split else None,
         seconds_per_step=n * choice.seconds[choice.mode]
-        + passes * n * d * _SIZES[config.particle_dtype] / _bytes_per_second(device),
+        + readings * n * d * _SIZES[config.particle_dtype] / _bytes_per_second(device),
         alternatives=_alternatives(coordinates, config, execution, choice),
     )
 

@@ -100,7 +100,7 @@ class SFPKPruner(Loop):
         """One step of every particle.
 
         Args:
-            batches: n of them, one per particle.
+            batches: one per particle: n of them, and one once the particles are merged (``config.merge``).
 
         Raises:
             RuntimeError: the run is over, or an error or an interruption has left a step half done.
@@ -112,9 +112,10 @@ class SFPKPruner(Loop):
         self._attempt.check("step")
         if self.done:
             raise RuntimeError(f"step: the run is over after {self._run.system.step} steps")
-        if not isinstance(batches, Sequence) or len(batches) != self.config.n_particles:
+        n = len(self.particles)
+        if not isinstance(batches, Sequence) or len(batches) != n:
             got = len(batches) if isinstance(batches, Sequence) else type(batches).__name__
-            raise ValueError(f"batches: wanted a list of {self.config.n_particles}, one per particle, got {got}")
+            raise ValueError(f"batches: wanted a list of {n}, one per particle, got {got}")
         try:
             with lock(), self._run.guard():
                 record = self._step([move_to(batch, self.coordinates.device) for batch in batches])
@@ -172,4 +173,7 @@ class SFPKPruner(Loop):
             )
             record.alarms.extend(run.alarms.check(run.history, record, missing))
             run.count_in(record, energies, passed, taken)
+            # 9. several become one, once
+            if system.merge_is_due:
+                run.merge()
         return record

@@ -23,7 +23,7 @@ from .diagnostics import dying, layer_names
 from .planning import Plan
 from .polarizer import Polarizer, budget
 from .records import StepRecord
-from .schedule import falling_steps
+from .schedule import steps_within
 from .vote import Vote
 from .waypoints import Waypoint
 
@@ -38,7 +38,7 @@ class PruneResult:
 
     mask: MaskSet  # the final mask
     history: list[StepRecord]  # one entry per step done
-    particles: Tensor  # (n, d) final particles (of a finished run the live ones, not a copy)
+    particles: Tensor  # (n, d), (1, d) once merged: final particles (of a finished run the live ones, not a copy)
     score: Tensor  # (d,) the vote behind the mask
     config: SFPKConfig
     execution: Execution
@@ -202,7 +202,7 @@ class PruneResult:
         """
         curve = self.curve()
         if self.config.hold < 1:  # behind these all points lie at one sparsity
-            curve = curve[: falling_steps(self.config.n_steps, self.config.hold) + 1]
+            curve = curve[: steps_within(self.config.n_steps, self.config.hold) + 1]
         points = [point for point in curve if math.isfinite(point["energy"])]
         if len(points) < 8 or self.config.settle:
             return None
@@ -211,7 +211,9 @@ class PruneResult:
         y = torch.tensor(running_median(energies.tolist()), dtype=torch.float64, device="cpu")
         rise = y[-1] - y[0]
         noise = sum(point["std"] for point in points) / len(points)
-        if noise == 0:  # one particle; √(π/2) makes a mean distance a standard deviation
+        if (
+            noise == 0 or len(self.history[-1].energies) == 1
+        ):  # one particle; √(π/2) makes a mean distance a standard deviation
             noise = 2 * math.sqrt(math.pi / 2) * float((energies - y).abs().mean())
             rise = torch.minimum(rise, energies[-5:].median() - energies[:5].median())
         if float(rise) <= noise or float(x[-1] - x[0]) <= 0:

@@ -63,7 +63,7 @@ class Resumable:
 
     @property
     def particles(self) -> Tensor:
-        """(n, d), the live particles."""
+        """(n, d), the live particles; (1, d), another tensor, once they are merged (``config.merge``)."""
         return self._run.system.masks
 
     @property

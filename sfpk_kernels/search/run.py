@@ -21,6 +21,7 @@ from ..modeling.whole_model import Registered
 from .diagnostics import Alarms, Diagnostics, layer_names
 from .energy import LossFn, energy_of
 from .fingerprint import model_fingerprint
+from .merging import energies_of
 from .particles import ParticleSystem
 from .planning import Plan, check_state, plan_run, state_device
 from .polarizer import Polarizer, budget
@@ -52,7 +53,7 @@ class Run:
         theta: (d,) the dense weights, where the particles are.
         plan: memory and time, from the first batch on.
         history: one record per step done.
-        energies: (n,) fp64 of the last step, None before the first.
+        energies: (n,) fp64 of the last step, None before the first; their mean, (1,), once particles are merged.
         taken: batches of the loader that were used.
         fingerprint: of the model, taken now: forward passes may write buffers.
     """
@@ -179,6 +180,12 @@ class Run:
         self.waypoints.take(passed)
         self.history.append(record)
         self.taken += taken
+
+    def merge(self) -> None:
+        """The particles become one, after a step that was counted in; what n of them needed is freed."""
+        self.energy.drop_gradients()  # first: there is room for the one then
+        self.system.merge_()
+        self.energies = energies_of(self.history, self.config, self.theta.device)
 
     def take_over(self, history: list[StepRecord], energies: Tensor | None, taken: int, plan: Plan | None) -> None:
         """Go on from what was checked; the parts have been taken over."""

@@ -50,7 +50,7 @@ def density_schedule(
         raise ValueError(
             f"density_schedule: stops: wanted densities that fall from {start:g} to {target:g}, got {list(stops)}"
         )
-    steps = falling_steps(n_steps, hold)
+    steps = steps_within(n_steps, hold)
     if steps < len(corners) - 1:
         before = "" if steps == n_steps else " before the hold"
         raise ValueError(
@@ -67,6 +67,9 @@ def density_schedule(
     return densities + [target] * (n_steps - steps)
 
 
-def falling_steps(n_steps: int, hold: float) -> int:
-    """How many steps of a run lower the density; in the others it is held."""
-    return max(1, math.ceil(hold * n_steps - 1e-9))  # 0.7 · 10 may be a little above 7
+def steps_within(n_steps: int, fraction: float) -> int:
+    """How many steps begin before that fraction of a run is over, at least one.
+
+    Of a run that holds its target from there on, these lower the density.
+    """
+    return max(1, math.ceil(fraction * n_steps - 1e-9))  # 0.7 · 10 may be a little above 7

@@ -12,6 +12,7 @@ from torch import nn
 from ..config import SFPKConfig
 from ..execution import Execution
 from ..modeling.state import BATCH_NORMS
+from .merging import steps_of_all
 
 # Fields given to an entry by themselves, and how they are given.
 FIELDS = {
@@ -73,6 +74,11 @@ def check_together(config: SFPKConfig, execution: Execution, model: nn.Module) -
         raise ValueError(
             "step_scale: wanted 1 with step_length='radius', where radius says how far particles move, "
             f"got {config.step_scale!r}"
+        )
+    if config.merge is not None and config.n_particles > 1 and steps_of_all(config) >= config.n_steps:
+        raise ValueError(
+            f"merge: wanted a fraction that leaves a step for one particle, of n_steps={config.n_steps}, "
+            f"got {config.merge!r}"
         )
     if execution.energy_mode == "vmap" and config.update == "gauss_seidel":
         raise ValueError(

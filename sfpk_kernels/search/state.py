@@ -10,6 +10,7 @@ import torch
 
 from . import checkpoint
 from . import state_checks as check
+from .merging import passes, steps_of_all
 from .particles import SystemState
 from .run import Run
 
@@ -54,17 +55,19 @@ def checked(run: Run, state: Any) -> Callable[[], None]:
     if check.integer("state: step", state["step"]) != system.step:
         raise ValueError(f"state: step: wanted {system.step}, that of particles, got {state['step']}")
     history = checkpoint.history("state: history", state["history"], config, len(tensors), system.step)
-    energies = checkpoint.energies("state: energies", state["energies"], history, device)
+    energies = checkpoint.energies("state: energies", state["energies"], history, config, device)
     dtypes = torch.promote_types(system.masks.dtype, torch.float32), torch.float64
     vote = run.vote.checked("state: vote", state["vote"], run.theta, system.step, dtypes)
     waypoints = run.waypoints.checked(
         "state: waypoints", state["waypoints"], run.coordinates, system.schedule, system.step, dtypes
     )
     alarms = run.alarms.checked("state: alarms", state["alarms"])
-    n = config.n_particles
-    taken = check.integer("state: taken", state["taken"], 0, n * system.step)
-    if taken % n:
-        raise ValueError(f"state: taken: wanted a multiple of {n} batches, one per particle, got {taken}")
+    taken = check.integer("state: taken", state["taken"], 0, passes(config, system.step))
+    # By n in the steps of all, by one in those after them: some of either kind may have used other batches.
+    n, alone = config.n_particles, max(0, system.step - steps_of_all(config))
+    if taken - n * min(taken // n, system.step - alone) > alone:
+        after = f", and up to {alone} of the one after them" if alone else ""
+        raise ValueError(f"state: taken: wanted a multiple of {n} batches, one per particle{after}, got {taken}")
     scale = run.energy.scale.checked("state: scale", state["scale"])
     plan = None
     if state["plan"] is not None or system.step:

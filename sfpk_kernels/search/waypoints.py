@@ -15,7 +15,7 @@ from ..coordinates.flat import Coordinates
 from ..masks.maskset import MaskSet
 from ..ops import pack_mask, unpack_mask
 from . import state_checks as check
-from .schedule import falling_steps
+from .schedule import steps_within
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def check_waypoints(
         raise ValueError(f"{what}: the scores of vote='masked' are of the final sparsity alone")
     if config.settle and not found:
         raise ValueError("settle: wanted waypoints=[…] to settle at, got none")
-    steps = falling_steps(config.n_steps, config.hold)
+    steps = steps_within(config.n_steps, config.hold)
     if config.settle and len(early) + 1 > steps:
         before = "" if steps == config.n_steps else f" before the hold, of {config.n_steps}"
         raise ValueError(

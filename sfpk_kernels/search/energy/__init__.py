@@ -146,9 +146,13 @@ class ParticleEnergy:
             self._grads = torch.empty(rows, theta.numel(), dtype=theta.dtype, device=theta.device, pin_memory=pinned)
         return self._grads
 
+    def drop_gradients(self) -> None:
+        """Give back where gradients were written; the next call makes it anew."""
+        self._grads = None
+
     def release(self) -> None:
         """Give back the buffers; the next call makes new ones."""
-        self._grads = None
+        self.drop_gradients()
         self._runners.clear()
 
     def state(self) -> tuple[Choice | None, tuple[float, int]]:
