@@ -118,11 +118,7 @@ def main(arguments: Sequence[str] = ()) -> dict[str, Any]:
     test = batches_of(held_out, 16, tokenizer, model)
     print(f"{len(train)} sentences to prune with, {len(held_out)} held out; such as: {lines[0]}")
 
-    # At the dense model the drift is 0, and its gradient nothing but rounding errors: a small radius keeps the first
-    # moves from following those. For the same number of passes one particle did as well here as four.
-    config = SFPKConfig(
-        SPARSITY, n_particles=1, n_steps=200 if full else 40, radius=1.2, polarizer="mask_weight"
-    )  # fmt: skip
+    config = SFPKConfig(SPARSITY, n_steps=200 if full else 40)
     masks: dict[str, MaskSet] = {"magnitude": baselines.magnitude(model, SPARSITY)}
     result = prune(model, batches, loss_fn=drift, config=config)
     masks["sfpk"] = result.mask

@@ -1,4 +1,4 @@
-"""What decides the mask: every hyper-parameter of a run, its meaning, its range, and the three presets."""
+"""What decides the mask: every hyper-parameter of a run, its meaning, its range, and the presets."""
 
 from __future__ import annotations
 
@@ -9,11 +9,23 @@ from typing import Any
 from .execution import EXECUTION_FIELDS
 from .utils.settings import Settings, described, known_fields, setting
 
+# Ten particles whose moves follow the density, as in all presets but the default.
+_BY_RADIUS: dict[str, Any] = {
+    "n_particles": 10,
+    "n_steps": 100,
+    "step_length": "radius",
+    "hold": 1.0,
+    "signed_score": False,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # What we recommend: the field defaults below.
     "default": {},
+    # What the default was before: the paper's method with the stabilisers of ours.
+    "population": _BY_RADIUS,
     # The paper's Algorithms 2 and 3. Its radius differs by model (1.1 to 8, Tables 3-4).
     "paper": {
+        **_BY_RADIUS,
         "density": "l2_squared",
         "schedule": "linear",
         "polarizer": "mask",
@@ -23,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The authors' released code, followed to the letter, its thresholds and stabilisers included.
     "authors": {
+        **_BY_RADIUS,
         "density": "l2",
         "schedule": "exponential",
         "polarizer": "mask_weight",
@@ -36,6 +49,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eps": 1e-12,
         "model_mode": "train",
     },
+}
+
+# What runs did before there was a setting for it.
+WITHOUT: dict[str, Any] = {
+    "signed_score": False,
+    "step_length": "radius",
+    "step_scale": 1.0,
+    "hold": 1.0,
+    "merge": None,
 }
 
 POLARIZERS = ("mask_normalized", "mask_weight", "mask")
@@ -67,7 +89,7 @@ class SFPKConfig(Settings):
     n_particles: int = setting(
         10, "mask particles n ≥ 1. A run costs n · K forward/backward passes, fewer with ``merge``.", least=1
     )
-    n_steps: int = setting(100, "simulation steps K ≥ 1.", least=1)
+    n_steps: int = setting(1000, "simulation steps K ≥ 1.", least=1)
     radius: float = setting(
         2.0,
         "relative localization radius r > 1; the tangential part of a move is sqrt(r² - 1) times the radial part, "
@@ -76,7 +98,7 @@ class SFPKConfig(Settings):
         accepts=lambda x: x > 1,
     )
     step_length: str = setting(
-        "radius",
+        "effective_dimension",
         'how long the tangential part of a move is: ``"radius"``: in proportion to the density change of the step; '
         '``"angle"``: an angle that falls linearly to 0 over the run, whatever the density does; '
         '``"effective_dimension"``: such an angle, the larger the more coordinates share the gradient, which is '
@@ -109,7 +131,7 @@ class SFPKConfig(Settings):
         choices=("cubic", "exponential", "linear"),
     )
     hold: float = setting(
-        1.0,
+        0.7,
         "fraction of the run in (0, 1] after which ρ has reached 1 - sparsity; in the rest it is held, and particles "
         'move on along their gradients (below 1 with another ``step_length`` than ``"radius"``, by which nothing would '
         "move).",
@@ -135,7 +157,7 @@ class SFPKConfig(Settings):
         choices=(*POLARIZERS, None),
     )
     signed_score: bool = setting(
-        False,
+        True,
         "rank by m·|θ| with its sign, in polarizer and final score: a weight pushed below 0 ranks last, and does not "
         "climb back the further it is pushed. ``False`` takes |m|.",
     )
@@ -233,7 +255,7 @@ class SFPKConfig(Settings):
 
     @classmethod
     def preset(cls, name: str = "default", *, sparsity: float, **overrides: Any) -> SFPKConfig:
-        """The preset ``"default"``, ``"paper"`` or ``"authors"``, with any field overridden.
+        """The preset ``"default"``, ``"population"``, ``"paper"`` or ``"authors"``, with any field overridden.
 
         Raises:
             ValueError: no preset of that name.
@@ -250,7 +272,8 @@ class SFPKConfig(Settings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SFPKConfig:
-        """The inverse of :meth:`to_dict`, as written in files; missing fields take their default.
+        """The inverse of :meth:`to_dict`, as written in files; missing fields take their default, in files of earlier
+        versions what runs did then.
 
         Those of earlier versions are understood: ``memory`` and ``dropout`` were other words for ``update`` and
         ``model_mode``, and what stands in :class:`~sfpk_kernels.Execution` now is passed over.
@@ -266,4 +289,6 @@ class SFPKConfig(Settings):
             values.setdefault("update", "gauss_seidel" if memory == "lean" else "jacobi")
         if "sparsity" not in values:
             raise TypeError("SFPKConfig: the field sparsity is missing")
+        if not {field.name for field in dataclasses.fields(cls)} - WITHOUT.keys() - values.keys():
+            values = {**WITHOUT, **values}  # all that an earlier version wrote
         return cls(**{name: value for name, value in values.items() if name not in EXECUTION_FIELDS})

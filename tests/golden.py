@@ -52,20 +52,20 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Batches]]] = {
 }  # fmt: skip
 
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {  # model, preset, settings
-    **{f"{preset} {model}": (model, preset, {}) for preset in ("default", "paper", "authors") for model in MODELS},
+    **{f"{preset} {model}": (model, preset, {}) for preset in ("population", "paper", "authors") for model in MODELS},
     "authors, all kept": ("mlp", "authors", {"early_stop": False, "sparsity": 0.95}),
-    "hard vote": ("mlp", "default", {"momentum": 0.3, "vote": "hard", "vote_ratio": 0.5}),
-    "masked vote": ("convnet", "default", {"momentum": 0.3, "vote": "masked"}),
-    "soft vote": ("transformer", "default", {"momentum": 0.3, "vote_ratio": 0.5}),
-    "lean": ("mlp", "default", {"update": "gauss_seidel"}),
-    "weighted kernel": ("convnet", "default", {"kernel": "weighted_rbf", "polarizer": "mask_normalized"}),
-    "fp16 particles": ("mlp", "default", {"particle_dtype": "float16"}),
-    "bf16 particles": ("convnet", "default", {"particle_dtype": "bfloat16", "momentum": 0.1}),
-    "bf16 model": ("transformer", "default", {"dtype": "bf16"}),
-    "train mode": ("mlp", "default", {"model_mode": "train"}),
-    "running statistics": ("convnet", "default", {"bn": "running", "microbatch": 8}),
-    "vmap": ("mlp", "default", {"energy_mode": "vmap", "chunk_size": 3}),
-    "one particle": ("transformer", "default", {"n_particles": 1}),
+    "hard vote": ("mlp", "population", {"momentum": 0.3, "vote": "hard", "vote_ratio": 0.5}),
+    "masked vote": ("convnet", "population", {"momentum": 0.3, "vote": "masked"}),
+    "soft vote": ("transformer", "population", {"momentum": 0.3, "vote_ratio": 0.5}),
+    "lean": ("mlp", "population", {"update": "gauss_seidel"}),
+    "weighted kernel": ("convnet", "population", {"kernel": "weighted_rbf", "polarizer": "mask_normalized"}),
+    "fp16 particles": ("mlp", "population", {"particle_dtype": "float16"}),
+    "bf16 particles": ("convnet", "population", {"particle_dtype": "bfloat16", "momentum": 0.1}),
+    "bf16 model": ("transformer", "population", {"dtype": "bf16"}),
+    "train mode": ("mlp", "population", {"model_mode": "train"}),
+    "running statistics": ("convnet", "population", {"bn": "running", "microbatch": 8}),
+    "vmap": ("mlp", "population", {"energy_mode": "vmap", "chunk_size": 3}),
+    "one particle": ("transformer", "population", {"n_particles": 1}),
     "linear schedule": ("mlp", "paper", {"schedule": "linear", "density": "l2_squared", "radius": 3.0}),
 }
 
@@ -101,7 +101,7 @@ def fingerprints() -> Iterator[tuple[str, str]]:
         result = prune(model, batches, **settings_of(preset, **settings))
         yield name, f"{result.mask.fingerprint()[:16]} {digest(result.particles.float())}"
     model, batches = made("convnet")
-    chosen = settings_of("default", momentum=0.2)
+    chosen = settings_of("population", momentum=0.2)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "run")
         result = prune(model, batches, **chosen, waypoints=[0.3, 0.6], save_every=5, save_path=path)
@@ -115,10 +115,14 @@ def fingerprints() -> Iterator[tuple[str, str]]:
     yield "resumed", f"{resumed.mask.fingerprint()[:16]} {digest(resumed.particles)}"
     yield (
         "further",
-        prune(model, batches, **settings_of("default", sparsity=0.95), start=result.particles).mask.fingerprint()[:16],
+        prune(model, batches, **settings_of("population", sparsity=0.95), start=result.particles).mask.fingerprint()[
+            :16
+        ],
     )
     model, batches = made("mlp")
-    gradual = GradualPruner(model, batches, **settings_of("default"), shots=3, retrain=RetrainConfig(3, lr=0.02)).run()
+    gradual = GradualPruner(
+        model, batches, **settings_of("population"), shots=3, retrain=RetrainConfig(3, lr=0.02)
+    ).run()
     yield "gradual", f"{gradual.mask.fingerprint()[:16]} {digest(*model.state_dict().values())}"
     model, batches = made("convnet")
     yield "magnitude", baselines.magnitude(model, 0.8).fingerprint()[:16]

@@ -8,6 +8,7 @@ import torch
 
 from sfpk_kernels import SFPKConfig, SFPKPruner
 from sfpk_kernels.search import pruner as module
+from sfpk_kernels.search import step_length
 from sfpk_kernels.search.particles import ParticleSystem
 from sfpk_kernels.search.polarizer import Polarizer
 from sfpk_kernels.search.reading import read_together
@@ -67,10 +68,8 @@ def filled(shape, value):
 
 
 CONFIGS = {
-    "default": {},
+    "population": {},
     "lean": {"update": "gauss_seidel"},
-    "effective dimension": {"step_length": "effective_dimension"},
-    "lean effective dimension": {"step_length": "effective_dimension", "update": "gauss_seidel"},
     "skip": {"nonfinite": "skip_particle"},
     "lean skip": {"update": "gauss_seidel", "nonfinite": "skip_particle"},
     "weighted": {"kernel": "weighted_rbf", "polarizer": "mask_normalized"},
@@ -88,8 +87,18 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_read(mlp, vectors, name, monkeypatch):
-    options = CONFIGS[name]
-    config = SFPKConfig(0.8, n_particles=4, n_steps=6, **options)
+    config = SFPKConfig.preset("population", sparsity=0.8, n_particles=4, n_steps=6, **CONFIGS[name])
+    assert reads_of_three_steps(mlp, vectors, config, monkeypatch) == ["the read"] * 3
+
+
+@pytest.mark.parametrize(("update", "first"), [("jacobi", 2), ("gauss_seidel", 5)])
+def test_the_default_waits_for_the_first_effective_dimensions_too(mlp, vectors, update, first, monkeypatch):
+    """Before the moves of step 1: nothing else says how long they are."""
+    config = SFPKConfig(0.8, n_particles=4, n_steps=20, update=update)
+    assert reads_of_three_steps(mlp, vectors, config, monkeypatch) == ["the read"] * (first + 2)
+
+
+def reads_of_three_steps(mlp, vectors, config, monkeypatch):
     pruner = SFPKPruner(mlp, config=config)
     with recorded() as recording:
 
@@ -98,7 +107,8 @@ def test_one_read(mlp, vectors, name, monkeypatch):
             assert {str(tensor.device) for tensor in tensors.values()} == {str(DEVICE)}
             return {name: filled(tuple(tensor.shape), 0.5) for name, tensor in tensors.items()}
 
-        monkeypatch.setattr(module, "read_together", read)
+        for reader in (module, step_length):
+            monkeypatch.setattr(reader, "read_together", read)
         # Their random numbers and the model's modes are on the CPU here.
         monkeypatch.setattr(module, "seeded", lambda seed, device: contextlib.nullcontext())
         moved_to_the_device(pruner)
@@ -108,7 +118,7 @@ def test_one_read(mlp, vectors, name, monkeypatch):
         for step in range(1, 4):
             assert not pruner.done
             assert pruner._step(vectors[: len(pruner.particles)]).step == step
-    assert recording.waits == ["the read"] * 3
+    return recording.waits
 
 
 def test_read_together():

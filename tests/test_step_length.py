@@ -137,7 +137,8 @@ def setting(n_steps=6, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
     data = [(torch.randn(16, 6), torch.randint(0, 4, (16,))) for _ in range(n_steps)]
-    base = {"sparsity": 0.6, "n_particles": 1, "n_steps": n_steps, "step_length": "angle"}
+    base = {"sparsity": 0.6, "n_particles": 1, "n_steps": n_steps, "step_length": "angle", "hold": 1.0,
+            "signed_score": False}  # fmt: skip
     return model, data, SFPKConfig(**{**base, **options})
 
 
@@ -147,10 +148,8 @@ def by_angle(k, steps, target, shares):
 
 
 def by_effective_dimension(k, steps, target, shares):
-    """The same until a gradient was seen; then by the geometric mean of the effective dimensions so far."""
-    seen = shares[: min(k, math.ceil(0.15 * steps))]
-    if not seen:
-        return by_angle(k, steps, target, shares)
+    """By the geometric mean of the effective dimensions before the step; in the first, by its own."""
+    seen = shares[: min(max(k, 1), math.ceil(0.15 * steps))]
     return 0.33 * math.log(1 / target) ** 2 * math.prod(seen) ** (0.5 / len(seen)) * (1 - k / steps)
 
 
@@ -171,8 +170,8 @@ def plain_run(model, data, density, score, length=by_angle, m=None, first=0, las
         hidden = torch.tanh(x.double() @ w[:48].view(8, 6).T + model[0].bias.double())
         loss = nn.functional.cross_entropy(hidden @ w[48:].view(4, 8).T + model[2].bias.double(), y)
         (gradient,) = torch.autograd.grad(loss, w)
-        angle = length(k, steps, target, shares)
         shares.append(float((gradient * theta).square().sum() ** 2 / (80 * (gradient * theta).pow(4).sum())))
+        angle = length(k, steps, target, shares)
         m = moved_by_hand(m, gradient * theta, angle, density[k + 1])
     return m, saliency
 
@@ -186,7 +185,7 @@ def test_a_run_follows_the_plain_loop():
 
 @pytest.mark.parametrize("n_steps", [1, 6, 14])
 def test_a_run_by_effective_dimension_follows_the_plain_loop(n_steps):
-    """Three of 14 steps are looked at, one of 6; the only one of 1 is over before its gradient is known."""
+    """Three of 14 steps are looked at, one of 6."""
     model, data, config = setting(n_steps, step_length="effective_dimension")
     density = density_schedule("cubic", 0.4, n_steps)
     m, _ = plain_run(model, data, density, lambda m, saliency: m.abs() * saliency, by_effective_dimension)

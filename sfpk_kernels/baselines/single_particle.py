@@ -29,8 +29,8 @@ def single_particle(
     """The mask of SFPK with n = 1: one particle, which nothing repels, pulls or outvotes.
 
     Its path is deterministic given the batches: that of equation 8 of Mo, Shi and Pan (ICLR 2025) without interaction,
-    at the default settings otherwise. Set beside :func:`sfpk_kernels.prune` with as many passes (n · K), it says what
-    the other particles are worth. The model is not changed.
+    at the settings of the preset ``"population"`` otherwise. Set beside that preset with as many passes (n · K), it
+    says what the other particles are worth. The model is not changed.
 
     Args:
         model: the trained model.
@@ -48,5 +48,5 @@ def single_particle(
     check_sparsity(sparsity)
     check_least("passes", passes, 1)
     check_least("seed", seed, 0)
-    config = SFPKConfig(float(sparsity), n_particles=1, n_steps=passes, seed=seed)
+    config = SFPKConfig.preset("population", sparsity=float(sparsity), n_particles=1, n_steps=passes, seed=seed)
     return prune(model, loader, config=config, loss_fn=loss_fn, progress=False, **coordinate_options).mask

@@ -21,7 +21,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "woodfisher": _ALLOCATED,
 }  # functions of sfpk_kernels.baselines, and the options beside the sparsity that each takes  # fmt: skip
 _WITHOUT_LOADER = ("magnitude", "random", "synflow")
-_OWN = ("allocation", "passes")  # options that SFPK does not take
+_OWN = ("allocation", "passes")
 _OF_A_RUN = ("preset", "config", "plan", "waypoints", "save_every", "resume")
 
 
@@ -30,13 +30,14 @@ def add_options(prune: argparse.ArgumentParser) -> None:
     prune.add_argument(
         "--method", choices=[SFPK, *METHODS], default=SFPK,
         help="what chooses the mask (default: sfpk); the others take --sparsity, --seed where they draw anything, and "
-        "the two options below",
+        "the options below",
     )  # fmt: skip
     takers = {own: ", ".join(name for name, takes in METHODS.items() if own in takes) for own in _OWN}
     prune.add_argument("--allocation", choices=("global", "uniform", "erk", "lamp"),
                        help=f"how kept weights are spread over the tensors; for {takers['allocation']}")  # fmt: skip
     prune.add_argument("--passes", type=int, metavar="INT",
-                       help=f"forward and backward passes (default: 1000); for {takers['passes']}")  # fmt: skip
+                       help=f"forward and backward passes, in place of --n-steps (default: 1000); for {SFPK}, "
+                       f"{takers['passes']}")  # fmt: skip
 
 
 def check_options(options: argparse.Namespace, given: dict[str, Any]) -> None:
@@ -47,7 +48,11 @@ def check_options(options: argparse.Namespace, given: dict[str, Any]) -> None:
     """
     own = [name for name in _OWN if getattr(options, name) is not None]
     if options.method == SFPK:
+        if options.passes is not None and "n_steps" in given:
+            raise WrongOption(f"--passes: wanted it or --n-steps, got {options.passes} beside {given['n_steps']}")
         for name in own:
+            if name == "passes":
+                continue
             takers = ", ".join(method for method, takes in METHODS.items() if name in takes)
             raise WrongOption(f"--{name}: wanted with --method {takers}, got --method {SFPK}")
         return

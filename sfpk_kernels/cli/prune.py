@@ -15,6 +15,7 @@ from typing import Any
 from ..compat.fields import separated
 from ..config import PRESETS, SFPKConfig
 from ..execution import Execution
+from ..search.merging import with_passes
 from ..search.waypoints import check_waypoints
 from ..utils.settings import kind_of, meaning_of
 from ._methods import SFPK, add_options, check_options, run_method
@@ -139,9 +140,11 @@ def _searching(options: argparse.Namespace, given: dict[str, Any]) -> Run:
     try:
         values, execution = separated(values)
         config = SFPKConfig.preset(preset, **values)
+        if options.passes is not None:
+            config = with_passes(config, options.passes)
     except (TypeError, ValueError) as error:
         field, _, words = str(error).partition(":")
-        if field in given or (field == "preset" and options.preset):
+        if field in (*given, "passes") or (field == "preset" and options.preset):
             raise WrongOption(f"--{field.replace('_', '-')}:{words}") from error
         raise WrongOption(f"--config: {options.config}: {error}") from error
     if isinstance(options.resume, str) and not Path(options.resume).is_file():

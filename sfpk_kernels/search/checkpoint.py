@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import SFPKConfig
+from ..config import WITHOUT, SFPKConfig
 from ..execution import ENERGY_MODES, Execution
 from . import state_checks as check
 from .merging import energies_of, particles_after, passes
@@ -22,11 +22,6 @@ KIND = "sfpk-run-2"  # format and version
 
 # Settings that may change between parts of a run: a new seed makes a branch; a limit decides nothing but refusal.
 _FREE = ("seed", "memory_limit")
-
-# What runs did before there was a setting for it.
-_BEFORE: dict[str, Any] = {
-    "signed_score": False, "step_length": "radius", "hold": 1.0, "step_scale": 1.0, "merge": None,
-}  # fmt: skip
 
 _PARTS = {
     "model", "config", "names", "step", "particles", "vote", "energies", "history", "waypoints", "alarms", "taken",
@@ -50,7 +45,7 @@ def settings_of_this_version(settings: Any, kept: str | None = None) -> Any:
     """
     if not isinstance(settings, dict):
         return settings
-    settings = {**_BEFORE, **settings}
+    settings = {**WITHOUT, **settings}
     if "memory" not in settings:
         return settings
     kept = kept or settings["memory"]

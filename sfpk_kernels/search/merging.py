@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import SFPKConfig
+from ..utils.arguments import check_least
 from .records import StepRecord
 from .schedule import steps_within
 
@@ -32,6 +33,21 @@ def passes(config: SFPKConfig, step: int | None = None) -> int:
     step = config.n_steps if step is None else step
     before = min(step, steps_of_all(config))
     return config.n_particles * before + step - before
+
+
+def with_passes(config: SFPKConfig, count: int) -> SFPKConfig:
+    """The settings with as many steps as ``count`` passes allow; what is left over is less than a step of all.
+
+    Raises:
+        TypeError: a count that is no integer.
+        ValueError: fewer passes than one step takes.
+    """
+    check_least("passes", count, config.n_particles)
+    steps = count
+    while passes(longer := config.replace(n_steps=steps)) > count:
+        # Every step is one pass at least: one step fewer for each n that are too many, and never too many fewer.
+        steps -= max(1, (passes(longer) - count) // config.n_particles)
+    return longer
 
 
 def mean_square(config: SFPKConfig, density: float) -> float:

@@ -121,6 +121,7 @@ def plan(
     loader: Iterable[Any],
     sparsity: float | None = None,
     *,
+    passes: int | None = None,
     loss_fn: LossFn | None = None,
     config: SFPKConfig | None = None,
     execution: Execution | None = None,
@@ -133,7 +134,7 @@ def plan(
     Args:
         model: the trained, dense model.
         loader: batches, of which the first is read (from a one-shot iterator it is gone then).
-        sparsity, config, execution, loss_fn: as for :func:`~sfpk_kernels.prune`.
+        sparsity, passes, config, execution, loss_fn: as for :func:`~sfpk_kernels.prune`.
         coordinate_options: those of :class:`~sfpk_kernels.Coordinates`.
 
     Raises:
@@ -142,7 +143,7 @@ def plan(
         ValueError: an empty loader, a sparsity that keeps no weight, or a model made under
             ``torch.inference_mode()``.
     """
-    config, execution = chosen(CALL, sparsity, config, execution)
+    config, execution = chosen(CALL, sparsity, config, execution, passes)
     coordinates = Coordinates(model, **coordinate_options)
     check_loader(loader)
     check_loss_fn(loss_fn)

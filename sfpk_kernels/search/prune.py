@@ -25,6 +25,7 @@ def prune(
     loader: Iterable[Any],
     sparsity: float | None = None,
     *,
+    passes: int | None = None,
     loss_fn: LossFn | None = None,
     config: SFPKConfig | None = None,
     execution: Execution | None = None,
@@ -36,10 +37,11 @@ def prune(
 ) -> PruneResult:
     """Search a mask for ``model`` in one run; the model itself is not changed.
 
-    ``prune(model, loader, 0.9)`` is the simple case; ``options`` are the others of :class:`SFPKPruner` (``waypoints``,
+    ``prune(model, loader, 0.9)`` is the simple case, ``prune(model, loader, 0.9, passes=300)`` a shorter one;
+    ``options`` are the others of :class:`SFPKPruner` (``waypoints``,
     ``ignored_layers``, ``callbacks``, …). Arguments and errors as there and in :meth:`SFPKPruner.run`.
     """
-    settings = chosen(_CALL, sparsity, config, execution)
+    settings = chosen(_CALL, sparsity, config, execution, passes)
     check_loader(loader)
     pruner = SFPKPruner(model, loss_fn=loss_fn, config=settings[0], execution=settings[1], **options)
     return pruner.run(loader, progress=progress, save_every=save_every, save_path=save_path, resume=resume)

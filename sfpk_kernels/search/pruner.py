@@ -43,6 +43,7 @@ class SFPKPruner(Loop):
         model: the trained, dense model, on one device. Its weights are copied now; make a new pruner if they
             change.
         sparsity: fraction of the prunable weights that is REMOVED, in (0, 1); everything else at its default.
+        passes: forward and backward passes the run may take, beside ``sparsity``: as many steps as these allow.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``; ``None`` for cross-entropy on batches (x, y) and
             the output's ``.loss`` on dict batches.
         config: instead of ``sparsity``: all that decides the mask, see :class:`SFPKConfig`.
@@ -71,6 +72,7 @@ class SFPKPruner(Loop):
         model: nn.Module,
         sparsity: float | None = None,
         *,
+        passes: int | None = None,
         loss_fn: LossFn | None = None,
         config: SFPKConfig | None = None,
         execution: Execution | None = None,
@@ -83,7 +85,7 @@ class SFPKPruner(Loop):
         waypoints: Iterable[float] = (),
         keep_scores: bool = False,
     ):
-        config, execution = chosen(_CALL, sparsity, config, execution)
+        config, execution = chosen(_CALL, sparsity, config, execution, passes)
         check_loss_fn(loss_fn)
         coordinates = Coordinates(
             model,
@@ -145,7 +147,7 @@ class SFPKPruner(Loop):
             # 2. energies, each particle on its own batch; 3.-7. repulsion, transition, retraction, consensus
             with seeded(run.seed_of(number), self.coordinates.device):
                 energies, stats = move_particles(
-                    self.config, run.energy, system, keep, batches, run.angle, reached, dimensions
+                    self.config, run.energy, system, keep, batches, lambda: run.angle(dimensions), reached, dimensions
                 )
             # All that the host wants to know of the step, in the one wait for the device.
             read = read_together(

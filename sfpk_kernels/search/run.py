@@ -27,7 +27,7 @@ from .planning import Plan, check_state, plan_run, state_device
 from .polarizer import Polarizer, budget
 from .records import StepRecord
 from .result import PruneResult
-from .settings import check_together
+from .settings import check_together, warn_of_poor
 from .step_length import Dimensions, StepLength
 from .unreached import Reached
 from .vote import Vote
@@ -72,6 +72,7 @@ class Run:
         budget(config.sparsity, coordinates.d)
         check_no_inference_tensors(model)
         check_together(config, execution, model)
+        warn_of_poor(config)
         check_state(coordinates, config, execution)
         self.model, self.coordinates = model, coordinates
         self.config, self.execution = config, execution
@@ -157,10 +158,9 @@ class Run:
             return Reached(self.coordinates, needed=done == 1 or self.config.n_steps == 1)
         return None
 
-    @property
-    def angle(self) -> float | None:
+    def angle(self, dimensions: Dimensions | None) -> float | None:
         """By which particles turn in the next step, where the radius does not say it."""
-        return self._step_length.angle(self.system.step, self.system.schedule[0])
+        return self._step_length.angle(self.system.step, self.system.schedule[0], dimensions)
 
     def look_at_dimensions(self) -> Dimensions | None:
         """In the steps whose gradients say how long later moves are."""

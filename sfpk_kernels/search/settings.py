@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,13 @@ from torch import nn
 from ..config import SFPKConfig
 from ..execution import Execution
 from ..modeling.state import BATCH_NORMS
-from .merging import steps_of_all
+from .merging import steps_of_all, with_passes
+
+logger = logging.getLogger(__name__)
+
+_RADIUS = SFPKConfig(0.5).radius  # that of the default
+_FEW_STEPS = 100  # below it particles throughout cost quality in all tasks of the study
+_said: set[str] = set()  # in this process
 
 # Fields given to an entry by themselves, and how they are given.
 FIELDS = {
@@ -27,12 +34,13 @@ def chosen(
     sparsity: Any,
     config: Any,
     execution: Any,
+    passes: Any = None,
 ) -> tuple[SFPKConfig, Execution]:
-    """The settings of a run.
+    """The settings of a run; with ``passes`` as many steps as these allow.
 
     Raises:
         TypeError: an argument of the wrong type, both ``sparsity`` and ``config``, or neither.
-        ValueError: a sparsity outside (0, 1).
+        ValueError: a sparsity outside (0, 1), passes below 1.
     """
     if isinstance(sparsity, SFPKConfig):
         raise TypeError(f"sparsity: wanted a number in (0, 1), got an SFPKConfig: pass config=…; the call is {call}")
@@ -56,7 +64,12 @@ def chosen(
                 f"sparsity: wanted a number in (0, 1), or config=SFPKConfig(…), got neither; the call is {call}"
             )
         config = SFPKConfig(sparsity=float(sparsity))
-    return config, execution or Execution()
+    elif passes is not None:
+        raise TypeError(
+            f"passes: wanted it beside sparsity, or n_steps in config, got {passes!r} beside config with "
+            f"n_particles={config.n_particles}, n_steps={config.n_steps}"
+        )
+    return config if passes is None else with_passes(config, passes), execution or Execution()
 
 
 def check_together(config: SFPKConfig, execution: Execution, model: nn.Module) -> None:
@@ -68,7 +81,7 @@ def check_together(config: SFPKConfig, execution: Execution, model: nn.Module) -
     if config.hold < 1 and config.step_length == "radius":
         raise ValueError(
             "hold: wanted 1 with step_length='radius', by which nothing moves while the density is held, "
-            f"got {config.hold!r}"
+            f"got {config.hold!r}; SFPKConfig.preset('population', …) has both"
         )
     if config.step_scale != 1 and config.step_length == "radius":
         raise ValueError(
@@ -93,3 +106,27 @@ def check_together(config: SFPKConfig, execution: Execution, model: nn.Module) -
             f"microbatch: wanted None, or bn='running' beside it, got {execution.microbatch} with bn='batch': "
             "batch-norm would use the statistics of the micro-batch, and the mask depend on its size"
         )
+
+
+def warn_of_poor(config: SFPKConfig) -> None:
+    """Say of settings that do nothing, or that the study found worse than others at the same cost; each once."""
+    for words in _poor(config):
+        if words not in _said:
+            _said.add(words)
+            logger.warning("%s", words)
+
+
+def _poor(config: SFPKConfig) -> list[str]:
+    found = []
+    if config.step_length != "radius" and config.radius != _RADIUS:
+        found.append(
+            f"radius={config.radius:g} does nothing with step_length={config.step_length!r}; step_scale is a factor on "
+            "its moves, and SFPKConfig.preset('population', …) moves by the radius"
+        )
+    n, steps = config.n_particles, config.n_steps
+    if n > 1 and config.merge is None and steps < _FEW_STEPS:
+        found.append(
+            f"{n} particles with {steps} steps: as many passes make a better mask with n_particles=1, "
+            f"n_steps={n * steps}"
+        )
+    return found

@@ -5,7 +5,7 @@ Nothing here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,21 @@ from .step_length import Dimensions
 from .unreached import Reached
 
 
+Angle = Callable[[], float | None]  # of a move, asked for once its gradient is there; None where the radius says it
+
+
+def by_radius() -> float | None:
+    """No angle."""
+    return None
+
+
 def move_particles(
     config: SFPKConfig,
     energy: ParticleEnergy,
     system: ParticleSystem,
     keep: Polarized,
     batches: Sequence[Any],  # one per particle
-    angle: float | None = None,  # of the moves, where the radius does not say it
+    angle: Angle = by_radius,
     reached: Reached | None = None,
     dimensions: Dimensions | None = None,
 ) -> tuple[Tensor, TransitionStats]:  # energies (n,) fp64
@@ -43,7 +51,7 @@ def jacobi(
     system: ParticleSystem,
     keep: Polarized,
     batches: Sequence[Any],  # one per particle
-    angle: float | None = None,
+    angle: Angle = by_radius,
     reached: Reached | None = None,
     dimensions: Dimensions | None = None,
 ) -> tuple[Tensor, TransitionStats]:  # energies (n,) fp64
@@ -56,7 +64,7 @@ def jacobi(
     if dimensions is not None:
         dimensions.observe(grads)
     spoil_(grads, bad)
-    return energies, system.move_(grads, angle=angle)
+    return energies, system.move_(grads, angle=angle())
 
 
 def gauss_seidel(
@@ -65,7 +73,7 @@ def gauss_seidel(
     keep: Polarized,
     batches: Sequence[Any],
     skips: bool,  # config.nonfinite == "skip_particle"
-    angle: float | None = None,
+    angle: Angle = by_radius,
     reached: Reached | None = None,
     dimensions: Dimensions | None = None,
 ) -> tuple[Tensor, TransitionStats]:
@@ -86,7 +94,7 @@ def gauss_seidel(
             if dimensions is not None:
                 dimensions.observe(grad)
             spoil_(grad, not_finite(energies[row]) if skips else bad | not_finite(energies[row]))
-            stats = system.move_(grad, row=i, angle=angle)
+            stats = system.move_(grad, row=i, angle=angle())
             cosines[i] = stats.cosines[i]
             bad = bad | cosines[row].isnan()
     return energies, stats._replace(cosines=cosines)

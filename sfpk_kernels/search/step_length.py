@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..config import SFPKConfig
+from .reading import read_together
 from .records import StepRecord
 
 # Empirical fits, flat: half and twice of either factor gave about the same masks.
@@ -29,7 +30,8 @@ class StepLength:
 
     ``"effective_dimension"``: α_k = 0.33 ln(ρ_0/ρ_K)² sqrt(δ) (1 - k/K), δ the geometric mean of the effective
     dimensions (:func:`effective_share`) in the first 0.15 K steps, of those before step k: they reach the host with
-    everything else it reads of a step, so nothing waits. Until there is one, the angle above.
+    everything else it reads of a step, so nothing waits. Until there is one (in the first step, and behind a gradient
+    of zero) that of the step itself, for which it does wait.
 
     Args:
         config: of the run.
@@ -47,31 +49,31 @@ class StepLength:
         self,
         step: int,  # k: steps done, 0 … K - 1
         start: float,  # ρ_0
+        now: Dimensions | None = None,  # of this step's gradients, as far as they are known
     ) -> float | None:
         """α_k; None where the radius says it."""
         config = self._config
         if config.step_length == "radius":
             return None
         fall, left = math.log(start / config.target_density), config.step_scale * (1.0 - step / config.n_steps)
-        share = self._share()
-        if share is None:
+        if config.step_length == "angle":
             return _ANGLE * fall**_ANGLE_POWER * left
-        return _SHARE * fall**_SHARE_POWER * math.sqrt(share) * left
+        share = _mean(record.effective_dimensions for record in self._history[: self._looked_at])
+        if share is None and now is not None:
+            share = _mean([read_together(shares=now.shares)["shares"]])
+        # Without any there is nothing to follow: gradients that are zero, or not finite.
+        return 0.0 if share is None else _SHARE * fall**_SHARE_POWER * math.sqrt(share) * left
 
     @property
     def _looked_at(self) -> int:
         return math.ceil(_LOOKED_AT * self._config.n_steps)
 
-    def _share(self) -> float | None:
-        """δ, where there is one."""
-        if self._config.step_length != "effective_dimension":
-            return None
-        steps = [
-            [math.log(share) for share in record.effective_dimensions if math.isfinite(share)]
-            for record in self._history[: self._looked_at]
-        ]
-        means = [statistics.fmean(logs) for logs in steps if logs]
-        return math.exp(statistics.fmean(means)) if means else None
+
+def _mean(steps: Iterable[Sequence[float]]) -> float | None:
+    """Geometric mean over steps, each that of its particles; None where none has an effective dimension."""
+    logs = [[math.log(share) for share in shares if math.isfinite(share)] for shares in steps]
+    means = [statistics.fmean(values) for values in logs if values]
+    return math.exp(statistics.fmean(means)) if means else None
 
 
 class Dimensions:
