@@ -20,7 +20,6 @@ from .polarizer import Polarized
 from .step_length import Dimensions
 from .unreached import Reached
 
-
 Angle = Callable[[], float | None]  # of a move, asked for once its gradient is there; None where the radius says it
 
 
