@@ -87,7 +87,7 @@ class SFPKConfig(Settings):
         accepts=lambda x: 0 < x < 1,
     )
     n_particles: int = setting(
-        10, "mask particles n ≥ 1. A run costs n · K forward/backward passes, fewer with ``merge``.", least=1
+        1, "mask particles n ≥ 1. A run costs n · K forward/backward passes, fewer with ``merge``.", least=1
     )
     n_steps: int = setting(1000, "simulation steps K ≥ 1.", least=1)
     radius: float = setting(

@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
 
         interpreter.patch_once()
 
+from sfpk_kernels.search import settings  # noqa: E402: the interpreter comes first
+
 REQUIRE_GPU = os.environ.get("SFPK_REQUIRE_GPU") == "1"
 
 
@@ -38,6 +40,17 @@ def _no_mode_stays():
     yield
     assert not torch._C._len_torch_dispatch_stack()
     assert not is_in_torch_dispatch_mode()
+
+
+@pytest.fixture(autouse=True)
+def _all_is_said(monkeypatch):
+    """Small runs are poor on purpose; that it is said only once would depend on the order of the tests."""
+    monkeypatch.setattr(settings, "_said", Everything())
+
+
+class Everything:
+    def __contains__(self, words):
+        return True
 
 
 # Tests of the ops, in which memory that nobody has written holds NaN, or the largest integer.
