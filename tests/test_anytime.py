@@ -219,13 +219,15 @@ def test_curve_and_knee(mlp, vectors):
     assert with_history(result, turning).knee() == pytest.approx(0.3, abs=0.02)
 
 
-def test_one_particle_has_no_knee_within_what_its_batches_differ_by(mlp, vectors):
+@pytest.mark.parametrize("several", [0, 12])  # steps before particles were merged
+def test_one_particle_has_no_knee_within_what_its_batches_differ_by(mlp, vectors, several):
     result = prune(mlp, vectors, config=quick())
     found = {0.0: [], 4.0: []}  # by height of the rise
     for noise in torch.randn(50, 60, dtype=torch.float64).tolist():
         for height, knees in found.items():
             energies = [2.0 + height * max(0.0, (k - 40) / 20) ** 2 + 0.5 * noise[k] for k in range(60)]
-            knee = with_history(result, [record(k, 1 - k / 60, [energy]) for k, energy in enumerate(energies)]).knee()
+            of_step = [[e - 0.4, e + 0.4] if k < several else [e] for k, e in enumerate(energies)]
+            knee = with_history(result, [record(k, 1 - k / 60, each) for k, each in enumerate(of_step)]).knee()
             knees += [] if knee is None else [knee]
     assert len(found[0.0]) <= 2
     assert len(found[4.0]) >= 48

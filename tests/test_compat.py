@@ -204,6 +204,16 @@ def test_a_mask_with_zeros_is_where_particles_start(mlp, vectors):
         pruner.mask(0.9)
 
 
+def test_all_particles_go_on_from_where_the_merged_one_ended(mlp, vectors):
+    pruner = SFPK(masked(mlp), **SMALL, merge=0.5)
+    pruner.score(F.cross_entropy, vectors)
+    for kept in (0.5, 0.3):
+        pruner.mask(kept)
+        assert [len(record.energies) for record in pruner.result.history][:4] == [SMALL["n_mc"]] * 3 + [1]
+        assert pruner.result.mask.kept == pruner.stats(mlp)[0]
+    assert pruner.result.history[0].start_density < 0.8
+
+
 def test_same_seed_same_masks_and_a_run_leaves_hooks_as_they_were(mlp, vectors):
     seen = []
     masked(mlp)

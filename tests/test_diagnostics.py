@@ -1,5 +1,6 @@
 """What each step says about the particles, alarms, and particles without a finite gradient."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -100,6 +101,15 @@ def test_a_falling_loss_is_an_alarm_and_chance_is_none():
     assert "the loss falls (2.3 at the start" in run([2.3, 2.0, 1.5, 1.2, 1.0, 0.8], 0.05)
     assert run([2.3, 2.0, 1.5, 1.2, 1.0, 0.8], 1.0) is None, "within what batches differ by"
     assert run([0.5, 0.5, 0.6, 0.7, 0.9, 1.2], 0.01) is None
+
+
+def test_after_a_merge_more_steps_are_averaged_before_it_is_said_that_the_loss_falls():
+    alarms, history = Alarms(quick(merge=0.1), []), []
+    for k, energies in enumerate([[2.2, 2.3, 2.3, 2.4], *([1.0] for _ in range(5))]):
+        record = dataclasses.replace(step(k + 1, energies, deviation=0.1), deviation=0.1 if k == 0 else 0.0)
+        found = alarms.check(history, record)
+        assert [words[:14] for words in found] == (["the loss falls"] if k == 5 else [])
+        history.append(record)
 
 
 @pytest.mark.parametrize("n", [1, 4])

@@ -242,7 +242,8 @@ def test_the_memory_of_n_particles_is_freed(vectors, update):
     gc.collect()
     assert [reference() for reference in old] == [None] * 3
     assert pruner._run.energy._grads is None
-    assert (pruner.particles.shape, system._residual.shape, system.stats) == ((1, d), (1, d), None)
+    assert (pruner.particles.shape, system._residual.shape) == ((1, d), (1, d))
+    assert (system._stats, system._known) == (None, None), "neither of the n particles"
     advance(pruner, vectors, M + 1)
     assert pruner._run.energy._grads.shape == (1, d)
     tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
@@ -323,6 +324,24 @@ def test_the_report_of_a_merged_run(mlp, vectors, tmp_path, monkeypatch):
     assert {"Loss along the run", "How far apart the particles are"} <= page.terms.keys()
     (left, right) = next(axes for _, axes in figures if not hasattr(axes, "plot"))
     assert [len(line.get_xdata()) for line in (*left.get_lines(), *right.get_lines())] == [M, M], "of the steps of all"
+
+
+def test_particles_that_merge_between_shots_begin_as_their_mean_on_the_schedule(mlp, vectors, monkeypatch):
+    pruner = GradualPruner(mlp, vectors, config=quick(n_steps=12, merge=0.5), shots=2, retrain=lambda *arguments: None)
+    pruner.shot()
+    several, starts = pruner.result().particles, []
+
+    class Recorded(SFPKPruner):
+        def __init__(self, *arguments, start, **options):
+            starts.append(start)
+            super().__init__(*arguments, start=start, **options)
+
+    monkeypatch.setattr("sfpk_kernels.retraining.gradual.SFPKPruner", Recorded)
+    pruner.shot()
+    mean = several.double().mean(dim=0, keepdim=True)
+    mean *= pruner.shots[1].start_density * math.sqrt(144) / mean.norm()
+    assert len(several) == N
+    torch.testing.assert_close(starts[0].double(), mean, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("merge", [0.4, 0.75])  # in the second of four shots, between the last two
