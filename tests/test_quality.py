@@ -15,7 +15,7 @@ from benchmarks.quality import methods, records, study, tables
 from benchmarks.quality.records import Cell, Row
 from benchmarks.quality.task import Problem, Task, shuffled, trained
 from benchmarks.quality.text import CharTransformer
-from sfpk_kernels import Coordinates
+from sfpk_kernels import Coordinates, baselines
 
 
 def small(seed):
@@ -138,10 +138,49 @@ def test_tasks_are_what_their_titles_say():
     assert all(0 < s < 1 for task in study.TASKS.values() for s in task.sparsities)
 
 
+def test_cells_that_do_not_exist_are_left_out(monkeypatch):
+    names = list(methods.METHODS)
+    kinds = {"conv": SMALL, "linear": dataclasses.replace(SMALL, transformer=True, linear=True, sloped=False)}
+    monkeypatch.setattr(study, "TASKS", kinds)
+    there = {kind: {cell.method for cell in study.cells([kind], names, [0.8], [6], [0])} for kind in kinds}
+    assert set(names) - there["conv"] == {"wanda", "sparsegpt"}
+    assert set(names) - there["linear"] == {"grasp", "synflow"}
+    monkeypatch.undo()
+    linear = {task.name for task in study.TASKS.values() if methods.METHODS["wanda"].exists(task)}
+    assert linear == {"lm", "lm-source", "mnist-mlp", "mnist-vit", "minilm"}
+
+
+def test_methods_are_what_their_names_say():
+    problem = small(0)
+    single = baselines.single_particle(
+        problem.model, problem.batches(3), 0.75, loss_fn=problem.loss_fn, passes=12, seed=3
+    )
+    assert methods.METHODS["sfpk, one particle"].search(problem, 0.75, 12, 3) == single
+    config = methods.METHODS["sfpk, R"].config(0.75, 60, 3)
+    assert (config.n_particles, config.n_steps, config.seed) == (1, 60, 3)
+    assert (config.signed_score, config.step_length, config.hold) == (True, "angle", 0.7)
+    masks = {name: methods.METHODS[name].search(problem, 0.9, 60, 0) for name in methods.METHODS if ", R" in name}
+    assert len({mask.fingerprint() for mask in masks.values()}) == len(masks) == 4, "no ablation changes nothing"
+    assert "sfpk, R" in methods.STUDIED
+    assert not set(masks) & set(methods.STUDIED) - {"sfpk, R"}
+
+
+def test_a_batch_of_grasp_costs_three_passes():
+    problem, taken = small(0), []
+
+    def batches(seed):
+        for batch in problem.batches(seed):
+            taken.append(1)
+            yield batch
+
+    methods.METHODS["grasp"].search(dataclasses.replace(problem, batches=batches), 0.75, 12, 0)
+    assert len(taken) == 4
+
+
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_keeps_as_many_as_it_should_and_leaves_the_model(name):
     problem = small(0)
     before = copy.deepcopy(problem.model.state_dict())
-    mask = methods.METHODS[name](problem, 0.75, 12, 0)
+    mask = methods.METHODS[name].search(problem, 0.75, 12, 0)
     assert mask.kept == pytest.approx(36, abs=3 if "authors" in name else 0)  # their thresholds keep ties
     assert all(torch.equal(value, before[key]) for key, value in problem.model.state_dict().items())

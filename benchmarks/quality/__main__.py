@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .methods import METHODS
+from .methods import METHODS, STUDIED
 from .records import read
 from .study import TASKS, cells, run
 from .tables import tables
@@ -22,7 +22,8 @@ def main() -> int:
     """Exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=STUDIED, metavar="METHOD",
+                        help="default: all but the ablations")  # fmt: skip
     parser.add_argument("--sparsities", nargs="+", type=float, metavar="S", help="default: those of each task")
     parser.add_argument("--passes", nargs="+", type=int, default=list(PASSES), metavar="COUNT")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")

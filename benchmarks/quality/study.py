@@ -14,7 +14,7 @@ import torch
 from sfpk_kernels import __version__
 
 from . import encoder, images, text
-from .methods import METHODS, WITHOUT_PASSES
+from .methods import METHODS
 from .records import Cell, Row, append, read
 from .task import Problem, Task
 
@@ -28,14 +28,16 @@ def cells(
     passes: Sequence[int],
     seeds: Sequence[int],
 ) -> Iterator[Cell]:
-    """The cells of a study, seed by seed: what is stopped early has all of the first seeds."""
+    """The cells of a study that exist, seed by seed: what is stopped early has all of the first seeds."""
     for seed in seeds:
         for task in tasks:
             for sparsity in TASKS[task].sparsities:
                 if sparsities is not None and sparsity not in sparsities:
                     continue
                 for method in methods:
-                    for count in (0,) if method in WITHOUT_PASSES else passes:
+                    if not METHODS[method].exists(TASKS[task]):
+                        continue
+                    for count in (0,) if METHODS[method].free else passes:
                         yield Cell(task, method, sparsity, count, seed)
 
 
@@ -52,7 +54,7 @@ def run(wanted: Iterable[Cell], path: Path, say: Callable[[str], None]) -> None:
             built = (cell.task, cell.seed), problem, problem.measure(copy.deepcopy(problem.model))
         _, problem, dense = built
         started = time.perf_counter()
-        mask = METHODS[cell.method](problem, cell.sparsity, cell.passes, cell.seed)
+        mask = METHODS[cell.method].search(problem, cell.sparsity, cell.passes, cell.seed)
         seconds = time.perf_counter() - started
         value = problem.measure(mask.apply_(copy.deepcopy(problem.model)))
         if not math.isfinite(value):

@@ -43,6 +43,9 @@ class Task:
     build: Callable[[int], Problem]  # of a seed
     sparsities: tuple[float, ...]
     kept_out: bool = False  # of every choice of a default
+    transformer: bool = False
+    linear: bool = False  # its prunable layers are Linear, an embedding of patches aside
+    sloped: bool = True  # the loss has a gradient at the dense weights (a distance to the dense outputs has none)
 
 
 def trained(name: str, make: Callable[[], nn.Module], train: Callable[[nn.Module], None], recipe: str) -> nn.Module:
