@@ -13,12 +13,12 @@ import torch
 
 from sfpk_kernels import __version__
 
-from . import encoder, images, text
+from . import encoder, images, pitch, text
 from .methods import METHODS
 from .records import Cell, Row, append, read
 from .task import Problem, Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (*images.TASKS, *text.TASKS, *encoder.TASKS)}
+TASKS: dict[str, Task] = {task.name: task for task in (*images.TASKS, *text.TASKS, *encoder.TASKS, *pitch.TASKS)}
 
 
 def cells(
