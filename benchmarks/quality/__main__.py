@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from .methods import METHODS, STUDIED
-from .records import read
+from .protocols import PROTOCOLS
+from .records import ONE_SHOT, read
 from .study import TASKS, cells, run
 from .tables import tables
 
@@ -24,6 +25,8 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=STUDIED, metavar="METHOD",
                         help="default: all but the ablations")  # fmt: skip
+    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=[ONE_SHOT], metavar="PROTOCOL",
+                        help=f"of {', '.join(PROTOCOLS)} (default: {ONE_SHOT})")  # fmt: skip
     parser.add_argument("--sparsities", nargs="+", type=float, metavar="S", help="default: those of each task")
     parser.add_argument("--passes", nargs="+", type=int, default=list(PASSES), metavar="COUNT")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
@@ -36,7 +39,9 @@ def main() -> int:
     logging.getLogger("sfpk_kernels").setLevel(logging.ERROR)  # alarms of settings that are poor on purpose
     torch.set_num_threads(1)  # the same sums on every machine with other cores
     if not options.tables:
-        wanted = cells(options.tasks, options.methods, options.sparsities, options.passes, range(options.seeds))
+        wanted = cells(
+            options.tasks, options.methods, options.sparsities, options.passes, range(options.seeds), options.protocols
+        )
         run(wanted, options.out, lambda line: print(line, file=sys.stderr, flush=True))
     print(tables(read(options.out), options.passes))
     return 0

@@ -144,5 +144,5 @@ def _build(seed: int) -> Problem:
 
 TASKS = (
     Task("pitch", "CREPE pitch network with its real weights, 485 k weights", "pitch accuracy (%)", True, 0.5, _build,
-         (0.7, 0.8, 0.9, 0.95, 0.98), kept_out=True),
+         (0.7, 0.8, 0.9, 0.95, 0.98), kept_out=True, rate=3e-4),
 )  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SCHEMA = 1
+ONE_SHOT = "one-shot"  # the protocol of rows that name none
 
 
 class Cell(NamedTuple):
@@ -18,6 +19,7 @@ class Cell(NamedTuple):
     sparsity: float
     passes: int  # 0 for methods that need none
     seed: int
+    protocol: str = ONE_SHOT  # what is done with the mask
 
 
 class Row(NamedTuple):
@@ -28,6 +30,7 @@ class Row(NamedTuple):
     dense: float  # likewise, before
     kept: int  # weights
     seconds: float
+    layers: dict[str, tuple[int, int]] | None = None  # by tensor: weights kept, and weights
 
 
 def read(path: Path) -> list[Row]:
@@ -44,8 +47,10 @@ def read(path: Path) -> list[Row]:
             continue
         if entry.get("schema") != SCHEMA:
             raise ValueError(f"{path}: wanted rows of schema {SCHEMA}, got {entry.get('schema')!r}")
+        entry.setdefault("protocol", ONE_SHOT)
         cell = Cell(*(entry[name] for name in Cell._fields))
-        rows[cell] = Row(cell, entry["value"], entry["dense"], entry["kept"], entry["seconds"])
+        layers = {name: (kept, size) for name, (kept, size) in (entry.get("layers") or {}).items()}
+        rows[cell] = Row(cell, entry["value"], entry["dense"], entry["kept"], entry["seconds"], layers or None)
     return list(rows.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,8 @@ from sfpk_kernels import __version__
 
 from . import encoder, images, pitch, text
 from .methods import METHODS
-from .records import Cell, Row, append, read
+from .protocols import PROTOCOLS, exists
+from .records import ONE_SHOT, Cell, Row, append, read
 from .task import Problem, Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (*images.TASKS, *text.TASKS, *encoder.TASKS, *pitch.TASKS)}
@@ -27,6 +29,7 @@ def cells(
     sparsities: Sequence[float] | None,  # None: those of each task
     passes: Sequence[int],
     seeds: Sequence[int],
+    protocols: Sequence[str] = (ONE_SHOT,),
 ) -> Iterator[Cell]:
     """The cells of a study that exist, seed by seed: what is stopped early has all of the first seeds."""
     for seed in seeds:
@@ -34,11 +37,11 @@ def cells(
             for sparsity in TASKS[task].sparsities:
                 if sparsities is not None and sparsity not in sparsities:
                     continue
-                for method in methods:
-                    if not METHODS[method].exists(TASKS[task]):
-                        continue
-                    for count in (0,) if METHODS[method].free else passes:
-                        yield Cell(task, method, sparsity, count, seed)
+                for method, protocol in itertools.product(methods, protocols):
+                    if METHODS[method].exists(TASKS[task]) and exists(protocol, METHODS[method]):
+                        once = METHODS[method].free and protocol == ONE_SHOT
+                        for count in (0,) if once else passes:
+                            yield Cell(task, method, sparsity, count, seed, protocol)
 
 
 def run(wanted: Iterable[Cell], path: Path, say: Callable[[str], None]) -> None:
@@ -54,11 +57,13 @@ def run(wanted: Iterable[Cell], path: Path, say: Callable[[str], None]) -> None:
             built = (cell.task, cell.seed), problem, problem.measure(copy.deepcopy(problem.model))
         _, problem, dense = built
         started = time.perf_counter()
-        mask = METHODS[cell.method].search(problem, cell.sparsity, cell.passes, cell.seed)
+        mask, pruned = PROTOCOLS[cell.protocol](METHODS[cell.method], TASKS[cell.task], problem, cell)
         seconds = time.perf_counter() - started
-        value = problem.measure(mask.apply_(copy.deepcopy(problem.model)))
+        value = problem.measure(pruned)
         if not math.isfinite(value):
             value = -math.inf if TASKS[cell.task].higher else math.inf
-        append(path, Row(cell, value, dense, mask.kept, seconds), about)
-        say(f"{cell.task}, seed {cell.seed}: {cell.method} at {100 * cell.sparsity:g} %, {cell.passes} passes: "
+        layers = {name: (int(mask[name].count_nonzero()), mask[name].numel()) for name in mask}
+        append(path, Row(cell, value, dense, mask.kept, seconds, layers), about)
+        name = cell.method if cell.protocol == ONE_SHOT else f"{cell.method}, {cell.protocol}"
+        say(f"{cell.task}, seed {cell.seed}: {name} at {100 * cell.sparsity:g} %, {cell.passes} passes: "
             f"{value:.3f} (dense {dense:.3f}), {seconds:.1f} s")  # fmt: skip
