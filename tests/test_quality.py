@@ -1,18 +1,16 @@
-"""The quality study: cells once each, rows that survive a kill, tables by hand."""
+"""The quality study: cells once each, methods as they are named, rows that survive a kill."""
 
 import copy
 import dataclasses
 import itertools
 import json
-import math
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.quality import methods, records, study, tables
-from benchmarks.quality.records import Cell, Row
+from benchmarks.quality import methods, records, study
 from benchmarks.quality.task import Problem, Task, shuffled, trained
 from benchmarks.quality.text import CharTransformer
 from sfpk_kernels import Coordinates, baselines
@@ -37,7 +35,6 @@ SMALL = Task("small", "small", "minus the loss", True, 0.1, small, (0.5, 0.8))
 @pytest.fixture
 def tasks(monkeypatch):
     monkeypatch.setattr(study, "TASKS", {"small": SMALL})
-    monkeypatch.setattr(tables, "TASKS", {"small": SMALL})
 
 
 def wanted(names=("sfpk, one particle", "magnitude"), passes=(6, 12), seeds=(0, 1)):
@@ -75,34 +72,6 @@ def test_rows_of_another_schema_are_refused(tmp_path):
     path.write_text(json.dumps({"schema": 99}) + "\n")
     with pytest.raises(ValueError, match="wanted rows of schema 1, got 99"):
         records.read(path)
-
-
-def rows(**values):
-    """By method: values at 80 %, one per seed, passes 60; magnitude without."""
-    return [
-        Row(Cell("small", name, 0.8, 0 if name == "magnitude" else 60, seed), value, 97.0, 10, 1.0)
-        for name, seeds in values.items()
-        for seed, value in enumerate(seeds)
-    ]
-
-
-def test_tables_by_hand(tasks):
-    found = rows(ours=[90.0, 92.0, 94.0], rival=[91.0, 91.0, 91.0], magnitude=[10.0, 20.0, 30.0])
-    accuracy = dataclasses.replace(SMALL, metric="accuracy", unit=0.3)
-    lines = tables.table(accuracy, found, 60).splitlines()
-    assert lines[0] == "| small; accuracy, 60 passes | 80 % |"
-    assert lines[2] == "| dense | 97.0 ± 0.0 |"
-    assert lines[3] == "| ours | **92.0 ± 2.0** |"
-    assert lines[4] == "| rival | 91.0 ± 0.0 |", "its own standard error is 0"
-    assert lines[5] == "| magnitude | 20.0 ± 10.0 |"
-    loss = dataclasses.replace(SMALL, higher=False, unit=0.005)
-    assert "**20.000 ± 10.000**" in tables.table(loss, found, 60)
-    words = tables.difference(accuracy, found, "ours", "rival", 0.8, 60)
-    assert words == f"+1.000 ± {2 / math.sqrt(3):.3f} (3 seeds)"
-    assert tables.difference(accuracy, found, "ours", "magnitude", 0.8, 60).startswith("+72.000 ± ")
-    assert tables.difference(accuracy, found, "ours", "nobody", 0.8, 60) == ""
-    assert tables.tables(found, [60, 300]).count("accuracy") == 0
-    assert tables.tables(found, [60, 300]).count("60 passes") == 1
 
 
 def test_a_network_is_trained_once(tmp_path, monkeypatch):

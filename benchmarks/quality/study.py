@@ -17,7 +17,7 @@ from sfpk_kernels import __version__
 from . import encoder, images, pitch, text
 from .methods import METHODS
 from .protocols import PROTOCOLS, exists
-from .records import ONE_SHOT, Cell, Row, append, read
+from .records import ABOUT, ONE_SHOT, Cell, Row, append, read
 from .task import Problem, Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (*images.TASKS, *text.TASKS, *encoder.TASKS, *pitch.TASKS)}
@@ -48,7 +48,8 @@ def run(wanted: Iterable[Cell], path: Path, say: Callable[[str], None]) -> None:
     """Measure what ``path`` does not hold yet, and append it."""
     known = {row.cell for row in read(path)}
     built: tuple[tuple[str, int], Problem, float] | None = None
-    about = {"version": __version__, "torch": importlib.metadata.version("torch"), "threads": torch.get_num_threads()}
+    facts = (__version__, importlib.metadata.version("torch"), torch.get_num_threads())
+    about = dict(zip(ABOUT, facts, strict=True))
     for cell in wanted:
         if cell in known:
             continue
@@ -63,7 +64,7 @@ def run(wanted: Iterable[Cell], path: Path, say: Callable[[str], None]) -> None:
         if not math.isfinite(value):
             value = -math.inf if TASKS[cell.task].higher else math.inf
         layers = {name: (int(mask[name].count_nonzero()), mask[name].numel()) for name in mask}
-        append(path, Row(cell, value, dense, mask.kept, seconds, layers), about)
+        append(path, Row(cell, value, dense, mask.kept, seconds, layers, about))
         name = cell.method if cell.protocol == ONE_SHOT else f"{cell.method}, {cell.protocol}"
         say(f"{cell.task}, seed {cell.seed}: {name} at {100 * cell.sparsity:g} %, {cell.passes} passes: "
             f"{value:.3f} (dense {dense:.3f}), {seconds:.1f} s")  # fmt: skip

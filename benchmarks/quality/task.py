@@ -49,6 +49,11 @@ class Task:
     linear: bool = False  # its prunable layers are Linear, an embedding of patches aside
     sloped: bool = True  # the loss has a gradient at the dense weights (a distance to the dense outputs has none)
 
+    @property
+    def telling(self) -> float:
+        """The sparsity to show where there is room for one: the last but one."""
+        return self.sparsities[-2]
+
 
 def trained(name: str, make: Callable[[], nn.Module], train: Callable[[nn.Module], None], recipe: str) -> nn.Module:
     """A network trained once and kept on disk, by name and recipe (data and settings in words); in eval mode."""
