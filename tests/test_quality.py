@@ -47,6 +47,7 @@ def test_cells_are_each_once_and_those_without_passes_not_repeated(tasks):
     assert {cell.passes for cell in found if cell.method == "magnitude"} == {0}
     assert [cell.seed for cell in found] == sorted(cell.seed for cell in found), "seed by seed"
     assert {cell.sparsity for cell in study.cells(["small"], ["magnitude"], [0.8], [6], [0])} == {0.8}
+    assert {cell.sparsity for cell in study.cells(["small"], ["magnitude"], None, [6], [0], telling=True)} == {0.5}
 
 
 def test_a_killed_study_goes_on_where_it_was(tasks, tmp_path):

@@ -30,11 +30,12 @@ def cells(
     passes: Sequence[int],
     seeds: Sequence[int],
     protocols: Sequence[str] = (ONE_SHOT,),
+    telling: bool = False,  # of the sparsities of each task only the one that tells
 ) -> Iterator[Cell]:
     """The cells of a study that exist, seed by seed: what is stopped early has all of the first seeds."""
     for seed in seeds:
         for task in tasks:
-            for sparsity in TASKS[task].sparsities:
+            for sparsity in (TASKS[task].telling,) if telling else TASKS[task].sparsities:
                 if sparsities is not None and sparsity not in sparsities:
                     continue
                 for method, protocol in itertools.product(methods, protocols):
