@@ -133,7 +133,12 @@ def test_the_page_and_the_readme_are_written_from_the_rows(tmp_path):
     text = (docs / "quality.md").read_text()
     assert f"| {OURS} | **102.8 ± 0.7** | **72.8 ± 0.7** | **62.8 ± 0.7** |" in text, "at 60 passes"
     assert f"{len(study_rows())} measurements" in text
-    for head in (f"## {OURS} against others", "## Passes to equal quality", "## small", "## After fine-tuning"):
+    for head in (
+        f"## {OURS} against others",
+        "## Passes to equal quality",
+        "## Small { #small }",
+        "## After fine-tuning",
+    ):
         assert head in text
     assert text.count("    python -m benchmarks.quality ") == 4, "a command for each"
     assert f"| {OURS}, fine-tuned | **93.0** |" in text

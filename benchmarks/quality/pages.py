@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .. import pages
 from . import pictures, tables
+from .methods import METHODS
 from .pictures import Shown
 from .records import ONE_SHOT, Row, of
 from .study import TASKS
@@ -34,8 +35,9 @@ measures what is missing there. {rows:,} measurements, one thread of a CPU, torc
 A *pass* is one forward and backward pass over one mini-batch: every method is given as many, whatever it does with
 them. In one shot no weight that is kept changes. A seed is another trained network and another order of the data (where
 weights are published ones: of the data alone). Values are means ± standard deviations over the seeds; **bold** is the
-best of a column and what is within one standard error of it, paired over the seeds. Tasks marked † played no part in
-choosing any default.
+best of a column and what is within one standard error of it, paired over the seeds. All keep the same number of weights
+but Wanda, which counts output by output, and `sfpk, authors`, whose thresholds keep what they do. Tasks marked † played
+no part in choosing any default.
 """
 
 
@@ -68,14 +70,18 @@ def text(rows: Sequence[Row], passes: Sequence[int], drawn: Sequence[str]) -> st
         f"How many passes {OURS} needs to be as good as another method after the most passes of both, interpolated "
         "over their logarithm; ≤: the fewest measured are enough, >: the most measured are not; in brackets how many "
         "times fewer.",
-        [tables.equal_quality(rows, OURS, RIVALS)],
+        [tables.equal_quality(rows, OURS, [rival for rival in RIVALS if not METHODS[rival].free])],
         "--passes " + " ".join(map(str, passes)),
     )
     for task in TASKS.values():
         mine = of(rows, task=task.name)
         mark = " †" if task.kept_out else ""
         parts += _section(
-            f"{task.title}{mark}", "", [tables.tables(mine, passes)], f"--tasks {task.name}", f"{task.name}"
+            f"{task.title[0].upper()}{task.title[1:]}{mark}",
+            "",
+            [tables.tables(mine, passes)],
+            f"--tasks {task.name}",
+            f"{task.name}",
         )
     tuned = [row for row in rows if row.cell.method in _TUNED]
     tuned = [row for row in tuned if any(o.cell.protocol != ONE_SHOT for o in of(tuned, task=row.cell.task))]

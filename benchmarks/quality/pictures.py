@@ -19,7 +19,7 @@ from .task import Task
 _COLUMNS = 3
 _PANEL = (3.35, 2.55)  # inches
 _DOTS = 100  # per inch: three panels are 1,000 px wide
-_SHADES = 64  # colours of the file
+_SHADES = 256  # colours of the file
 _LINE = 0.085  # height of a line of text, of a panel's
 
 
