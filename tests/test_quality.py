@@ -68,6 +68,17 @@ def test_a_killed_study_goes_on_where_it_was(tasks, tmp_path):
     assert len(again) == 5, "all is there"
 
 
+def test_a_method_that_finds_no_gradient_is_left_out_and_the_others_go_on(tasks, tmp_path, monkeypatch):
+    def search(problem, sparsity, passes, seed):
+        raise FloatingPointError("loss_fn: wanted a finite loss, got nan")
+
+    monkeypatch.setitem(methods.METHODS, "snip", methods.Method(search))
+    path, lines = tmp_path / "rows.jsonl", []
+    study.run(wanted(("snip", "magnitude"), (6,), (0,)), path, lines.append)
+    assert lines[0] == "small, seed 0: snip at 50 %, 6 passes: left out: loss_fn: wanted a finite loss, got nan"
+    assert [row.cell.method for row in records.read(path)] == ["magnitude", "magnitude"]
+
+
 def test_rows_of_another_schema_are_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"schema": 99}) + "\n")

@@ -35,6 +35,11 @@ class Row(NamedTuple):
     about: dict[str, Any] | None = None  # with what it was measured
 
 
+def label(cell: Cell) -> str:
+    """Method, and what was done with its mask."""
+    return cell.method if cell.protocol == ONE_SHOT else f"{cell.method}, {cell.protocol}"
+
+
 def read(path: Path) -> list[Row]:
     """All rows of a file, in order; of a cell measured again the last; a line cut by a killed process is left out.
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from sfpk_kernels import __version__
+from sfpk_kernels.search.unreached import NoGradientError
 
 from . import encoder, images, pitch, text
 from .methods import METHODS
 from .protocols import PROTOCOLS, exists
-from .records import ABOUT, ONE_SHOT, Cell, Row, append, read
+from .records import ABOUT, ONE_SHOT, Cell, Row, append, label, read
 from .task import Problem, Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (*images.TASKS, *text.TASKS, *encoder.TASKS, *pitch.TASKS)}
@@ -46,7 +47,7 @@ def cells(
 
 
 def run(wanted: Iterable[Cell], path: Path, say: Callable[[str], None]) -> None:
-    """Measure what ``path`` does not hold yet, and append it."""
+    """Measure what ``path`` does not hold yet, and append it; a method that finds no gradient is said and left out."""
     known = {row.cell for row in read(path)}
     built: tuple[tuple[str, int], Problem, float] | None = None
     facts = (__version__, importlib.metadata.version("torch"), torch.get_num_threads())
@@ -58,14 +59,17 @@ def run(wanted: Iterable[Cell], path: Path, say: Callable[[str], None]) -> None:
             problem = TASKS[cell.task].build(cell.seed)
             built = (cell.task, cell.seed), problem, problem.measure(copy.deepcopy(problem.model))
         _, problem, dense = built
+        name = f"{cell.task}, seed {cell.seed}: {label(cell)} at {100 * cell.sparsity:g} %, {cell.passes} passes"
         started = time.perf_counter()
-        mask, pruned = PROTOCOLS[cell.protocol](METHODS[cell.method], TASKS[cell.task], problem, cell)
+        try:
+            mask, pruned = PROTOCOLS[cell.protocol](METHODS[cell.method], TASKS[cell.task], problem, cell)
+        except (NoGradientError, FloatingPointError) as error:  # no score there: the others go on
+            say(f"{name}: left out: {error}")
+            continue
         seconds = time.perf_counter() - started
         value = problem.measure(pruned)
         if not math.isfinite(value):
             value = -math.inf if TASKS[cell.task].higher else math.inf
         layers = {name: (int(mask[name].count_nonzero()), mask[name].numel()) for name in mask}
         append(path, Row(cell, value, dense, mask.kept, seconds, layers, about))
-        name = cell.method if cell.protocol == ONE_SHOT else f"{cell.method}, {cell.protocol}"
-        say(f"{cell.task}, seed {cell.seed}: {name} at {100 * cell.sparsity:g} %, {cell.passes} passes: "
-            f"{value:.3f} (dense {dense:.3f}), {seconds:.1f} s")  # fmt: skip
+        say(f"{name}: {value:.3f} (dense {dense:.3f}), {seconds:.1f} s")

@@ -9,14 +9,9 @@ from collections.abc import Iterator, Sequence
 from .compare import Values, best, by_seed, difference, passes_to, tied
 from .methods import METHODS
 from .protocols import PROTOCOLS
-from .records import ONE_SHOT, Cell, Row, of
+from .records import ONE_SHOT, Row, label, of
 from .study import TASKS
 from .task import Task
-
-
-def label(cell: Cell) -> str:
-    """Method, and what was done with its mask."""
-    return cell.method if cell.protocol == ONE_SHOT else f"{cell.method}, {cell.protocol}"
 
 
 def table(task: Task, rows: Sequence[Row], passes: int) -> str:
