@@ -58,7 +58,8 @@ bench-full: setup
 	$(BIN)/python -m benchmarks --report
 
 # How good the masks are: tasks x methods x sparsities x passes x seeds; what benchmarks/results holds is not measured
-# again. --quick: one seed at 60 passes, a quarter of an hour. ARGS="--tasks lm --seeds 5" chooses.
+# again. --quick: one seed at 60 passes, a quarter of an hour. ARGS="--tasks lm --seeds 5" chooses;
+# ARGS="--pages docs" measures nothing and writes docs/quality.md.
 quality quality-quick: setup
 	$(INSTALL) --no-build-isolation -e '.[quality]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality $(if $(filter quality-quick,$@),--quick --out quality-quick.jsonl) $(ARGS)

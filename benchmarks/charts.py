@@ -32,7 +32,8 @@ def _timed(run: Run, group: str) -> list[Line]:
     return [row for row in run.rows if row["group"] == group and row["status"] == "ok"]
 
 
-def _figure(width: float, height: float) -> Any:
+def blank(width: float, height: float) -> Any:
+    """A figure of so many inches, drawn without a screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -62,7 +63,7 @@ def speedup(run: Run, path: Path) -> bool:
     if not any(rows for _, rows in cases.values()):
         return False
     bars = sum(len(rows) + 1 for _, rows in cases.values())
-    figure = _figure(9, 1.4 + 0.27 * bars)
+    figure = blank(9, 1.4 + 0.27 * bars)
     axes = figure.subplots()
     place, ticks, labels = 0.0, [], []
     for op, (shape, rows) in cases.items():
@@ -101,7 +102,7 @@ def roofline(run: Run, path: Path) -> bool:
     rows = [row for row in _timed(run, "ops") if row["ceiling_share"] is not None]
     if not rows:
         return False
-    figure = _figure(8, 5)
+    figure = blank(8, 5)
     axes = figure.subplots()
     kinds: dict[str, list[Line]] = {}
     for row in rows:
@@ -134,7 +135,7 @@ def scaling(run: Run, path: Path) -> bool:
     ops = list(dict.fromkeys(fit["op"] for fit in series))
     if not ops:
         return False
-    figure = _figure(4.2 * len(ops), 4)
+    figure = blank(4.2 * len(ops), 4)
     panels = figure.subplots(1, len(ops), squeeze=False)[0]
     for op, axes in zip(ops, panels, strict=True):
         for number, fit in enumerate(fit for fit in series if fit["op"] == op):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .pages import has_place, markers, put
 from .record import Line, Run
 from .registry import NAIVE, TARGETS, all_ops
 
@@ -30,14 +31,9 @@ def _weight(run: Run) -> int:
     return 0 if run.facts["size"] == "quick" else 1 + run.facts["complete"]
 
 
-def markers(name: str) -> tuple[str, str]:
-    """Between which a page holds the table of that name."""
-    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-
-
 def tables_in(text: str) -> list[str]:
     """Names of the tables that a page has a place for."""
-    return [name for name in TABLES if 0 <= text.find(markers(name)[0]) < text.find(markers(name)[1])]
+    return [name for name in TABLES if has_place(text, name)]
 
 
 def into_page(text: str, runs: Sequence[Run]) -> str:
@@ -51,9 +47,7 @@ def into_page(text: str, runs: Sequence[Run]) -> str:
         wanted = " or ".join(" and ".join(markers(name)) for name in TABLES)
         raise ValueError(f"wanted the markers {wanted}, got a text without")
     for name in names:
-        begin, end = markers(name)
-        before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
-        text = f"{before}\n{TABLES[name](runs)}\n{after}"
+        text = put(text, name, TABLES[name](runs))
     return text
 
 

@@ -1,21 +1,19 @@
-"""The quality study: cells once each, rows that survive a kill, tables by hand."""
+"""The quality study: cells once each, methods as they are named, rows that survive a kill."""
 
 import copy
 import dataclasses
 import itertools
 import json
-import math
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.quality import methods, records, study, tables
-from benchmarks.quality.records import Cell, Row
+from benchmarks.quality import methods, records, study
 from benchmarks.quality.task import Problem, Task, shuffled, trained
 from benchmarks.quality.text import CharTransformer
-from sfpk_kernels import Coordinates
+from sfpk_kernels import Coordinates, baselines
 
 
 def small(seed):
@@ -37,7 +35,6 @@ SMALL = Task("small", "small", "minus the loss", True, 0.1, small, (0.5, 0.8))
 @pytest.fixture
 def tasks(monkeypatch):
     monkeypatch.setattr(study, "TASKS", {"small": SMALL})
-    monkeypatch.setattr(tables, "TASKS", {"small": SMALL})
 
 
 def wanted(names=("sfpk, one particle", "magnitude"), passes=(6, 12), seeds=(0, 1)):
@@ -50,6 +47,7 @@ def test_cells_are_each_once_and_those_without_passes_not_repeated(tasks):
     assert {cell.passes for cell in found if cell.method == "magnitude"} == {0}
     assert [cell.seed for cell in found] == sorted(cell.seed for cell in found), "seed by seed"
     assert {cell.sparsity for cell in study.cells(["small"], ["magnitude"], [0.8], [6], [0])} == {0.8}
+    assert {cell.sparsity for cell in study.cells(["small"], ["magnitude"], None, [6], [0], telling=True)} == {0.5}
 
 
 def test_a_killed_study_goes_on_where_it_was(tasks, tmp_path):
@@ -70,39 +68,22 @@ def test_a_killed_study_goes_on_where_it_was(tasks, tmp_path):
     assert len(again) == 5, "all is there"
 
 
+def test_a_method_that_finds_no_gradient_is_left_out_and_the_others_go_on(tasks, tmp_path, monkeypatch):
+    def search(problem, sparsity, passes, seed):
+        raise FloatingPointError("loss_fn: wanted a finite loss, got nan")
+
+    monkeypatch.setitem(methods.METHODS, "snip", methods.Method(search))
+    path, lines = tmp_path / "rows.jsonl", []
+    study.run(wanted(("snip", "magnitude"), (6,), (0,)), path, lines.append)
+    assert lines[0] == "small, seed 0: snip at 50 %, 6 passes: left out: loss_fn: wanted a finite loss, got nan"
+    assert [row.cell.method for row in records.read(path)] == ["magnitude", "magnitude"]
+
+
 def test_rows_of_another_schema_are_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"schema": 99}) + "\n")
     with pytest.raises(ValueError, match="wanted rows of schema 1, got 99"):
         records.read(path)
-
-
-def rows(**values):
-    """By method: values at 80 %, one per seed, passes 60; magnitude without."""
-    return [
-        Row(Cell("small", name, 0.8, 0 if name == "magnitude" else 60, seed), value, 97.0, 10, 1.0)
-        for name, seeds in values.items()
-        for seed, value in enumerate(seeds)
-    ]
-
-
-def test_tables_by_hand(tasks):
-    found = rows(ours=[90.0, 92.0, 94.0], rival=[91.0, 91.0, 91.0], magnitude=[10.0, 20.0, 30.0])
-    accuracy = dataclasses.replace(SMALL, metric="accuracy", unit=0.3)
-    lines = tables.table(accuracy, found, 60).splitlines()
-    assert lines[0] == "| small; accuracy, 60 passes | 80 % |"
-    assert lines[2] == "| dense | 97.0 ± 0.0 |"
-    assert lines[3] == "| ours | **92.0 ± 2.0** |"
-    assert lines[4] == "| rival | 91.0 ± 0.0 |", "its own standard error is 0"
-    assert lines[5] == "| magnitude | 20.0 ± 10.0 |"
-    loss = dataclasses.replace(SMALL, higher=False, unit=0.005)
-    assert "**20.000 ± 10.000**" in tables.table(loss, found, 60)
-    words = tables.difference(accuracy, found, "ours", "rival", 0.8, 60)
-    assert words == f"+1.000 ± {2 / math.sqrt(3):.3f} (3 seeds)"
-    assert tables.difference(accuracy, found, "ours", "magnitude", 0.8, 60).startswith("+72.000 ± ")
-    assert tables.difference(accuracy, found, "ours", "nobody", 0.8, 60) == ""
-    assert tables.tables(found, [60, 300]).count("accuracy") == 0
-    assert tables.tables(found, [60, 300]).count("60 passes") == 1
 
 
 def test_a_network_is_trained_once(tmp_path, monkeypatch):
@@ -134,14 +115,53 @@ def test_batches_take_every_sample_equally_often():
 
 def test_tasks_are_what_their_titles_say():
     assert Coordinates(CharTransformer()).d == 59_904
-    assert sorted(task.name for task in study.TASKS.values() if task.kept_out) == ["lm-source", "mnist-vit"]
+    assert sorted(task.name for task in study.TASKS.values() if task.kept_out) == ["lm-source", "mnist-vit", "pitch"]
     assert all(0 < s < 1 for task in study.TASKS.values() for s in task.sparsities)
+
+
+def test_cells_that_do_not_exist_are_left_out(monkeypatch):
+    names = list(methods.METHODS)
+    kinds = {"conv": SMALL, "linear": dataclasses.replace(SMALL, transformer=True, linear=True, sloped=False)}
+    monkeypatch.setattr(study, "TASKS", kinds)
+    there = {kind: {cell.method for cell in study.cells([kind], names, [0.8], [6], [0])} for kind in kinds}
+    assert set(names) - there["conv"] == {"wanda", "sparsegpt"}
+    assert set(names) - there["linear"] == {"grasp", "snip", "force", "woodfisher", "synflow"}
+    monkeypatch.undo()
+    linear = {task.name for task in study.TASKS.values() if methods.METHODS["wanda"].exists(task)}
+    assert linear == {"lm", "lm-source", "mnist-mlp", "mnist-vit", "minilm"}
+
+
+def test_methods_are_what_their_names_say():
+    problem = small(0)
+    single = baselines.single_particle(
+        problem.model, problem.batches(3), 0.75, loss_fn=problem.loss_fn, passes=12, seed=3
+    )
+    assert methods.METHODS["sfpk, one particle"].search(problem, 0.75, 12, 3) == single
+    config = methods.METHODS["sfpk, R"].config(0.75, 60, 3)
+    assert (config.n_particles, config.n_steps, config.seed) == (1, 60, 3)
+    assert (config.signed_score, config.step_length, config.hold) == (True, "angle", 0.7)
+    masks = {name: methods.METHODS[name].search(problem, 0.9, 60, 0) for name in methods.METHODS if ", R" in name}
+    assert len({mask.fingerprint() for mask in masks.values()}) == len(masks) == 4, "no ablation changes nothing"
+    assert "sfpk, R" in methods.STUDIED
+    assert not set(masks) & set(methods.STUDIED) - {"sfpk, R"}
+
+
+def test_a_batch_of_grasp_costs_three_passes():
+    problem, taken = small(0), []
+
+    def batches(seed):
+        for batch in problem.batches(seed):
+            taken.append(1)
+            yield batch
+
+    methods.METHODS["grasp"].search(dataclasses.replace(problem, batches=batches), 0.75, 12, 0)
+    assert len(taken) == 4
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_keeps_as_many_as_it_should_and_leaves_the_model(name):
     problem = small(0)
     before = copy.deepcopy(problem.model.state_dict())
-    mask = methods.METHODS[name](problem, 0.75, 12, 0)
+    mask = methods.METHODS[name].search(problem, 0.75, 12, 0)
     assert mask.kept == pytest.approx(36, abs=3 if "authors" in name else 0)  # their thresholds keep ties
     assert all(torch.equal(value, before[key]) for key, value in problem.model.state_dict().items())

@@ -52,5 +52,5 @@ def _build(seed: int) -> Problem:
 
 TASKS = (
     Task("minilm", "MiniLM sentence encoder with its real weights, 10.6 M weights", "cosine to the dense embedding",
-         True, 0.005, _build, (0.5, 0.7, 0.8)),
+         True, 0.005, _build, (0.5, 0.7, 0.8), rate=1e-4, transformer=True, linear=True, sloped=False),
 )  # fmt: skip

@@ -83,7 +83,7 @@ def _task(
     train: Callable[[nn.Module, Iterator[Batch], int], None],
     steps: int,
     sparsities: tuple[float, ...],
-    kept_out: bool = False,
+    **more: bool,
 ) -> Task:
     def build(seed: int) -> Problem:
         x, y, test_x, test_y = data()
@@ -104,16 +104,17 @@ def _task(
 
         return Problem(model, _classify, lambda other: shuffled((x, y), _BATCH, 1_000 + other), measure)
 
-    return Task(name, title, "accuracy (%)", True, 0.3, build, sparsities, kept_out)
+    return Task(name, title, "accuracy (%)", True, 0.3, build, sparsities, **more)
 
 
 TASKS = (
     _task("digits", "residual net on 8 × 8 digits, 77 k weights", _digits, demo.build_model, _sgd, 420,
           (0.8, 0.9, 0.95, 0.98, 0.99)),
     _task("mnist-mlp", "MLP on 5,000 MNIST images, 34 k weights", _mnist, _mlp, _sgd, 900,
-          (0.7, 0.8, 0.9, 0.95, 0.98, 0.99)),
+          (0.7, 0.8, 0.9, 0.95, 0.98, 0.99), linear=True),
     _task("mnist-conv", "residual net on 5,000 MNIST images, 77 k weights", _mnist, _conv, _sgd, 600,
           (0.8, 0.9, 0.95, 0.98, 0.99)),
     _task("mnist-vit", "vision transformer on 5,000 MNIST images, 84 k weights", _mnist, _Vit, _adam, 1500,
-          (0.5, 0.7, 0.8, 0.9, 0.95), kept_out=True),
+          (0.5, 0.7, 0.8, 0.9, 0.95), kept_out=True, transformer=True,
+          linear=True),
 )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfpk_kernels.modeling.batches import default_loss
 from sfpk_kernels.utils.files import atomic_write
 
 Batch = Any
@@ -43,6 +44,15 @@ class Task:
     build: Callable[[int], Problem]  # of a seed
     sparsities: tuple[float, ...]
     kept_out: bool = False  # of every choice of a default
+    rate: float = 1e-3  # learning rate of Adam at its peak, of fine-tuning under a mask
+    transformer: bool = False
+    linear: bool = False  # its prunable layers are Linear, an embedding of patches aside
+    sloped: bool = True  # the loss has a gradient at the dense weights (a distance to the dense outputs has none)
+
+    @property
+    def telling(self) -> float:
+        """The sparsity to show where there is room for one: the last but one."""
+        return self.sparsities[-2]
 
 
 def trained(name: str, make: Callable[[], nn.Module], train: Callable[[nn.Module], None], recipe: str) -> nn.Module:
@@ -85,7 +95,7 @@ def seeded_model(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
 
 def fit(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: LossFn | None,  # None: the default loss
     batches: Iterator[Batch],
     steps: int,
     optimizer: torch.optim.Optimizer,
@@ -95,6 +105,6 @@ def fit(
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak, total_steps=steps)
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
-        loss_fn(model, next(batches)).backward()
+        (loss_fn or default_loss)(model, next(batches)).backward()
         optimizer.step()
         scheduler.step()

@@ -97,7 +97,10 @@ def _task(name: str, title: str, text: Callable[[], str], kept_out: bool) -> Tas
 
         return Problem(model, _loss, lambda other: batches(1_000 + other, _BATCH), measure)
 
-    return Task(name, title, "held-out loss (nats)", False, 0.005, build, (0.5, 0.7, 0.8, 0.9), kept_out)
+    return Task(
+        name, title, "held-out loss (nats)", False, 0.005, build, (0.5, 0.7, 0.8, 0.9), kept_out,
+        transformer=True, linear=True,
+    )  # fmt: skip
 
 
 TASKS = (

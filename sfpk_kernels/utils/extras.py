@@ -11,6 +11,7 @@ PACKAGES = {
     "matplotlib": "matplotlib",
     "mlxtend": "mlxtend",
     "sklearn": "scikit-learn",
+    "torchcrepe": "torchcrepe",
     "transformers": "transformers",
     "triton": "triton",
 }  # by module
