@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from benchmarks.quality import methods, records, study
 from benchmarks.quality.task import Problem, Task, shuffled, trained
 from benchmarks.quality.text import CharTransformer
-from sfpk_kernels import Coordinates, baselines
+from sfpk_kernels import Coordinates, SFPKConfig, baselines
+from sfpk_kernels.search.merging import passes
 
 
 def small(seed):
@@ -37,7 +38,7 @@ def tasks(monkeypatch):
     monkeypatch.setattr(study, "TASKS", {"small": SMALL})
 
 
-def wanted(names=("sfpk, one particle", "magnitude"), passes=(6, 12), seeds=(0, 1)):
+def wanted(names=("sfpk, one by the radius", "magnitude"), passes=(6, 12), seeds=(0, 1)):
     return list(study.cells(["small"], names, None, passes, seeds))
 
 
@@ -136,14 +137,19 @@ def test_methods_are_what_their_names_say():
     single = baselines.single_particle(
         problem.model, problem.batches(3), 0.75, loss_fn=problem.loss_fn, passes=12, seed=3
     )
-    assert methods.METHODS["sfpk, one particle"].search(problem, 0.75, 12, 3) == single
-    config = methods.METHODS["sfpk, R"].config(0.75, 60, 3)
-    assert (config.n_particles, config.n_steps, config.seed) == (1, 60, 3)
-    assert (config.signed_score, config.step_length, config.hold) == (True, "angle", 0.7)
-    masks = {name: methods.METHODS[name].search(problem, 0.9, 60, 0) for name in methods.METHODS if ", R" in name}
-    assert len({mask.fingerprint() for mask in masks.values()}) == len(masks) == 4, "no ablation changes nothing"
-    assert "sfpk, R" in methods.STUDIED
-    assert not set(masks) & set(methods.STUDIED) - {"sfpk, R"}
+    assert methods.METHODS["sfpk, one by the radius"].search(problem, 0.75, 12, 3) == single
+    assert methods.METHODS["sfpk"].config(0.75, 60, 3) == SFPKConfig(0.75, n_steps=60, seed=3)
+    population = methods.METHODS["sfpk, population"].config(0.75, 60, 3)
+    assert population == SFPKConfig.preset("population", sparsity=0.75, n_particles=6, n_steps=10, seed=3)
+    merged = methods.METHODS["sfpk, four merged"].config(0.75, 60, 3)
+    assert merged.n_particles == 4
+    assert 57 <= passes(merged) <= 60
+    ablations = [name for name, method in methods.METHODS.items() if method.ablation]
+    assert not set(ablations) & set(methods.STUDIED)
+    masks = {name: methods.METHODS[name].search(problem, 0.9, 60, 0) for name in ["sfpk", *ablations]}
+    # The small network has no batch-norm.
+    same = [name for name in ablations if masks[name].fingerprint() == masks["sfpk"].fingerprint()]
+    assert same == ["sfpk, running statistics"]
 
 
 def test_a_batch_of_grasp_costs_three_passes():

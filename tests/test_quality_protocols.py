@@ -35,11 +35,10 @@ def go(protocol, name, problem, passes=PASSES, task=SMALL):
 @pytest.mark.parametrize(
     ("protocol", "name"),
     [
-        ("fine-tuned", "sfpk, R"),
+        ("fine-tuned", "sfpk"),
         ("fine-tuned", "straight-through, Adam"),
         ("fine-tuned", "magnitude"),
         ("gradual", "sfpk"),
-        ("gradual", "sfpk, R"),
         ("gradual", "magnitude"),
     ],
 )
@@ -61,7 +60,7 @@ def test_passes_are_as_many_as_the_cell_says_and_the_mask_holds(protocol, name, 
 
 def test_one_shot_changes_no_weight_that_it_keeps():
     problem = small(0)
-    mask, pruned = go("one-shot", "sfpk, R", problem)
+    mask, pruned = go("one-shot", "sfpk", problem)
     expected = mask.apply_(copy.deepcopy(problem.model)).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in pruned.state_dict().items())
 

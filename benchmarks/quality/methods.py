@@ -2,7 +2,7 @@
 
 A pass is one forward and backward pass over one mini-batch. Each method is given as many as the cell says, and uses
 them as its authors do; those that need none (magnitude) are measured once for all. ``baselines.single_particle`` is
-"sfpk, one particle".
+"sfpk, one by the radius".
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 from sfpk_kernels import Execution, MaskSet, SFPKConfig, baselines, prune
+from sfpk_kernels.search.merging import with_passes
 
 from .task import Problem, Task
 
@@ -44,13 +45,13 @@ class Method:
         )
 
 
-def sfpk(preset: str = "default", particles: int = 10, ablation: bool = False, **fields: Any) -> Method:
-    """The search with these fields of its config: ``passes`` shared by the particles."""
+def sfpk(preset: str = "default", particles: int = 1, ablation: bool = False, **fields: Any) -> Method:
+    """The search with these fields of its config, in as many steps as the passes allow, ten for each particle."""
 
     def make(sparsity: float, passes: int, seed: int) -> SFPKConfig:
         n = min(particles, max(1, passes // 10))
-        steps = max(1, passes // n)
-        return SFPKConfig.preset(preset, sparsity=sparsity, n_particles=n, n_steps=steps, seed=seed, **fields)
+        config = SFPKConfig.preset(preset, sparsity=sparsity, n_particles=n, seed=seed, **fields)
+        return with_passes(config, max(n, passes))
 
     def search(problem: Problem, sparsity: float, passes: int, seed: int) -> MaskSet:
         return prune(
@@ -66,13 +67,9 @@ def sfpk(preset: str = "default", particles: int = 10, ablation: bool = False, *
     return Method(search, config=make, ablation=ablation)
 
 
-# One particle on a signed score, its moves an angle that falls linearly, the target density reached at 0.7 of the run.
-_RECIPE: dict[str, Any] = {"particles": 1, "signed_score": True, "step_length": "angle", "hold": 0.7}
-
-
-def recipe(**fields: Any) -> Method:
-    """Recipe R; with other fields an ablation of it."""
-    return sfpk(**{**_RECIPE, **fields}, ablation=bool(fields))
+def without(**fields: Any) -> Method:
+    """The default with one part of it changed."""
+    return sfpk(ablation=True, **fields)
 
 
 def magnitude(allocation: str) -> Method:
@@ -124,11 +121,11 @@ def _random(problem: Problem, sparsity: float, passes: int, seed: int) -> MaskSe
 
 
 METHODS: dict[str, Method] = {
-    "sfpk, R": recipe(),
     "sfpk": sfpk(),
-    "sfpk, one particle": sfpk(particles=1),
-    "sfpk, paper": sfpk("paper"),
-    "sfpk, authors": sfpk("authors"),
+    "sfpk, population": sfpk("population", particles=10),
+    "sfpk, one by the radius": sfpk("population"),
+    "sfpk, paper": sfpk("paper", particles=10),
+    "sfpk, authors": sfpk("authors", particles=10),
     "straight-through, SGD": learned("sgd"),
     "straight-through, Adam": learned("adam"),
     "force": Method(_force, sloped=True),
@@ -142,8 +139,20 @@ METHODS: dict[str, Method] = {
     "magnitude": magnitude("global"),
     "magnitude, LAMP": magnitude("lamp"),
     "random": Method(_random, free=True),
-    "sfpk, R, |score|": recipe(signed_score=False),
-    "sfpk, R, no hold": recipe(hold=1.0),
-    "sfpk, R, radius": recipe(step_length="radius", hold=1.0),
+    "sfpk, fixed angle": without(step_length="angle"),
+    "sfpk, by the radius": without(step_length="radius", hold=1.0),
+    "sfpk, half the angle": without(step_scale=0.5),
+    "sfpk, twice the angle": without(step_scale=2.0),
+    "sfpk, score without sign": without(signed_score=False),
+    "sfpk, no hold": without(hold=1.0),
+    "sfpk, no retraction": without(retract=False),
+    "sfpk, score m": without(polarizer="mask"),
+    "sfpk, score not normalized": without(polarizer="mask_weight"),
+    "sfpk, exponential schedule": without(schedule="exponential"),
+    "sfpk, running statistics": without(bn="running"),
+    "sfpk, two merged": without(particles=2, merge=0.2),
+    "sfpk, four merged": without(particles=4, merge=0.2),
+    "sfpk, four": without(particles=4),
+    "sfpk, four without repulsion": without(particles=4, repulsion=0.0),
 }
 STUDIED = [name for name, method in METHODS.items() if not method.ablation]

@@ -15,17 +15,19 @@ from .study import TASKS
 PAGE, IMAGES = "quality.md", "images"  # in the folder of the documentation
 SHORT = "quality-short"  # the table of a first page, between its markers
 
-OURS = "sfpk, R"
-RIVALS = ("straight-through, SGD", "straight-through, Adam", "sfpk", "woodfisher", "sparsegpt", "magnitude, LAMP")
-_FIRST_PAGE = (OURS, "sfpk", "straight-through, SGD", "woodfisher", "magnitude")
+OURS = "sfpk"
+RIVALS = (
+    "straight-through, SGD", "straight-through, Adam", "sfpk, population", "woodfisher", "sparsegpt", "magnitude, LAMP",
+)  # fmt: skip
+_FIRST_PAGE = (OURS, "sfpk, population", "straight-through, SGD", "woodfisher", "magnitude")
 # What the pictures show; the first is stressed.
-_R, _STE = Shown("R", 0), Shown("STE, SGD", 1)
-_DEFAULT, _MAGNITUDE = Shown("default", 2), Shown("magnitude", 4)
-_LEARNED = {OURS: _R, "straight-through, SGD": _STE, "sfpk": _DEFAULT}
+_SFPK, _STE = Shown("SFPK", 0), Shown("STE, SGD", 1)
+_POPULATION, _MAGNITUDE = Shown("population", 2), Shown("magnitude", 4)
+_LEARNED = {OURS: _SFPK, "straight-through, SGD": _STE, "sfpk, population": _POPULATION}
 _COMPARED = {**_LEARNED, "woodfisher": Shown("WoodFisher", 3), "magnitude": _MAGNITUDE}
 _PASSES = {**_LEARNED, "straight-through, Adam": Shown("STE, Adam", 3)}
 _LAYERS = {**_LEARNED, "magnitude": _MAGNITUDE, "magnitude, LAMP": Shown("LAMP", 3)}
-_TUNED = (OURS, "straight-through, SGD", "sfpk", "magnitude")
+_TUNED = (OURS, "straight-through, SGD", "sfpk, population", "magnitude")
 
 _INTRO = """# Mask quality
 
