@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
         interpreter.patch_once()
 
-from sfpk_kernels.search import settings  # noqa: E402
+from sfpk_kernels.search import settings
 
 REQUIRE_GPU = os.environ.get("SFPK_REQUIRE_GPU") == "1"
 
