@@ -6,17 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from sfpk_kernels import MaskSet, SFPKConfig, SFPKPruner, prune
+from sfpk_kernels import MaskSet, SFPKPruner, prune
 from sfpk_kernels.ops import transition_
 from sfpk_kernels.search import particles
 from sfpk_kernels.search.records import StepRecord
 from sfpk_kernels.search.result import PruneResult
 from sfpk_kernels.search.schedule import density_schedule
 
+from .settings import population
+
 
 def quick(**overrides):
     options = {"n_particles": 4, "n_steps": 10, **overrides}
-    return SFPKConfig(0.8, **options)
+    return population(0.8, **options)
 
 
 def test_masks_are_exact_and_taken_when_the_schedule_passes(mlp, vectors):

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sfpk_kernels import Execution, SFPKConfig, plan, prune
+from sfpk_kernels import Execution, plan, prune
 
-from .settings import both
+from .settings import both, population
 from .snapshot import Snapshot
 
 ROWS = torch.Generator().manual_seed(1)
@@ -20,7 +20,7 @@ TOKENS = [(torch.randint(20, (16, 5), generator=ROWS), torch.randint(4, (16,), g
 
 
 def quick(**overrides):
-    return SFPKConfig(0.6, **{"n_particles": 3, "n_steps": 4, **overrides})
+    return population(0.6, **{"n_particles": 3, "n_steps": 4, **overrides})
 
 
 class Checkpointed(nn.Module):

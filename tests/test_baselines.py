@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 
-from sfpk_kernels import Coordinates, SFPKConfig, baselines, default_loss, prune
+from sfpk_kernels import Coordinates, baselines, default_loss, prune
 from sfpk_kernels.modeling.state import guarded
+
+from .settings import population
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.95])
@@ -56,7 +58,7 @@ def test_options_and_bad_input(mlp, vectors):
 
 
 def test_a_single_particle_is_sfpk_with_one(mlp, vectors):
-    config = SFPKConfig(0.7, n_particles=1, n_steps=12, seed=3)
+    config = population(0.7, n_particles=1, n_steps=12, seed=3)
     assert baselines.single_particle(mlp, vectors, 0.7, passes=12, seed=3) == prune(mlp, vectors, config=config).mask
     assert list(baselines.single_particle(mlp, vectors, 0.7, passes=2, ignored_layers=["0"])) == ["2.weight"]
     with pytest.raises(ValueError, match="passes: wanted ≥ 1, got 0"):

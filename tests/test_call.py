@@ -27,6 +27,7 @@ from sfpk_kernels import (
 from sfpk_kernels.search.energy.choice import VMAP_WEIGHTS
 
 from .processes import python
+from .settings import population
 from .snapshot import Snapshot
 
 DATA = Path(__file__).parent / "data"
@@ -215,7 +216,7 @@ def earlier():
 def test_a_run_saved_by_the_version_with_memory_goes_on(name, update, mode):
     """Written with memory="auto" and "lean", half-way; fields of both classes in one."""
     model, batches = earlier()
-    how = {"config": SFPKConfig(0.8, n_particles=3, n_steps=6, momentum=0.1, update=update), "waypoints": [0.3, 0.6]}
+    how = {"config": population(0.8, n_particles=3, n_steps=6, momentum=0.1, update=update), "waypoints": [0.3, 0.6]}
     pruner = SFPKPruner(model, **how, execution=Execution(energy_mode=mode))
     pruner.load(DATA / f"earlier_run_{name}.sfpk")
     assert len(pruner.history) == 3
@@ -237,7 +238,7 @@ def test_a_run_saved_by_the_version_with_memory_goes_on(name, update, mode):
 
 def test_a_gradual_run_saved_by_the_version_with_memory_goes_on():
     model, batches = earlier()
-    config = SFPKConfig(0.8, n_particles=2, n_steps=6)
+    config = population(0.8, n_particles=2, n_steps=6)
     pruner = GradualPruner(
         model, batches, config=config, execution=Execution(energy_mode="sequential"), shots=3,
         retrain=RetrainConfig(1, lr=0.02),

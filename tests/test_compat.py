@@ -17,6 +17,8 @@ from sfpk_kernels.naive import naive_sfpk
 from tests.test_authors_parity import convnet as recorded_convnet
 from tests.test_authors_parity import mlp as recorded_mlp
 
+from .settings import population
+
 DATA = Path(__file__).parent / "data"
 SMALL = {"N": 6, "n_mc": 3, "energy_mode": "sequential", "seed": 0}
 
@@ -47,8 +49,8 @@ def test_algorithm_3_is_the_paper_preset(mlp, vectors):
 
 
 def test_algorithm_3_takes_other_fields(mlp, vectors):
-    result = SFPK_prune(mlp, 0.5, vectors, n=2, K=2, r=2.0, preset="default", seed=4, progress=False)
-    assert result.config == SFPKConfig(sparsity=0.5, n_particles=2, n_steps=2, seed=4)
+    result = SFPK_prune(mlp, 0.5, vectors, n=2, K=2, r=2.0, preset="population", seed=4, progress=False)
+    assert result.config == population(sparsity=0.5, n_particles=2, n_steps=2, seed=4)
 
 
 @pytest.mark.parametrize(

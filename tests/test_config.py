@@ -24,12 +24,20 @@ def test_presets_round_trip(preset):
 
 def test_presets_are_the_table_of_the_method():
     names = "density schedule polarizer kernel retract consensus momentum repulsion n_particles n_steps radius"
+    ours = "signed_score step_length step_scale hold merge"
 
     def row(preset):
         config = SFPKConfig.preset(preset, sparsity=0.5)
         return tuple(getattr(config, name) for name in names.split())
 
-    assert row("default") == ("l2", "cubic", "mask_normalized", "rbf", True, 0.3, 0.0, 0.2, 10, 100, 2.0)
+    def how(preset):
+        config = SFPKConfig.preset(preset, sparsity=0.5)
+        return tuple(getattr(config, name) for name in ours.split())
+
+    assert row("default") == ("l2", "cubic", "mask_normalized", "rbf", True, 0.3, 0.0, 0.2, 1, 1000, 2.0)
+    assert how("default") == (True, "effective_dimension", 1.0, 0.7, None)
+    assert row("population") == ("l2", "cubic", "mask_normalized", "rbf", True, 0.3, 0.0, 0.2, 10, 100, 2.0)
+    assert {how(name) for name in ("population", "paper", "authors")} == {(False, "radius", 1.0, 1.0, None)}
     assert row("paper") == ("l2_squared", "linear", "mask", "rbf", False, 0.0, 0.0, 0.2, 10, 100, 1.4)
     assert row("authors") == ("l2", "exponential", "mask_weight", "weighted_rbf", False, 0.0, 0.1, 0.2, 10, 100, 1.4)
 
@@ -113,7 +121,7 @@ def test_bad_values_of_the_execution_are_named(field, value, error):
 
 
 def test_unknown_names_are_errors():
-    with pytest.raises(ValueError, match="preset: wanted one of default, paper, authors"):
+    with pytest.raises(ValueError, match="preset: wanted one of default, population, paper, authors"):
         SFPKConfig.preset("best", sparsity=0.5)
     with pytest.raises(TypeError, match="unknown field lambda"):
         SFPKConfig.preset("default", sparsity=0.5, **{"lambda": 1})

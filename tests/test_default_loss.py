@@ -15,6 +15,8 @@ from sfpk_kernels.modeling.labels import check_targets, label_loss
 from sfpk_kernels.search.settings import chosen
 from sfpk_kernels.utils.arguments import check_loader, check_loss_fn
 
+from .settings import population
+
 N = 6
 
 
@@ -121,7 +123,7 @@ def test_a_run_is_refused_before_its_first_step(mode, outputs):
     before = [parameter.detach().clone() for parameter in model.parameters()]
     loader = [(x, 2 * x[:, :outputs]) for x in torch.randn(4, N, 8)]
     steps = []
-    how = {"config": SFPKConfig(sparsity=0.5, n_particles=2, n_steps=2), "execution": Execution(energy_mode=mode)}
+    how = {"config": population(sparsity=0.5, n_particles=2, n_steps=2), "execution": Execution(energy_mode=mode)}
     with pytest.raises(ValueError, match=r"loss_fn: the default loss.*pass loss_fn=lambda model, batch: F.mse_loss"):
         prune(model, loader, **how, callbacks=[steps.append])
     assert not steps
@@ -257,7 +259,7 @@ def test_a_function_of_model_and_batch_is_one(loss_fn):
     check_loss_fn(loss_fn)
 
 
-CONFIG = SFPKConfig(sparsity=0.5)
+CONFIG = population(sparsity=0.5)
 ORDER = r"the call is prune\(model, loader, sparsity, loss_fn=…\)"
 
 

@@ -46,7 +46,7 @@ def test_demo_writes_what_it_says(tmp_path):
     report = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert report == returned
     assert report["dense_accuracy"] > 0.5
-    methods = ["magnitude", "snip", "sfpk", "sfpk-paper", "sfpk-authors"]
+    methods = ["magnitude", "snip", "straight-through", "sfpk", "sfpk-paper", "sfpk-authors"]
     assert [row["method"] for row in report["results"]] == methods * 2
     for row in report["results"]:
         assert set(row) >= KEYS

@@ -13,10 +13,12 @@ from sfpk_kernels.search.diagnostics import Alarms
 from sfpk_kernels.search.nonfinite import standing_still
 from sfpk_kernels.search.records import StepRecord
 
+from .settings import population
+
 
 def quick(**overrides):
     options = {"n_particles": 4, "n_steps": 10, **overrides}
-    return SFPKConfig(0.8, **options)
+    return population(0.8, **options)
 
 
 def measured_by_hand(pruner):
@@ -127,7 +129,7 @@ def test_an_untrained_model_is_noticed(n, caplog):
 
 
 def test_one_particle_whose_batches_differ_is_no_alarm():
-    alarms, history = Alarms(SFPKConfig(0.8, n_particles=1, n_steps=40), ["0.weight"]), []
+    alarms, history = Alarms(population(0.8, n_particles=1, n_steps=40), ["0.weight"]), []
     for k in range(40):
         energy = 0.5 + (0.3, -0.2, 0.1, -0.3, 0.2)[k % 5] - 0.002 * k
         record = StepRecord(k + 1, 1 - k / 50, [1 - k / 50], [energy], [0.0], 0.1, deviation=1.0, layer_densities=[0.5])

@@ -7,11 +7,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import models
-from sfpk_kernels import Coordinates, Execution, SFPKConfig, default_loss, prune
+from sfpk_kernels import Coordinates, Execution, default_loss, prune
 from sfpk_kernels.modeling.state import guarded
 from sfpk_kernels.search.energy import ParticleEnergy
 from sfpk_kernels.search.energy._scale import LossScale
 
+from .settings import population
 from .wrappers import WRAPPERS
 
 N = 3
@@ -192,7 +193,7 @@ def test_compiled(mode):
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_wrapped_models_get_the_masks_of_the_model_inside(wrap, mode):
     model, batches = task("gpt")  # with tied weights
-    how = {"config": SFPKConfig(0.6, n_particles=2, n_steps=3), "execution": Execution(energy_mode=mode)}
+    how = {"config": population(0.6, n_particles=2, n_steps=3), "execution": Execution(energy_mode=mode)}
     expected = prune(model, batches, **how).mask
     found = prune(wrap(model), batches, **how).mask
     assert list(found) == list(expected)

@@ -12,15 +12,16 @@ from safetensors.torch import load_model
 from torch import nn
 
 from benchmarks.models import Gpt, texts
-from sfpk_kernels import MaskSet, SFPKConfig, export, load_exported, prune
+from sfpk_kernels import MaskSet, export, load_exported, prune
 
+from .settings import population
 from .snapshot import Snapshot
 from .wrappers import WRAPPERS
 
 
 @pytest.fixture
 def pruned(convnet, images):
-    config = SFPKConfig(0.8, n_particles=2, n_steps=4)
+    config = population(0.8, n_particles=2, n_steps=4)
     return prune(convnet, images, config=config).apply_(convnet)
 
 
@@ -59,7 +60,7 @@ def test_masks_only(pruned, images, tmp_path):
 
 
 def test_masks_not_yet_applied(convnet, images, tmp_path):
-    masks = prune(convnet, images, config=SFPKConfig(0.8, n_particles=2, n_steps=4)).mask
+    masks = prune(convnet, images, config=population(0.8, n_particles=2, n_steps=4)).mask
     snapshot = Snapshot(convnet)
     export(convnet, tmp_path / "m", masks=masks)
     snapshot.check()

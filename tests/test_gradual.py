@@ -22,7 +22,7 @@ from .interruptions import every_moment
 
 def quick(sparsity=0.9, **overrides):
     options = {"n_particles": 2, "n_steps": 9, **overrides}
-    return SFPKConfig.preset(options.pop("preset", "default"), sparsity=sparsity, **options)
+    return SFPKConfig.preset(options.pop("preset", "population"), sparsity=sparsity, **options)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_shots_follow_the_formulas():
     assert schedule_shots(quick(0.9999, n_steps=1000), 1000, 10.0)[-1].share == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize("preset", ["default", "paper", "authors"])
+@pytest.mark.parametrize("preset", ["default", "population", "paper", "authors"])
 def test_a_run(convnet, images, preset):
     dense = state(convnet)
     identities = {name: id(p) for name, p in convnet.named_parameters()}
@@ -288,10 +288,11 @@ import os, signal, sys, torch
 from torch import nn
 import sfpk_kernels
 from sfpk_kernels import GradualPruner, SFPKConfig
+from .settings import population
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
 batches = [(torch.randn(16, 8), torch.randint(4, (16,))) for _ in range(5)]
-config = SFPKConfig(0.9, n_particles=2, n_steps=8)
+config = population(0.9, n_particles=2, n_steps=8)
 calls = iter(range(10**6))
 def loss_fn(model, batch):
     if next(calls) == int(sys.argv[3]):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from sfpk_kernels import Coordinates, Execution, SFPKConfig, default_loss, prune
+from sfpk_kernels import Coordinates, Execution, default_loss, prune
 from sfpk_kernels.modeling.state import guarded
 from sfpk_kernels.search.energy import Choice, ParticleEnergy, capture, choice, graphed
 
 from .fake_graphs import DEVICE, Machine
+from .settings import population
 from .snapshot import Snapshot
 
 N = 4
@@ -235,7 +236,7 @@ def test_not_more_shapes_than_memory_is_for(mlp, on_cuda_1):
 @pytest.mark.parametrize("way", ["_time_batched"])
 def test_a_trial_may_raise_whatever_it_likes(mlp, vectors, error, way):
     with mock.patch.object(choice, way, side_effect=error):
-        config = SFPKConfig(0.8, n_particles=3, n_steps=3)
+        config = population(0.8, n_particles=3, n_steps=3)
         result = prune(mlp, vectors, config=config, execution=Execution(energy_mode="timed"))
         assert result.plan.choice.mode == "sequential"
         assert "boom" in result.plan.choice.reason

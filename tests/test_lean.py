@@ -4,15 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from sfpk_kernels import Execution, SFPKConfig, SFPKPruner, prune
+from sfpk_kernels import Execution, SFPKPruner, prune
 from sfpk_kernels.ops import transition_
 
+from .settings import population
 from .snapshot import Snapshot
 
 
 def quick(**overrides):
     options = {"n_particles": 3, "n_steps": 6, "update": "gauss_seidel", **overrides}
-    return SFPKConfig(0.8, **options)
+    return population(0.8, **options)
 
 
 def test_lean_is_the_same_step_in_gauss_seidel_order(mlp, vectors):

@@ -12,7 +12,6 @@ from sfpk_kernels import (
     Execution,
     GradualPruner,
     RetrainConfig,
-    SFPKConfig,
     baselines,
     default_loss,
     export,
@@ -21,11 +20,12 @@ from sfpk_kernels import (
     recalibrate_batchnorm,
 )
 
+from .settings import population
 from .snapshot import Snapshot
 
 
 def quick(**options):
-    return SFPKConfig(0.5, **{"n_particles": 3, "n_steps": 4, **options})
+    return population(0.5, **{"n_particles": 3, "n_steps": 4, **options})
 
 
 def repeated():
@@ -172,7 +172,7 @@ def test_energies_are_those_of_the_model(vectors):
     """With its adapter, though eval() was never called."""
     model = merging().train()
     dense = copy.deepcopy(model)
-    result = prune(model, vectors[:1], config=SFPKConfig(1e-6, n_particles=1, n_steps=1, bn="running"))
+    result = prune(model, vectors[:1], config=population(1e-6, n_particles=1, n_steps=1, bn="running"))
     for module in dense.modules():
         module.training = False
     assert result.history[0].energy == pytest.approx(float(default_loss(dense, vectors[0])), rel=1e-5)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from sfpk_kernels import SFPKConfig, prune
+from sfpk_kernels import prune
 from sfpk_kernels.ops import transition_
 from sfpk_kernels.ops.transition import rounding
 
+from .settings import population
 from .test_transition_backends import BACKENDS, fit, in_fp64, place, problem
 
 EVERY = [*BACKENDS, "reference"]
@@ -150,7 +151,7 @@ def test_particles_that_stay_keep_every_bit(backend, dtype, policy):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_run_with_particles_of_each_dtype(mlp, vectors, dtype):
-    config = SFPKConfig(sparsity=0.8, n_particles=3, n_steps=8, particle_dtype=dtype)
+    config = population(sparsity=0.8, n_particles=3, n_steps=8, particle_dtype=dtype)
     result = prune(mlp, vectors, config=config, progress=False)
     assert result.particles.dtype == getattr(torch, dtype)
     assert result.mask.kept == round(0.2 * 144)

@@ -12,9 +12,9 @@ from torch import nn
 import sfpk_kernels
 from benchmarks import peak
 from benchmarks.models import images, mlp, resnet
-from sfpk_kernels import Execution, SFPKConfig, SFPKPruner, prune
+from sfpk_kernels import Execution, SFPKPruner, prune
 
-from .settings import both
+from .settings import both, population
 from .snapshot import Snapshot
 
 SLOW = [
@@ -58,7 +58,7 @@ def test_the_predicted_peak_on_a_gpu(options):
     torch.manual_seed(0)
     model = mlp((64, 2048, 2048, 10)).cuda()
     batches = [images(8, channels=1)(64) for _ in range(5)]
-    settings = both(SFPKConfig, 0.9, n_particles=5, n_steps=2, **options)
+    settings = both(population, 0.9, n_particles=5, n_steps=2, **options)
     prune(model, batches, **settings)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -74,7 +74,7 @@ def big():
 def test_plan_before_a_run():
     model, batches = big()
     snapshot = Snapshot(model)
-    config = SFPKConfig(0.9, n_particles=4, n_steps=2)
+    config = population(0.9, n_particles=4, n_steps=2)
     plan = sfpk_kernels.plan(model, [batches[0]], config=config)
     snapshot.check()
     d = 64 * 256 + 256 * 256 + 256 * 10
@@ -99,7 +99,7 @@ def test_plan_before_a_run():
 
 def test_what_does_not_fit_is_refused_with_what_would():
     model, batches = big()
-    config = SFPKConfig(0.9, n_particles=16, n_steps=2)
+    config = population(0.9, n_particles=16, n_steps=2)
     lean = config.replace(update="gauss_seidel")
     jacobi, seidel = (sfpk_kernels.plan(model, batches, config=one) for one in (config, lean))
     assert (jacobi.update, seidel.update) == ("jacobi", "gauss_seidel")
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused_with_what_would():
 
 def test_a_run_that_will_not_fit_is_refused_with_what_would():
     model, batches = big()
-    config = SFPKConfig(0.9, n_particles=16, n_steps=2, update="jacobi")
+    config = population(0.9, n_particles=16, n_steps=2, update="jacobi")
     fast = sfpk_kernels.plan(model, [batches[0]], config=config)
     lean = sfpk_kernels.plan(model, [batches[0]], config=config.replace(update="gauss_seidel"))
     state = sum(fast.parts[name] for name in ("particles", "gradients", "dense weights, saliency"))
@@ -141,7 +141,7 @@ def test_particles_that_cannot_fit_are_refused_before_anything_is_allocated(monk
 
     monkeypatch.setattr("sfpk_kernels.search.run.ParticleSystem", fail)
     with pytest.raises(MemoryError, match="this run will not fit") as caught:
-        SFPKPruner(model, config=SFPKConfig(0.9, n_particles=16), execution=Execution(memory_limit=1_000_000))
+        SFPKPruner(model, config=population(0.9, n_particles=16), execution=Execution(memory_limit=1_000_000))
     assert "n_particles=8" in str(caught.value)
     assert "still too much" in str(caught.value)
     assert re.search(r"time +not measured", str(caught.value))
@@ -149,7 +149,7 @@ def test_particles_that_cannot_fit_are_refused_before_anything_is_allocated(monk
 
 def test_the_plan_is_logged_and_printed_beside_a_progress_bar(capsys, caplog):
     model, batches = big()
-    config = SFPKConfig(0.9, n_particles=2, n_steps=2)
+    config = population(0.9, n_particles=2, n_steps=2)
     with caplog.at_level(logging.INFO, logger="sfpk_kernels"):
         result = prune(model, batches, config=config, progress=True)
     assert str(result.plan) in capsys.readouterr().err
@@ -197,12 +197,12 @@ def test_a_forced_way_that_cannot_run_is_said_by_the_plan():
 
     with pytest.raises(RuntimeError, match="energy_mode='vmap' cannot run this model"):
         sfpk_kernels.plan(
-            Odd(), [images(8, channels=1)(4)], config=SFPKConfig(0.5), execution=Execution(energy_mode="vmap")
+            Odd(), [images(8, channels=1)(4)], config=population(0.5), execution=Execution(energy_mode="vmap")
         )
 
 
 def test_a_model_with_batchnorm_is_left_alone_by_the_plan():
     model = resnet(8, 8, channels=1)
     snapshot = Snapshot(model)
-    sfpk_kernels.plan(model, [images(8, channels=1)(4)], config=SFPKConfig(0.5, n_particles=3))
+    sfpk_kernels.plan(model, [images(8, channels=1)(4)], config=population(0.5, n_particles=3))
     snapshot.check()

@@ -18,7 +18,7 @@ from .settings import both
 from .snapshot import Snapshot
 
 
-def quick(preset="default", sparsity=0.8, **overrides):
+def quick(preset="population", sparsity=0.8, **overrides):
     options = {"n_particles": 3, "n_steps": 8, **overrides}
     return SFPKConfig.preset(preset, sparsity=sparsity, **options)
 
@@ -26,7 +26,7 @@ def quick(preset="default", sparsity=0.8, **overrides):
 TRIAL_PASSES = 4  # one to measure memory, three timed
 
 
-@pytest.mark.parametrize("preset", ["default", "paper", "authors"])
+@pytest.mark.parametrize("preset", ["default", "population", "paper", "authors"])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_model_is_as_it_was(convnet, images, preset, training):
     convnet.train(training)

@@ -107,7 +107,13 @@ def test_protocols_have_rows_of_their_own():
 
 
 def study_rows():
-    values = {OURS: 90.0, "sfpk, population": 85.0, "straight-through, SGD": 88.0, "magnitude": 40.0, "woodfisher": 50.0}
+    values = {
+        OURS: 90.0,
+        "sfpk, population": 85.0,
+        "straight-through, SGD": 88.0,
+        "magnitude": 40.0,
+        "woodfisher": 50.0,
+    }
     layers = {"a": (10, 100), "b": (0, 50)}
     return [
         row(name, value - 100 * (sparsity - 0.5) + seed + 3 * math.log(max(passes, 1)), seed, passes, sparsity,

@@ -14,12 +14,13 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from sfpk_kernels import SFPKConfig, prune
+from sfpk_kernels import prune
 from sfpk_kernels import report as reports
 from sfpk_kernels.report import charts
 from sfpk_kernels.utils.plain import plain
 
 from .html_page import Page
+from .settings import population
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROWS = [
@@ -30,7 +31,7 @@ ROWS = [
 
 @pytest.fixture
 def result(mlp, vectors):
-    config = SFPKConfig(0.8, n_particles=3, n_steps=10)
+    config = population(0.8, n_particles=3, n_steps=10)
     return prune(mlp, vectors, config=config, waypoints=[0.5])
 
 
@@ -68,7 +69,7 @@ def test_rendered_again_from_json_alone(result, tmp_path):
 
 
 def test_one_particle_has_no_band_and_no_spread(mlp, vectors, tmp_path):
-    config = SFPKConfig(0.8, n_particles=3, n_steps=10)
+    config = population(0.8, n_particles=3, n_steps=10)
     prune(mlp, vectors, config=config).report(tmp_path, ROWS)
     html = prune(mlp, vectors, config=config.replace(n_particles=1)).report(tmp_path).read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layers.png", "loss.png", "report.html", "report.json"]
@@ -174,7 +175,7 @@ def test_sparsities_and_methods_have_room(sparsities, method):
 
 
 def test_many_masks_methods_and_layers(mlp, vectors, tmp_path):
-    config = SFPKConfig(0.9, n_particles=2, n_steps=4)
+    config = population(0.9, n_particles=2, n_steps=4)
     few = prune(mlp, vectors, config=config, progress=False)
     many = prune(mlp, vectors, config=config, progress=False, waypoints=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
     few.report(tmp_path / "few", ROWS)
@@ -319,4 +320,4 @@ def test_without_matplotlib_the_numbers_are_there(mlp, vectors, tmp_path, monkey
 
 
 def small(model, batches):
-    return prune(model, batches, config=SFPKConfig(0.5, n_particles=2, n_steps=3))
+    return prune(model, batches, config=population(0.5, n_particles=2, n_steps=3))

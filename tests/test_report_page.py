@@ -14,7 +14,7 @@ from torch import nn
 pytest.importorskip("matplotlib")
 
 import sfpk_kernels
-from sfpk_kernels import PruneResult, SFPKConfig, prune
+from sfpk_kernels import PruneResult, prune
 from sfpk_kernels import report as reports
 from sfpk_kernels.cli import main
 from sfpk_kernels.report import charts
@@ -24,6 +24,7 @@ from sfpk_kernels.search.records import StepRecord
 from sfpk_kernels.utils.smoothing import running_median
 
 from .html_page import Page
+from .settings import population
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -36,7 +37,7 @@ QUICK = {"n_particles": 3, "n_steps": 10}
 
 @pytest.fixture
 def result(mlp, vectors):
-    return prune(mlp, vectors, config=SFPKConfig(0.8, **QUICK), waypoints=[0.5])
+    return prune(mlp, vectors, config=population(0.8, **QUICK), waypoints=[0.5])
 
 
 def bent(result):
@@ -96,7 +97,7 @@ def test_every_word_is_explained_where_it_stands(result, tmp_path):
 
 
 def test_words_of_what_is_not_there_are_not_there(mlp, vectors, tmp_path):
-    one = prune(mlp, vectors, config=SFPKConfig(0.8, **{**QUICK, "n_particles": 1}))
+    one = prune(mlp, vectors, config=population(0.8, **{**QUICK, "n_particles": 1}))
     page = read(one, tmp_path)
     assert one.knee() is None
     assert page.facts["knee of the loss"][0] == "none found"
@@ -113,7 +114,7 @@ def test_share_of_the_whole_model(convnet, images, tmp_path):
     convnet.append(nn.Linear(4, 4))
     convnet[-1].weight = convnet[-2].weight
     total = sum(parameter.numel() for parameter in convnet.parameters())
-    result = prune(convnet, images, config=SFPKConfig(0.5, **QUICK), ignored_layers=["8"])
+    result = prune(convnet, images, config=population(0.5, **QUICK), ignored_layers=["8"])
     prunable = 6 * 2 * 9 + 8 * 6 * 9 + 4 * 4
     page = read(result, tmp_path)
     removed = prunable - result.mask.kept
@@ -133,7 +134,7 @@ def test_share_of_the_whole_model(convnet, images, tmp_path):
 
 def test_a_model_covered_in_full(vectors, tmp_path):
     model = nn.Sequential(nn.Linear(8, 12, bias=False), nn.Tanh(), nn.Linear(12, 4, bias=False))
-    page = read(prune(model, vectors, config=SFPKConfig(0.8, **QUICK)), tmp_path)
+    page = read(prune(model, vectors, config=population(0.8, **QUICK)), tmp_path)
     assert page.facts["covered by the masks"][0].startswith("100.00 % of the whole model: 144 of 144")
     assert "Left alone" not in page.headings
 
@@ -233,7 +234,7 @@ def test_long_names_are_shortened_in_the_middle(vectors, tmp_path):
     model.a_backbone_that_has_a_long_name_of_its_own = inner
     model.head = nn.Linear(8, 4)
     model.forward = lambda x: model.head(sum(layer(x) for layer in inner.values()))
-    result = prune(model, vectors, config=SFPKConfig(0.5, **QUICK))
+    result = prune(model, vectors, config=population(0.5, **QUICK))
     page = read(result, tmp_path)
     names = [tensor.name for tensor in result.coordinates.tensors]
     shown = [row[1] for row in page.tables["Prunable tensors"][1:]]

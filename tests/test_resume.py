@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from sfpk_kernels import SFPKConfig, SFPKPruner, prune
+from sfpk_kernels import SFPKPruner, prune
 
-from .settings import both
+from .settings import both, population
 
 
 def quick(**overrides):
     options = {"n_particles": 3, "n_steps": 8, **overrides}
-    return SFPKConfig(0.8, **options)
+    return population(0.8, **options)
 
 
 class Killed(BaseException):

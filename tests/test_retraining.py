@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sfpk_kernels import GradualPruner, MaskSet, RetrainConfig, SFPKConfig, prune, retrain
+from sfpk_kernels import GradualPruner, MaskSet, RetrainConfig, prune, retrain
 from sfpk_kernels.baselines import magnitude
+
+from .settings import population
 
 
 @pytest.fixture
@@ -182,7 +184,7 @@ class Endless(torch.utils.data.IterableDataset):
 def test_loaders_without_a_length(mlp, vectors):
     """Everything that reads batches: it works, or says what is wanted instead, before anything is trained."""
     streams = DataLoader(Endless(vectors), 16)
-    config = SFPKConfig(0.5, n_particles=2, n_steps=6)
+    config = population(0.5, n_particles=2, n_steps=6)
     listed = prune(mlp, vectors, config=config)
     assert prune(mlp, streams, config=config).mask == listed.mask
     assert prune(mlp, DataLoader(Endless(vectors), 16, num_workers=1), config=config).mask == listed.mask

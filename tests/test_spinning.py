@@ -6,8 +6,10 @@ import os
 import pytest
 import torch
 
-from sfpk_kernels import SFPKConfig, prune
+from sfpk_kernels import prune
 from sfpk_kernels.utils import threads
+
+from .settings import population
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def machine(monkeypatch):
 
 def said(mlp, vectors, caplog):
     with caplog.at_level(logging.WARNING, logger="sfpk_kernels"):
-        prune(mlp, vectors, config=SFPKConfig(0.5, n_particles=2, n_steps=1))
+        prune(mlp, vectors, config=population(0.5, n_particles=2, n_steps=1))
     return [record.getMessage() for record in caplog.records if "spin" in record.getMessage()]
 
 

@@ -7,19 +7,19 @@ import random
 import pytest
 import torch
 
-from sfpk_kernels import Execution, GradualPruner, RetrainConfig, SFPKConfig, SFPKPruner
+from sfpk_kernels import Execution, GradualPruner, RetrainConfig, SFPKPruner
 from sfpk_kernels.search.energy import ParticleEnergy
 from sfpk_kernels.search.particles import ParticleSystem
 from sfpk_kernels.utils.files import load_state, save_state
 
 from .altered import alter, places
-from .settings import both
+from .settings import both, population
 from .snapshot import Snapshot
 
 
 def quick(**overrides):
     options = {"n_particles": 3, "n_steps": 5, **overrides}
-    return SFPKConfig(0.8, **options)
+    return population(0.8, **options)
 
 
 def equal(a, b):

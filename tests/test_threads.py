@@ -10,14 +10,16 @@ import torch
 from torch.utils.data import DataLoader
 
 import sfpk_kernels
-from sfpk_kernels import GradualPruner, RetrainConfig, SFPKConfig, SFPKPruner, export, prune
+from sfpk_kernels import GradualPruner, RetrainConfig, SFPKPruner, export, prune
 from sfpk_kernels.modeling import turns
 from sfpk_kernels.modeling.turns import Turns, lock
+
+from .settings import population
 
 
 def quick(**overrides):
     options = {"n_particles": 2, "n_steps": 6, "model_mode": "train", **overrides}
-    return SFPKConfig(0.8, **options)
+    return population(0.8, **options)
 
 
 class Noisy(torch.utils.data.Dataset):

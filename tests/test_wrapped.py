@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from sfpk_kernels import Coordinates, MaskSet, SFPKConfig
+from sfpk_kernels import Coordinates, MaskSet
 from sfpk_kernels import prune as search
 from sfpk_kernels.coordinates.flat import named_parameters
 from sfpk_kernels.coordinates.wrapped import check_plain, originals
+
+from .settings import population
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -109,7 +111,7 @@ def test_a_wrapped_layer_is_named_with_what_removes_it(wrap, names, call, unwrap
     assert ("prune.remove first" in text) == (call == "prune.remove")
     assert originals(model) == {"2.weight": why[f"2.{names[0]}"]}
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    config = SFPKConfig(sparsity=0.5, n_particles=2, n_steps=3)
+    config = population(sparsity=0.5, n_particles=2, n_steps=3)
     result = search(model, vectors, config=config)
     assert set(result.mask) == {"0.weight", "4.weight"}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -190,7 +192,7 @@ def test_a_quantized_part_is_left_alone(mlp, vectors):
     model = nn.Sequential(torch.ao.quantization.quantize_dynamic(mlp, {nn.Linear}), nn.Linear(4, 4))
     assert [tensor.name for tensor in Coordinates(model).tensors] == ["1.weight"]
     assert reasons(model)["0.0.weight"] == "quantized: prune the model before that"
-    result = search(model, vectors, config=SFPKConfig(sparsity=0.5, n_particles=2, n_steps=2))
+    result = search(model, vectors, config=population(sparsity=0.5, n_particles=2, n_steps=2))
     assert list(result.mask) == ["1.weight"]
 
 
@@ -397,7 +399,7 @@ def test_low_rank_adapters_and_what_is_under_them_are_left_alone(kind, vectors):
     assert [tensor.name for tensor in Coordinates(model).tensors] == ["0.weight", "4.weight"]
     why = reasons(model)
     assert all("merging would fill its zeros" in why[name] for name in why if name.startswith("2."))
-    result = search(model, vectors, config=SFPKConfig(sparsity=0.5, n_particles=2, n_steps=2))
+    result = search(model, vectors, config=population(sparsity=0.5, n_particles=2, n_steps=2))
     assert set(result.mask) == {"0.weight", "4.weight"}
 
 
@@ -437,7 +439,7 @@ def test_peft(kind, vectors):
     assert "merge_and_unload() or unload() first" in why["base_model.model.a.base_layer.weight"]
     if kind == "LoraConfig":
         assert why["base_model.model.o.original_module.weight"].startswith("kept aside by peft")
-    config = SFPKConfig(sparsity=0.5, n_particles=2, n_steps=3)
+    config = population(sparsity=0.5, n_particles=2, n_steps=3)
     result = search(model, vectors, config=config)
     result.mask.apply_(model)
     merged = model.merge_and_unload()

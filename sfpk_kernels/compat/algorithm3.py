@@ -38,7 +38,7 @@ def SFPK_prune(
         loss_fn: the energy, ``loss_fn(model, batch) -> scalar``; ``None`` for cross-entropy on batches (x, y).
         progress: show a bar; ``None`` for only on a terminal.
         fields: any other field of :class:`~sfpk_kernels.SFPKConfig` or :class:`~sfpk_kernels.Execution`, over preset
-            ``"paper"``; ``preset="default"`` for what this package recommends.
+            ``"paper"``; ``preset="population"`` for the same with the stabilisers of ours.
 
     Returns:
         The result of the run; ``.mask`` is the algorithm's m̂, ``.apply_(model)`` prunes.

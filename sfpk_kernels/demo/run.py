@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from ..baselines import magnitude, snip
+from ..baselines import magnitude, snip, ste
 from ..config import SFPKConfig
 from ..masks.maskset import MaskSet
 from ..modeling.batchnorm import recalibrate_batchnorm
+from ..search.merging import passes
 from ..search.prune import prune
 from ..search.result import PruneResult
 from ..utils.files import atomic_write, check_place
@@ -31,6 +32,7 @@ _NAMES = {
     "sfpk": "SFPK (default)",
     "sfpk-paper": "SFPK (paper)",
     "sfpk-authors": "SFPK (authors' code)",
+    "straight-through": "straight-through",
     "magnitude": "magnitude",
     "snip": "SNIP",
 }
@@ -112,7 +114,7 @@ class Demo:
         return self.seeds if self.full or sparsity == HEADLINE else self.seeds[:1]
 
     def _mask_names(self) -> list[str]:
-        methods = ("magnitude", "snip", *map(_method, self.presets))
+        methods = ("magnitude", "snip", "straight-through", *map(_method, self.presets))
         return [_mask_name(m, sparsity, seed) for m in methods for sparsity in self.sparsities
                 for seed in self._seeds_at(sparsity)]  # fmt: skip
 
@@ -127,9 +129,14 @@ class Demo:
 
             return search
 
+        def learned(model: nn.Module, sparsity: float, seed: int) -> MaskSet:
+            allowed = passes(SFPKConfig.preset("default", sparsity=sparsity, **self.overrides))
+            return ste(model, digits.loader(seed), sparsity, passes=allowed, seed=seed)
+
         return [
             ("magnitude", lambda model, sparsity, seed: magnitude(model, sparsity)),
             ("snip", lambda model, sparsity, seed: snip(model, digits.loader(seed), sparsity)),
+            ("straight-through", learned),
             *((_method(preset), sfpk(preset)) for preset in self.presets),
         ]
 
@@ -162,7 +169,7 @@ class Demo:
             "prunable": mask.prunable,
             "seconds": statistics.mean(seconds),
         }
-        self.say(f"  {sparsity:.0%} removed  {method:<13} accuracy {_percent(accuracies)}  {row['seconds']:.1f} s")
+        self.say(f"  {sparsity:.0%} removed  {method:<16} accuracy {_percent(accuracies)}  {row['seconds']:.1f} s")
         return row
 
     def _plot(self, report: dict[str, Any]) -> None:
@@ -196,11 +203,11 @@ class Demo:
         )
 
     def _summarize(self, report: dict[str, Any]) -> None:
-        header = f"{'sparsity':>8}  {'method':<13} {'accuracy %':>14}  {'kept':>6} of {'prunable':>8}  {'seconds':>7}"
+        header = f"{'sparsity':>8}  {'method':<16} {'accuracy %':>14}  {'kept':>6} of {'prunable':>8}  {'seconds':>7}"
         self.say("\n" + header + "\n" + "-" * len(header))
         for row in report["results"]:
             self.say(
-                f"{row['sparsity']:>8.0%}  {row['method']:<13} {_percent(row['accuracies']):>14}  "
+                f"{row['sparsity']:>8.0%}  {row['method']:<16} {_percent(row['accuracies']):>14}  "
                 f"{row['kept']:>6,} of {row['prunable']:>8,}  {row['seconds']:>7.1f}"
             )
         self.say(

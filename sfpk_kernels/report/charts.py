@@ -84,7 +84,7 @@ def plot_methods(
     ends = []  # height and number of each line at its end
     for number, method in enumerate(methods):
         rows = sorted((row for row in shown if row["method"] == method), key=lambda row: row["sparsity"])
-        colour = (*_COLOURS, "#555555")[number % 5]
+        colour = (*_COLOURS, "#555555", "#00838f")[number % 6]
         accuracies = [100 * row["accuracy_mean"] for row in rows]
         axes.errorbar(
             [100 * row["sparsity"] for row in rows], accuracies,
