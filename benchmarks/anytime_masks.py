@@ -32,7 +32,7 @@ def main() -> dict[str, dict[float, list[float]]]:
         model = train(digits, seed, 15)
 
         def search(sparsity: float, checkpoints=(), model=model, seed=seed, **fields):
-            config = SFPKConfig(sparsity, seed=seed, **fields)
+            config = SFPKConfig.preset("population", sparsity=sparsity, seed=seed, **fields)
             return prune(model, digits.loader(seed), config=config, waypoints=checkpoints, progress=False)
 
         def measure(name: str, sparsity: float, mask: MaskSet, model=model, seed=seed) -> None:

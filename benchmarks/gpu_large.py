@@ -159,7 +159,7 @@ def fits(device: torch.device) -> str:
     modes = ["sequential", "vmap", "auto", "timed"] + (["cudagraph"] if device.type == "cuda" else [])
     masks = {}
     for mode in modes:
-        config = SFPKConfig(0.8, n_particles=4, n_steps=10)
+        config = SFPKConfig.preset("population", sparsity=0.8, n_particles=4, n_steps=10)
         masks[mode] = prune(model, batches, config=config, execution=Execution(energy_mode=mode), progress=False).mask
     first = masks["sequential"].flat()
     shares = {mode: float((mask.flat() == first).double().mean()) for mode, mask in masks.items()}

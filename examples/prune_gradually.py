@@ -19,11 +19,11 @@ SPARSITY = 0.99
 
 def main(arguments: Sequence[str] = ()) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="more particles, steps and epochs: minutes")
+    parser.add_argument("--full", action="store_true", help="more steps and epochs: minutes")
     full = parser.parse_args(arguments).full
     digits = load_digits()
     dense = train(digits, 0, 40 if full else 5)
-    config = SFPKConfig(SPARSITY, n_particles=10 if full else 2, n_steps=100 if full else 16)
+    config = SFPKConfig(SPARSITY, n_steps=1000 if full else 32)
     retraining = RetrainConfig(epochs=40 if full else 4)
 
     def test(model: nn.Module) -> float:

@@ -31,7 +31,7 @@ def main() -> None:
     def smoothed(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.cross_entropy(net(batch[0]), batch[1], label_smoothing=0.1)
 
-    config = SFPKConfig.preset("default", sparsity=0.95, n_particles=8, n_steps=60)
+    config = SFPKConfig(0.95, n_steps=300)
     pruner = SFPKPruner(model, loss_fn=smoothed, config=config, ignored_layers=ignored)
     result = pruner.run(loader)
     print(result.mask)

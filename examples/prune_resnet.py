@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from sfpk_kernels import MaskSet, SFPKConfig, baselines, prune, recalibrate_batchnorm
+from sfpk_kernels import MaskSet, baselines, prune, recalibrate_batchnorm
 from sfpk_kernels.utils.extras import require
 
 SPARSITIES = (0.8, 0.95)
@@ -91,10 +91,10 @@ def main(arguments: Sequence[str] = ()) -> dict[str, Any]:
 
     figures: dict[str, Any] = {"dense": accuracy(model)}
     print(f"dense: {figures['dense']:.1%}")
-    size = {"n_particles": 10, "n_steps": 100} if full else {"n_particles": 4, "n_steps": 40}
+    passes = 1000 if full else 160
     methods: dict[str, Callable[[float], MaskSet]] = {
         "magnitude": lambda sparsity: baselines.magnitude(model, sparsity),
-        "sfpk": lambda sparsity: prune(model, loader, config=SFPKConfig(sparsity, **size)).mask,
+        "sfpk": lambda sparsity: prune(model, loader, sparsity, passes=passes).mask,
     }
     with tempfile.TemporaryDirectory() as folder:
         for sparsity in SPARSITIES:

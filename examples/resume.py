@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] = ()) -> dict[str, Any]:
     full = parser.parse_args(arguments).full
     digits = load_digits()
     model = train(digits, 0, 40 if full else 4)
-    config = SFPKConfig(0.95, n_particles=10 if full else 2, n_steps=100 if full else 16)
+    size = {"n_particles": 10, "n_steps": 100} if full else {"n_particles": 2, "n_steps": 16}
+    config = SFPKConfig.preset("population", sparsity=0.95, **size)  # several particles, whose votes may differ
     waypoints = [0.5, 0.8, 0.9]
 
     def stop(record: StepRecord) -> None:

@@ -87,9 +87,10 @@ def test_a_run_ends_with_the_best_by_the_signed_score(dtype, update):
     model, _ = model_and_masks()
     torch.manual_seed(1)
     data = [(torch.randn(16, 6), torch.randint(0, 4, (16,))) for _ in range(4)]
-    config = SFPKConfig(
-        sparsity=0.5, n_particles=2, n_steps=12, radius=12.0, signed_score=True, particle_dtype=dtype, update=update
-    )
+    config = SFPKConfig.preset(
+        "population", sparsity=0.5, n_particles=2, n_steps=12, radius=12.0, signed_score=True, particle_dtype=dtype,
+        update=update,
+    )  # fmt: skip
     result = SFPKPruner(model, config=config).run(data)
     assert (result.particles < 0).any()  # else the sign would be no matter
     score = by_hand(model, result.particles.float(), "mask_normalized").mean(dim=0)

@@ -180,7 +180,7 @@ def test_errors_of_a_loss_name_the_mode_of_the_model(mlp, vectors, mode, when):
     assert set(calls) == {mode == "train"}
     other = "eval" if mode == "train" else "train"
     if hasattr(caught.value, "__notes__"):  # Python ≥ 3.11
-        words = f"the model was in {mode} mode; population(model_mode={other!r}) puts it into {other} mode"
+        words = f"the model was in {mode} mode; SFPKConfig(model_mode={other!r}) puts it into {other} mode"
         assert sum(words in note for note in caught.value.__notes__) == 1
 
 
