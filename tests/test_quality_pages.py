@@ -84,6 +84,15 @@ def test_differences_are_better_where_positive():
     assert tables.differences(given, "nobody", ["rival"], 60) == ""
 
 
+def test_changes_are_better_where_positive():
+    given = rows(ours=[90.0, 92.0, 94.0], other=[91.0, 91.0, 91.0], half=[93.0, 95.0, 97.5])
+    lines = tables.changes(given, "ours", ["other", "half", "nobody"], 60).splitlines()
+    assert lines[0] == "| 60 passes | small, 80 % |"
+    assert lines[2:] == ["| other | -1.0 ± 1.2 |", "| half | **+3.2 ± 0.2** |"]
+    assert tables.changes(given, "ours", ["nobody"], 60) == ""
+    assert tables.changes(given, "ours", ["other"], 300) == ""
+
+
 def test_passes_to_equal_quality_by_hand():
     curve = {10: 50.0, 100: 70.0, 1000: 80.0}
     assert compare.passes_to(ACCURACY, curve, 60.0) == ("", pytest.approx(10**1.5))

@@ -27,6 +27,7 @@ _LEARNED = {OURS: _SFPK, "straight-through, SGD": _STE, "sfpk, population": _POP
 _COMPARED = {**_LEARNED, "woodfisher": Shown("WoodFisher", 3), "magnitude": _MAGNITUDE}
 _PASSES = {**_LEARNED, "straight-through, Adam": Shown("STE, Adam", 3)}
 _LAYERS = {**_LEARNED, "magnitude": _MAGNITUDE, "magnitude, LAMP": Shown("LAMP", 3)}
+_ABLATIONS = tuple(name for name, method in METHODS.items() if method.ablation)
 _TUNED = (OURS, "straight-through, SGD", "sfpk, population", "magnitude")
 
 _INTRO = """# Mask quality
@@ -75,8 +76,15 @@ def text(rows: Sequence[Row], passes: Sequence[int], drawn: Sequence[str]) -> st
         [tables.equal_quality(rows, OURS, [rival for rival in RIVALS if not METHODS[rival].free])],
         "--passes " + " ".join(map(str, passes)),
     )
+    parts += _section(
+        "What each part is worth",
+        f"How much better it is with one part of {OURS} changed, in the task's own metric: differences paired over the "
+        "seeds ± their standard error; **bold**: more than two of them.",
+        [tables.changes(rows, OURS, _ABLATIONS, count) for count in passes],
+        "--methods " + " ".join(f'"{name}"' for name in _ABLATIONS if of(rows, method=name)),
+    )
     for task in TASKS.values():
-        mine = of(rows, task=task.name)
+        mine = [row for row in of(rows, task=task.name) if row.cell.method not in _ABLATIONS]
         mark = " †" if task.kept_out else ""
         parts += _section(
             f"{task.title[0].upper()}{task.title[1:]}{mark}",

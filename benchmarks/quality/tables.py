@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
-from .compare import Values, best, by_seed, difference, passes_to, tied
+from .compare import Difference, Values, best, by_seed, difference, passes_to, tied
 from .methods import METHODS
 from .protocols import PROTOCOLS
 from .records import ONE_SHOT, Row, label, of
@@ -68,14 +68,9 @@ def differences(rows: Sequence[Row], ours: str, rivals: Sequence[str], passes: i
         parts = []
         for rival in rivals:
             found = difference(task, mine, _values(rows, task, sparsity, rival, passes))
+            parts.append(_difference(task, found))
             if found is None:
-                parts.append("")
                 continue
-            digits = _digits(task)
-            words = f"{round(found.mean, digits) + 0.0:+.{digits}f}" + (
-                f" ± {found.error:.{digits}f}" if found.seeds > 1 else ""
-            )
-            parts.append(f"**{words}**" if found.clear else words)
             for place, counted in enumerate((found.clear and found.mean > 0, found.clear and found.mean < 0, True)):
                 counts[rival][place] += counted
         if any(parts):
@@ -85,6 +80,40 @@ def differences(rows: Sequence[Row], ours: str, rivals: Sequence[str], passes: i
     sums = [f"{better} better, {worse} worse, of {all_}" for better, worse, all_ in counts.values()]
     head = [f"| {ours} against, {passes:,} passes | " + " | ".join(rivals) + " |", "|---" * (len(rivals) + 1) + "|"]
     return "\n".join([*head, *lines, "| clear differences | " + " | ".join(sums) + " |"])
+
+
+def changes(rows: Sequence[Row], ours: str, variants: Sequence[str], passes: int) -> str:
+    """Variants of ``ours`` × tasks and sparsities: how much better each is than ``ours``; "" where nothing was measured.
+
+    As in :func:`differences`, turned around.
+    """
+    columns = [
+        (task, sparsity, mine)
+        for task, sparsity in _columns(rows)
+        if (mine := _values(rows, task, sparsity, ours, passes))
+        and any(_values(rows, task, sparsity, variant, passes) for variant in variants)
+    ]
+    lines = []
+    for variant in variants:
+        found = [difference(task, _values(rows, task, s, variant, passes), mine) for task, s, mine in columns]
+        if any(found):
+            cells = [_difference(task, one) for (task, _, _), one in zip(columns, found, strict=True)]
+            lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    if not lines:
+        return ""
+    head = f"| {passes:,} passes | " + " | ".join(_where(task, s) for task, s, _ in columns) + " |"
+    return "\n".join([head, "|---" * (len(columns) + 1) + "|", *lines])
+
+
+def _difference(task: Task, found: Difference | None) -> str:
+    """Mean ± standard error, bold where it is more than two of them."""
+    if found is None:
+        return ""
+    digits = _digits(task)
+    words = f"{round(found.mean, digits) + 0.0:+.{digits}f}" + (
+        f" ± {found.error:.{digits}f}" if found.seeds > 1 else ""
+    )
+    return f"**{words}**" if found.clear else words
 
 
 def equal_quality(rows: Sequence[Row], ours: str, rivals: Sequence[str]) -> str:
