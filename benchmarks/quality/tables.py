@@ -83,7 +83,7 @@ def differences(rows: Sequence[Row], ours: str, rivals: Sequence[str], passes: i
 
 
 def changes(rows: Sequence[Row], ours: str, variants: Sequence[str], passes: int) -> str:
-    """Variants of ``ours`` × tasks and sparsities: how much better each is than ``ours``; "" where nothing was measured.
+    """Variants of ``ours`` × tasks and sparsities: how much better each is than it; "" where nothing was measured.
 
     As in :func:`differences`, turned around.
     """
