@@ -150,7 +150,7 @@ def by_angle(k, steps, target, shares):
 def by_effective_dimension(k, steps, target, shares):
     """By the geometric mean of the effective dimensions before the step; in the first, by its own."""
     seen = shares[: min(max(k, 1), math.ceil(0.15 * steps))]
-    grown = min(1, (k + 1) / (0.3 * steps))
+    grown = min(1, (k + 1) / (0.15 * steps))
     return 0.33 * math.log(1 / target) ** 2 * math.prod(seen) ** (0.5 / len(seen)) * (1 - k / steps) * grown
 
 
@@ -206,8 +206,8 @@ def test_the_scale_is_a_factor_on_the_angle(length):
     fall = math.log(0.9 / 0.4)
     wanted = 0.035 * fall**1.5 if length == "angle" else 0.33 * fall**2 * math.sqrt(share)
     assert once.angle(7, 0.9) == pytest.approx(wanted * (1 - 7 / 20))
-    grown = 1 if length == "angle" else 3 / 6
-    assert once.angle(2, 0.9) == pytest.approx(wanted * (1 - 2 / 20) * grown)
+    grown = 1 if length == "angle" else 2 / 3
+    assert once.angle(1, 0.9) == pytest.approx(wanted * (1 - 1 / 20) * grown)
 
 
 def step_record(shares):

@@ -16,8 +16,7 @@ from .records import StepRecord
 # Empirical fits, flat: half and twice of either factor gave about the same masks.
 _ANGLE, _ANGLE_POWER = 0.035, 1.5
 _SHARE, _SHARE_POWER = 0.33, 2.0
-_LOOKED_AT = 0.15  # fraction of the run in which gradients are looked at
-_WARM_UP = 0.3  # fraction of the run in which moves by the effective dimension grow to their length
+_START = 0.15  # fraction of the run in which gradients are looked at, and moves grow to their length
 _PART = {"cpu": 1 << 18}  # elements in one piece: what stays in the cache
 _PART_ELSEWHERE = 1 << 22
 
@@ -29,7 +28,7 @@ class StepLength:
 
     ``"angle"``: α_k = γ ln(ρ_0/ρ_K)^(3/2) (1 - k/K), γ = 0.035.
 
-    ``"effective_dimension"``: α_k = 0.33 ln(ρ_0/ρ_K)² sqrt(δ) (1 - k/K) min(1, (k + 1)/(0.3 K)), δ the geometric mean
+    ``"effective_dimension"``: α_k = 0.33 ln(ρ_0/ρ_K)² sqrt(δ) (1 - k/K) min(1, (k + 1)/(0.15 K)), δ the geometric mean
     of the effective dimensions (:func:`effective_share`) in the first 0.15 K steps, of those before step k: they reach
     the host with everything else it reads of a step, so nothing waits. Until there is one (in the first step, and
     behind a gradient of zero) that of the step itself, for which it does wait. The gradients of a network that is
@@ -64,12 +63,12 @@ class StepLength:
         if share is None and now is not None:
             share = _mean([read_together(shares=now.shares)["shares"]])
         # Without any there is nothing to follow: gradients that are zero, or not finite.
-        grown = min(1.0, (step + 1) / (_WARM_UP * config.n_steps))
+        grown = min(1.0, (step + 1) / (_START * config.n_steps))
         return 0.0 if share is None else _SHARE * fall**_SHARE_POWER * math.sqrt(share) * left * grown
 
     @property
     def _looked_at(self) -> int:
-        return math.ceil(_LOOKED_AT * self._config.n_steps)
+        return math.ceil(_START * self._config.n_steps)
 
 
 def _mean(steps: Iterable[Sequence[float]]) -> float | None:
