@@ -66,7 +66,7 @@ def test_equals_the_reference(data):
         options["saliency"] = torch.rand(d, generator=generator).round(decimals=data.draw(st.integers(1, 6)))
     values = values.to(data.draw(st.sampled_from(DTYPES)))
     rows = 1 if score == "mean_abs_saliency" else n
-    least, most = 0, d
+    least, most = [0] * rows, [d] * rows
     constraint = data.draw(st.sampled_from(["none", "segments", "sizes", "aside", "pattern"]))
     if constraint == "segments":
         inner = sorted(data.draw(st.lists(st.integers(0, d), max_size=5)))
@@ -74,20 +74,19 @@ def test_equals_the_reference(data):
         lengths = [b - a for a, b in itertools.pairwise(borders)]
         floors, caps = [length // 3 for length in lengths], [length - length // 4 for length in lengths]
         options |= {"segments": borders, "min_keep": floors, "max_keep": caps}
-        least, most = sum(floors), sum(caps)
+        least, most = [sum(floors)] * rows, [sum(caps)] * rows
     elif constraint == "sizes":
         options["sizes"] = torch.randint(1, 9, (d,), generator=generator)
-        most = 6 * d
+        most = [6 * d] * rows
     elif constraint == "aside":
         place = torch.rand(rows, d, generator=generator)
         place = place[0] if score == "mean_abs_saliency" else place
         options |= {"protected": place < 0.1, "removed": place > 0.8}
-        least = int((place < 0.1).sum(-1).max()) if d else 0
-        most = d - int((place > 0.8).sum(-1).max()) if d else 0
+        least, most = (place < 0.1).sum(-1).view(rows).tolist(), (place <= 0.8).sum(-1).view(rows).tolist()
     elif constraint == "pattern" and d % 8 == 0:
         options["pattern"] = data.draw(st.sampled_from([(2, 4), (1, 8), (4, 4), (3, 8)]))
-        most = d * options["pattern"][0] // options["pattern"][1]
-    agree(values, [data.draw(st.integers(least, max(least, most))) for _ in range(rows)], **options)
+        most = [d * options["pattern"][0] // options["pattern"][1]] * rows
+    agree(values, [data.draw(st.integers(low, high)) for low, high in zip(least, most, strict=True)], **options)
 
 
 def test_a_list_equals_its_concatenation():

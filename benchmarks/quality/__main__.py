@@ -17,7 +17,7 @@ from .records import ONE_SHOT, read
 from .study import TASKS, cells, run
 from .tables import tables
 
-RESULTS = Path(__file__).parents[1] / "results" / "quality-cpu.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "quality" / "cpu.jsonl"
 PASSES = (60, 300, 1000)
 
 
