@@ -1,6 +1,7 @@
 """Shared fixtures: GPU policy, quiet threads, small models."""
 
 import base64
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,8 +37,10 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _no_mode_stays():
-    """A dispatch mode left on shows in whatever test compiles next."""
+    """A dispatch mode left on shows in whatever test compiles next, a level of the log in whatever reads it next."""
+    level = logging.getLogger("sfpk_kernels").level
     yield
+    assert logging.getLogger("sfpk_kernels").level == level
     assert not torch._C._len_torch_dispatch_stack()
     assert not is_in_torch_dispatch_mode()
 

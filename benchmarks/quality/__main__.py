@@ -46,8 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.quick:
         options.passes, options.seeds = [60], 1
-    logging.getLogger("sfpk_kernels").setLevel(logging.ERROR)  # alarms of settings that are poor on purpose
-    torch.set_num_threads(1)  # the same sums on every machine with other cores
     if options.pages is not None:
         try:
             written = write(read(options.out), options.passes, options.pages)
@@ -65,5 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # only there: both are of the whole process
+    logging.getLogger("sfpk_kernels").setLevel(logging.ERROR)  # alarms of settings that are poor on purpose
+    torch.set_num_threads(1)  # the same sums on every machine with other cores
     sys.exit(main())
