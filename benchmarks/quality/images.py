@@ -115,6 +115,6 @@ TASKS = (
     _task("mnist-conv", "residual net on 5,000 MNIST images, 77 k weights", _mnist, _conv, _sgd, 600,
           (0.8, 0.9, 0.95, 0.98, 0.99)),
     _task("mnist-vit", "vision transformer on 5,000 MNIST images, 84 k weights", _mnist, _Vit, _adam, 1500,
-          (0.5, 0.7, 0.8, 0.9, 0.95), kept_out=True, transformer=True,
+          (0.5, 0.7, 0.8, 0.9, 0.95), transformer=True,
           linear=True),
 )  # fmt: skip
