@@ -13,7 +13,7 @@ from ..config import SFPKConfig
 from .reading import read_together
 from .records import StepRecord
 
-# Empirical fits, flat: half and twice of either factor gave about the same masks.
+# Empirical fits: half and twice of either factor were a little worse in most trials.
 _ANGLE, _ANGLE_POWER = 0.035, 1.5
 _SHARE, _SHARE_POWER = 0.33, 2.0
 _START = 0.15  # fraction of the run in which gradients are looked at, and moves grow to their length
