@@ -1,6 +1,6 @@
 """What is done with a method's mask, at equal passes in all: nothing, fine-tuning once, or both in turns.
 
-A pass of fine-tuning is one step of Adam on one mini-batch. Search and fine-tuning share the passes in halves; a method
+A pass of fine-tuning is one step of ``finetune_masked`` on one mini-batch. Search and fine-tuning share the passes in halves; a method
 that needs none fine-tunes for all of them.
 """
 
@@ -10,15 +10,14 @@ import copy
 import dataclasses
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
-from sfpk_kernels import GradualPruner, MaskSet, SFPKConfig
+from sfpk_kernels import GradualPruner, MaskSet, SFPKConfig, finetune_masked
 from sfpk_kernels.retraining.shots import Shot, schedule_shots, spread_steps
 
 from .methods import Method
 from .records import ONE_SHOT, Cell
-from .task import Problem, Task, fit
+from .task import Problem, Task
 
 SHOTS = 5  # of gradual pruning
 _APART = 500_000  # between the seeds of the batches of a search and of the fine-tuning after it
@@ -86,19 +85,18 @@ def _steps(shots: list[Shot], passes: int) -> list[int]:
 
 
 class _Tuning:
-    """Adam under a mask, over batches that go on from call to call."""
+    """``finetune_masked``, over batches that go on from call to call."""
 
     def __init__(self, task: Task, problem: Problem, seed: int):
         self._rate, self._loss_fn, self._seed = task.rate, problem.loss_fn, seed
         self._batches = problem.batches(_APART + seed)
 
     def __call__(self, model: nn.Module, mask: MaskSet, steps: int) -> None:
-        """Train in place for so many steps, in train mode, and leave the model in eval mode."""
-        mask.apply_(model)
+        """Train in place for so many steps."""
         if steps == 0:
+            mask.apply_(model)
             return
-        optimizer = torch.optim.Adam(model.parameters())
-        with torch.random.fork_rng(devices=[]), mask.enforce(optimizer, model):
-            torch.manual_seed(self._seed)  # of dropout
-            fit(model.train(), self._loss_fn, self._batches, steps, optimizer, self._rate)
-        model.eval().zero_grad(set_to_none=True)
+        finetune_masked(
+            model, mask, self._batches, loss_fn=self._loss_fn, steps=steps, lr=self._rate, seed=self._seed,
+            progress=False,
+        )  # fmt: skip
