@@ -19,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 # Built anew when requirements, build files or C++ sources change.
 BUILT_FROM := constraints.txt pyproject.toml setup.py sfpk_kernels/_build.py $(CPP)
 
-.PHONY: setup demo demo-full test test-all bench bench-full quality quality-quick gpu-check matrix lint docs dist format clean
+.PHONY: setup demo demo-full test test-all bench bench-full quality quality-quick gpu-check matrix packages lint docs dist format clean
 
 setup: $(VENV)/.done
 
@@ -73,6 +73,14 @@ gpu-check:
 # ROWS="torch-2.11 torch-2.13" tries some; the table is tests/matrix.md.
 matrix:
 	$(PYTHON) tests/matrix.py $(ROWS)
+
+# Our baselines against the packages that offer the same methods, in an environment of their own.
+packages:
+	test -x .venv-packages/bin/python || $(PYTHON) -m venv .venv-packages
+	.venv-packages/bin/python -m pip install -q --disable-pip-version-check $(shell grep ^torch== constraints.txt) \
+		numpy tqdm safetensors pytest torchao==0.18.0 llmcompressor==0.14.0.1
+	PYTHONPATH=. SFPK_REQUIRE_PACKAGES=1 OMP_NUM_THREADS=1 .venv-packages/bin/python -m pytest -q -c /dev/null \
+		--rootdir=. -p no:cacheprovider tests/test_baselines_packages.py
 
 lint: setup
 	$(BIN)/ruff check .

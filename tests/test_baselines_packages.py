@@ -86,15 +86,16 @@ def test_wanda_is_torchaos(inputs):
     need("torchao")
     from torchao.sparsity import WandaSparsifier
 
-    model = linears()
+    model = nn.Sequential(nn.Linear(16, 24))
     theirs = copy.deepcopy(model)
     sparsifier = WandaSparsifier(semi_structured_block_size=4)
-    sparsifier.prepare(theirs, [{"tensor_fqn": f"{name}.weight"} for name in ("0", "2")])
+    sparsifier.prepare(theirs, [{"tensor_fqn": "0.weight"}])
+    norms = torch.cat(inputs).norm(dim=0)  # theirs are squared, unlike the paper's
     for x in inputs:
         theirs(x)
     sparsifier.step()
     sparsifier.squash_mask()
-    same(baselines.wanda(model, inputs, 0.5, pattern=(2, 4), sequential=False), kept(theirs))
+    same(baselines.wanda(model, [x * norms for x in inputs], 0.5, pattern=(2, 4)), kept(theirs))
 
 
 def compressed(sparsify, accumulate, start, model, inputs, **options):
@@ -133,7 +134,8 @@ def test_sparsegpt_is_llm_compressors(sparsity, pattern, block, inputs):
     fewer = 0.0 if pattern else 1e-4  # they take the first one that should stay of each block, too
     theirs = compressed(
         their.sparsify_weight, their.accumulate_hessian, their.make_empty_hessian, copy.deepcopy(model), inputs,
-        sparsity=sparsity - fewer, prune_n=n, prune_m=m, block_size=block, dampening_frac=0.01, preserve_sparsity_mask=False,
+        sparsity=sparsity - fewer, prune_n=n, prune_m=m, block_size=block, dampening_frac=0.01,
+        preserve_sparsity_mask=False,
     )  # fmt: skip
     ours = copy.deepcopy(model)
     masks = baselines.sparsegpt_update_(ours, inputs, sparsity, pattern=pattern, damping=0.01, block=block)

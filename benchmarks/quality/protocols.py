@@ -1,7 +1,7 @@
 """What is done with a method's mask, at equal passes in all: nothing, fine-tuning once, or both in turns.
 
-A pass of fine-tuning is one step of ``finetune_masked`` on one mini-batch. Search and fine-tuning share the passes in halves; a method
-that needs none fine-tunes for all of them.
+A pass of fine-tuning is one step of ``finetune_masked`` on one mini-batch. Search and fine-tuning share the passes in
+halves; a method that needs none fine-tunes for all of them.
 """
 
 from __future__ import annotations
