@@ -14,6 +14,7 @@ _BY_RADIUS: dict[str, Any] = {
     "n_particles": 10,
     "n_steps": 100,
     "step_length": "radius",
+    "averaging": 0.0,
     "hold": 1.0,
     "signed_score": False,
 }
@@ -56,6 +57,7 @@ WITHOUT: dict[str, Any] = {
     "signed_score": False,
     "step_length": "radius",
     "step_scale": 1.0,
+    "averaging": 0.0,
     "hold": 1.0,
     "merge": None,
 }
@@ -111,6 +113,13 @@ class SFPKConfig(Settings):
         "in most trials.",
         wanted="> 0",
         accepts=lambda x: x > 0,
+    )
+    averaging: float = setting(
+        0.005,
+        "fraction of the run in [0, 1) over which gradients are averaged, exponentially, before a particle moves along "
+        "them; nothing is averaged, and nothing kept for it, where that is one step or less (K ≤ 200).",
+        wanted="in [0, 1)",
+        accepts=lambda x: 0 <= x < 1,
     )
     repulsion: float = setting(
         0.2, "λ ≥ 0, weight of the pairwise kernel repulsion.", wanted="≥ 0", accepts=lambda x: x >= 0

@@ -38,7 +38,8 @@ VARIANTS = [
     {"particle_dtype": "bfloat16", "kernel": "weighted_rbf"},
     {"model_mode": "train", "dtype": "fp16"},
     {"energy_mode": "vmap"},
-    {"merge": 0.5},
+    {"merge": 0.5, "averaging": 0.5},
+    {"update": "gauss_seidel", "averaging": 0.9},
     {"selection": "threshold", "early_stop": True, "momentum": 0.1, "retract": False, "schedule": "exponential"},
 ]
 

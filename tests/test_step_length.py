@@ -154,7 +154,7 @@ def by_effective_dimension(k, steps, target, shares):
     return 0.33 * math.log(1 / target) ** 2 * math.prod(seen) ** (0.5 / len(seen)) * (1 - k / steps) * grown
 
 
-def plain_run(model, data, density, score, length=by_angle, m=None, first=0, last=None):
+def plain_run(model, data, density, score, length=by_angle, m=None, first=0, last=None, beta=0.0):
     """One particle in fp64: polarize, gradient by the masked weights, move; and the normalized saliency.
 
     From all ones, or from what it was after ``first`` steps.
@@ -164,6 +164,7 @@ def plain_run(model, data, density, score, length=by_angle, m=None, first=0, las
     parts = [p.detach().abs() / p.detach().abs().mean() for p in (model[0].weight, model[2].weight)]
     saliency = torch.cat([part.flatten() for part in parts]).double()
     m, shares = torch.ones(80, dtype=torch.float64) if m is None else m, []
+    average = torch.zeros(80, dtype=torch.float64)
     for k, (x, y) in list(enumerate(data[:steps]))[first:last]:
         kept = torch.zeros(80, dtype=torch.float64)
         kept[score(m, saliency).argsort(descending=True, stable=True)[: round(density[k] * 80)]] = 1
@@ -173,7 +174,8 @@ def plain_run(model, data, density, score, length=by_angle, m=None, first=0, las
         (gradient,) = torch.autograd.grad(loss, w)
         shares.append(float((gradient * theta).square().sum() ** 2 / (80 * (gradient * theta).pow(4).sum())))
         angle = length(k, steps, target, shares)
-        m = moved_by_hand(m, gradient * theta, angle, density[k + 1])
+        average = beta * average + (1 - beta) * gradient
+        m = moved_by_hand(m, average * theta, angle, density[k + 1])
     return m, saliency
 
 

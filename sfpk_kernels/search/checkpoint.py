@@ -72,6 +72,8 @@ def of_this_version(state: Any) -> Any:
         return state
     if "history" in state:
         state = {**state, "history": records_of_this_version(state["history"], config)}
+    if "averaging" not in config and isinstance(state.get("particles"), Mapping):
+        state = {**state, "particles": {"average": None, **state["particles"]}}
     plan = state.get("plan")
     n, steps = config.get("n_particles"), config.get("n_steps")
     if "merge" not in config and isinstance(plan, Mapping) and isinstance(n, int) and isinstance(steps, int):

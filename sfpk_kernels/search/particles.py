@@ -13,6 +13,7 @@ from .._dispatch import where_present
 from ..config import SFPKConfig
 from ..execution import Execution
 from ..ops import TransitionStats, transition_
+from . import averaging
 from . import state_checks as check
 from .merging import mean_square, merge_into, particles_after, passes
 from .schedule import density_schedule
@@ -26,6 +27,7 @@ class SystemState(NamedTuple):
 
     masks: Tensor
     residual: Tensor | None
+    average: Tensor | None
     stats: TransitionStats | None
     step: int
     schedule: list[float]
@@ -70,6 +72,9 @@ class ParticleSystem:
         self.masks = torch.ones(config.n_particles, d, **self._options)
         # What rounding took from bf16 particles.
         self._residual = torch.zeros_like(self.masks) if dtype == torch.bfloat16 else None
+        self._decay = averaging.decay(config)
+        # Of gradients, in their dtype.
+        self._average = theta.new_zeros(config.n_particles, d) if self._decay > 0 else None
         self.step = self.moves = 0
         self._config = config
         self._backend = where_present(execution.backend)
@@ -159,7 +164,7 @@ class ParticleSystem:
 
     def move_(
         self,
-        weight_grads: Tensor,  # (n, d) ∂L/∂W; (1, d) with row
+        weight_grads: Tensor,  # (n, d) ∂L/∂W; (1, d) with row; averaged in place where config.averaging says so
         row: int | None = None,
         angle: float | None = None,
     ) -> TransitionStats:
@@ -171,9 +176,12 @@ class ParticleSystem:
         """
         config = self._config
         target = self.schedule[self.step + 1]
-        pulls = self.step + 1 > self._pull_after
+        pulls, skips = self.step + 1 > self._pull_after, config.nonfinite == "skip_particle"
         moving = len(self.masks) if row is None else 1
         self.moves += moving  # before the call, which may end anywhere
+        rows = slice(None) if row is None else slice(row, row + 1)
+        if self._average is not None:
+            averaging.blend_(weight_grads, self._average[rows], self._decay)
         stats = transition_(
             self.masks,
             weight_grads,
@@ -193,10 +201,12 @@ class ParticleSystem:
             step_index=self.step,
             row=row,
             angle=angle,
-            nonfinite="skip" if config.nonfinite == "skip_particle" else "hold",
+            nonfinite="skip" if skips else "hold",
             backend=self._backend,
         )
         self._stats, self._version = stats, self.masks._version
+        if self._average is not None:
+            averaging.keep_(self._average[rows], weight_grads, stats.cosines[rows], skips)
         return stats
 
     def end_step(self, densities: list[float]) -> None:
@@ -214,6 +224,8 @@ class ParticleSystem:
         one, rest = self._empty(1)
         merge_into(one, rest, self.masks, self._residual, square)
         self.masks, self._residual = one, rest
+        if self._average is not None:
+            self._average = self._average.mean(dim=0, keepdim=True)
         self._stats, self._version, self._known = None, -1, None
 
     def _empty(self, rows: int) -> tuple[Tensor, Tensor | None]:
@@ -237,11 +249,12 @@ class ParticleSystem:
         self._known = None if known is None else (self.masks._version, known)
 
     def state_dict(self, copy: bool = True) -> dict[str, Any]:
-        """Particles, what rounding took from them, statistics and step: all that decides the next step."""
-        stats, residual = self.stats, self._residual
+        """Particles, what rounding took from them, averages, statistics and step: all that decides the next step."""
+        stats, residual, average = self.stats, self._residual, self._average
         return {
             "masks": self.masks.clone() if copy else self.masks,
             "residual": residual.clone() if copy and residual is not None else residual,
+            "average": average.clone() if copy and average is not None else average,
             "stats": None if stats is None else stats._asdict(),
             "step": self.step,
             "schedule": list(self.schedule),
@@ -268,12 +281,17 @@ class ParticleSystem:
                 raise ValueError(f"{prefix}residual: wanted what rounding took from particles, got up to {size:g}")
         elif residual is not None:
             raise ValueError(f"{prefix}residual: wanted None beside {masks.dtype} particles, got {check.got(residual)}")
+        average = state["average"]
+        if self._average is not None:
+            average = check.tensor(f"{prefix}average", average, tuple(masks.shape), self._average.dtype)
+        elif average is not None:
+            raise ValueError(f"{prefix}average: wanted None where nothing is averaged, got {check.got(average)}")
         schedule = self._checked_schedule(f"{prefix}schedule", state["schedule"])
         stats = None
         if state["stats"] is not None:
             stats = self._checked_stats(f"{prefix}stats", state["stats"], masks)
             stats = TransitionStats(*(part.to(device, copy=True) for part in stats))
-        return SystemState(masks, residual, stats, step, schedule)
+        return SystemState(masks, residual, average, stats, step, schedule)
 
     def _checked_schedule(self, name: str, value: Any) -> list[float]:
         config = self._config
@@ -313,9 +331,12 @@ class ParticleSystem:
         """Go on from a checked state."""
         if len(state.masks) != len(self.masks):  # the one is merged, the other not
             self.masks, self._residual = self._empty(len(state.masks))
+            self._average = None if self._average is None else torch.empty_like(self._average[:1])
         self.masks.copy_(state.masks)
         if self._residual is not None and state.residual is not None:
             self._residual.copy_(state.residual)
+        if self._average is not None and state.average is not None:
+            self._average.copy_(state.average)
         self.step, self.schedule, self._known = state.step, state.schedule, None
         self._stats, self._version = state.stats, self.masks._version
 

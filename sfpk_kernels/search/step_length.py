@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import SFPKConfig
+from .averaging import shortening
 from .reading import read_together
 from .records import StepRecord
 
@@ -56,7 +57,8 @@ class StepLength:
         config = self._config
         if config.step_length == "radius":
             return None
-        fall, left = math.log(start / config.target_density), config.step_scale * (1.0 - step / config.n_steps)
+        fall = math.log(start / config.target_density)
+        left = config.step_scale * shortening(config) * (1.0 - step / config.n_steps)
         if config.step_length == "angle":
             return _ANGLE * fall**_ANGLE_POWER * left
         share = _mean(record.effective_dimensions for record in self._history[: self._looked_at])
