@@ -62,6 +62,7 @@ bench-full: setup
 # ARGS="--pages docs" measures nothing and writes docs/quality.md.
 quality quality-quick: setup
 	$(INSTALL) --no-build-isolation -e '.[quality]'
+	$(INSTALL) --no-deps torchcrepe
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality $(if $(filter quality-quick,$@),--quick --out quality-quick.jsonl) $(ARGS)
 
 # Offline, with the machine's own Python, torch, Triton and nvcc: no .venv, nothing is downloaded.

@@ -14,6 +14,7 @@ from benchmarks.quality import methods, records, study
 from benchmarks.quality.task import Problem, Task, shuffled, trained
 from benchmarks.quality.text import CharTransformer
 from sfpk_kernels import Coordinates, SFPKConfig, baselines
+from sfpk_kernels.search.averaging import decay
 from sfpk_kernels.search.merging import passes
 
 
@@ -147,9 +148,11 @@ def test_methods_are_what_their_names_say():
     ablations = [name for name, method in methods.METHODS.items() if method.ablation]
     assert not set(ablations) & set(methods.STUDIED)
     masks = {name: methods.METHODS[name].search(problem, 0.7, 60, 0) for name in ["sfpk", *ablations]}
-    # The small network has no batch-norm.
+    # The small network has no batch-norm, and in 60 steps nothing is averaged.
     same = [name for name in ablations if masks[name].fingerprint() == masks["sfpk"].fingerprint()]
-    assert same == ["sfpk, running statistics"]
+    assert same == ["sfpk, no averaging", "sfpk, running statistics"]
+    averaged, plain = (methods.METHODS[name].config(0.75, 300, 3) for name in ("sfpk", "sfpk, no averaging"))
+    assert decay(averaged) > decay(plain) == 0
 
 
 def test_a_batch_of_grasp_costs_three_passes():

