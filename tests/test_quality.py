@@ -145,11 +145,13 @@ def test_methods_are_what_their_names_say():
     merged = methods.METHODS["sfpk, four merged"].config(0.75, 60, 3)
     assert merged.n_particles == 4
     assert 57 <= passes(merged) <= 60
-    ablations = [name for name, method in methods.METHODS.items() if method.ablation]
-    assert not set(ablations) & set(methods.STUDIED)
-    masks = {name: methods.METHODS[name].search(problem, 0.7, 60, 0) for name in ["sfpk", *ablations]}
+    changed = {name: method.changes for name, method in methods.METHODS.items() if method.changes}
+    assert not set(changed) & set(methods.STUDIED)
+    assert set(changed.values()) == {"sfpk", "sfpk, population"} <= set(methods.STUDIED)
+    names = [*changed, "sfpk", "sfpk, population"]
+    masks = {name: methods.METHODS[name].search(problem, 0.7, 60, 0).fingerprint() for name in names}
     # The small network has no batch-norm, and in 60 steps nothing is averaged.
-    same = [name for name in ablations if masks[name].fingerprint() == masks["sfpk"].fingerprint()]
+    same = [name for name, base in changed.items() if masks[name] == masks[base]]
     assert same == ["sfpk, no averaging", "sfpk, running statistics"]
     averaged, plain = (methods.METHODS[name].config(0.75, 300, 3) for name in ("sfpk", "sfpk, no averaging"))
     assert decay(averaged) > decay(plain) == 0
@@ -174,3 +176,20 @@ def test_every_method_keeps_as_many_as_it_should_and_leaves_the_model(name):
     mask = methods.METHODS[name].search(problem, 0.75, 12, 0)
     assert mask.kept == pytest.approx(36, abs=3 if "authors" in name else 0)  # their thresholds keep ties
     assert all(torch.equal(value, before[key]) for key, value in problem.model.state_dict().items())
+
+
+def test_shuffled_layers_keep_their_counts():
+    problem = small(0)
+    mask = methods.METHODS["sfpk"].search(problem, 0.7, 20, 0)
+    shuffled = methods.METHODS["sfpk, shuffled in its layers"].search(problem, 0.7, 20, 0)
+    assert shuffled.layer_densities() == mask.layer_densities()
+    assert shuffled != mask
+    assert shuffled == methods.METHODS["sfpk, shuffled in its layers"].search(problem, 0.7, 20, 0)
+
+
+def test_a_perturbed_start_has_the_density_of_the_beginning():
+    config = SFPKConfig.preset("population", sparsity=0.9, n_particles=3, seed=2)
+    start = methods.perturbed(config, 5000)
+    torch.testing.assert_close(start.square().mean(1), torch.ones(3))
+    assert float(start.std(dim=1).min()) > 0.2
+    assert not torch.equal(start[0], start[1])

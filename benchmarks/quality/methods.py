@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sfpk_kernels import Execution, MaskSet, SFPKConfig, baselines, prune
+import torch
+from torch import Tensor
+
+from sfpk_kernels import Coordinates, Execution, MaskSet, SFPKConfig, baselines, prune
 from sfpk_kernels.search.merging import with_passes
 
 from .task import Problem, Task
@@ -20,6 +23,7 @@ from .task import Problem, Task
 Search = Callable[[Problem, float, int, int], MaskSet]  # problem, sparsity, passes, seed
 MakeConfig = Callable[[float, int, int], SFPKConfig]  # sparsity, passes, seed
 
+DEFAULT, POPULATION = "sfpk", "sfpk, population"  # what ablations change
 GRASP_PASSES = 3  # of a batch: for the gradient, for the gradient again, backward through it
 
 
@@ -34,7 +38,7 @@ class Method:
     conserved: bool = False  # only where flow is conserved from layer to layer: not in transformers
     config: MakeConfig | None = None  # of a search that goes on from shot to shot
     repeats: bool = False  # may be done again on weights trained under its mask, as its authors or others do
-    ablation: bool = False  # measured only if named
+    changes: str | None = None  # the method of which it is an ablation: measured only if named
 
     def exists(self, task: Task) -> bool:
         """Whether it is defined on the task."""
@@ -45,7 +49,16 @@ class Method:
         )
 
 
-def sfpk(preset: str = "default", particles: int = 1, ablation: bool = False, **fields: Any) -> Method:
+Start = Callable[[SFPKConfig, int], Tensor]  # (n, d) particles, of a config and d
+
+
+def sfpk(
+    preset: str = "default",
+    particles: int = 1,
+    changes: str | None = None,
+    start: Start | None = None,
+    **fields: Any,
+) -> Method:
     """The search with these fields of its config, in as many steps as the passes allow, ten for each particle."""
 
     def make(sparsity: float, passes: int, seed: int) -> SFPKConfig:
@@ -54,22 +67,47 @@ def sfpk(preset: str = "default", particles: int = 1, ablation: bool = False, **
         return with_passes(config, max(n, passes))
 
     def search(problem: Problem, sparsity: float, passes: int, seed: int) -> MaskSet:
+        config, more = make(sparsity, passes, seed), problem.options
+        if start is not None:
+            more = {**more, "start": start(config, Coordinates(problem.model, **problem.options).d)}
         return prune(
             problem.model,
             problem.batches(seed),
             loss_fn=problem.loss_fn,
-            config=make(sparsity, passes, seed),
+            config=config,
             execution=Execution(),
             progress=False,
-            **problem.options,
+            **more,
         ).mask
 
-    return Method(search, config=make, ablation=ablation)
+    return Method(search, config=make, changes=changes)
 
 
 def without(**fields: Any) -> Method:
     """The default with one part of it changed."""
-    return sfpk(ablation=True, **fields)
+    return sfpk(changes=DEFAULT, **fields)
+
+
+def population(particles: int = 10, **fields: Any) -> Method:
+    """The preset of several particles with one part of it changed."""
+    return sfpk("population", particles, changes=POPULATION, **fields)
+
+
+def perturbed(config: SFPKConfig, d: int) -> Tensor:
+    """Particles around "all weights kept", a standard deviation of 0.3, of the soft density of a run's beginning."""
+    noise = torch.randn(config.n_particles, d, generator=torch.Generator().manual_seed(config.seed))
+    start = 1.0 + 0.3 * noise
+    return start / start.square().mean(dim=1, keepdim=True).sqrt()
+
+
+def shuffled_layers(problem: Problem, sparsity: float, passes: int, seed: int) -> MaskSet:
+    """As many weights of each layer as the default keeps there, but any of them: what is the choice among them worth?"""
+    mask = METHODS[DEFAULT].search(problem, sparsity, passes, seed)
+    generator = torch.Generator().manual_seed(seed)
+    return MaskSet({
+        name: mask[name].flatten()[torch.randperm(mask[name].numel(), generator=generator)].view(mask[name].shape)
+        for name in mask
+    })  # fmt: skip
 
 
 def magnitude(allocation: str) -> Method:
@@ -121,8 +159,8 @@ def _random(problem: Problem, sparsity: float, passes: int, seed: int) -> MaskSe
 
 
 METHODS: dict[str, Method] = {
-    "sfpk": sfpk(),
-    "sfpk, population": sfpk("population", particles=10),
+    DEFAULT: sfpk(),
+    POPULATION: sfpk("population", particles=10),
     "sfpk, one by the radius": sfpk("population"),
     "sfpk, paper": sfpk("paper", particles=10),
     "sfpk, authors": sfpk("authors", particles=10),
@@ -151,9 +189,21 @@ METHODS: dict[str, Method] = {
     "sfpk, score not normalized": without(polarizer="mask_weight"),
     "sfpk, exponential schedule": without(schedule="exponential"),
     "sfpk, running statistics": without(bn="running"),
+    "sfpk, shuffled in its layers": Method(shuffled_layers, changes=DEFAULT),
     "sfpk, two merged": without(particles=2, merge=0.2),
     "sfpk, four merged": without(particles=4, merge=0.2),
     "sfpk, four": without(particles=4),
     "sfpk, four without repulsion": without(particles=4, repulsion=0.0),
+    "sfpk, four, hard vote": without(particles=4, vote="hard"),
+    "sfpk, four, best alone": without(particles=4, vote_ratio=0.25),
+    "population, no repulsion": population(repulsion=0.0),
+    "population, λ = 1": population(repulsion=1.0),
+    "population of four": population(4),
+    "population, no consensus": population(consensus=0.0),
+    "population, no retraction": population(retract=False),
+    "population, r = 1.4": population(radius=1.4),
+    "population, r = 4": population(radius=4.0),
+    "population, perturbed start": population(start=perturbed),
+    "population, half of them vote": population(vote_ratio=0.5),
 }
-STUDIED = [name for name, method in METHODS.items() if not method.ablation]
+STUDIED = [name for name, method in METHODS.items() if method.changes is None]
