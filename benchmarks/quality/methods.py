@@ -101,7 +101,7 @@ def perturbed(config: SFPKConfig, d: int) -> Tensor:
 
 
 def shuffled_layers(problem: Problem, sparsity: float, passes: int, seed: int) -> MaskSet:
-    """As many weights of each layer as the default keeps there, but any of them: what is the choice among them worth?"""
+    """As many weights of each layer as the default keeps there, but any of them: what is the choice within worth?"""
     mask = METHODS[DEFAULT].search(problem, sparsity, passes, seed)
     generator = torch.Generator().manual_seed(seed)
     return MaskSet({
