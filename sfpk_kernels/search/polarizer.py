@@ -188,11 +188,11 @@ class Polarizer:
         """The best of every group, and of the others as many as are left of the count; waits for nothing on a GPU."""
         assert self._pattern is not None
         score = score.to(torch.promote_types(score.dtype, torch.float32))
-        backend = _backend_of(score, self._backend)
-        first = pattern_mask(self._coordinates, score, self._pattern, backend)
-        # Above all others, an overflow among them; where NaN came first in a group it stays, to be found.
-        highest = score.clamp(max=torch.finfo(score.dtype).max).masked_fill_(first & ~score.isnan(), torch.inf)
-        return topk_mask(highest, count, backend=backend)
+        first = pattern_mask(self._coordinates, score, self._pattern)
+        # Lifted above all others, overflows among them; NaN stays, to be found.
+        high = torch.finfo(score.dtype).max / 4
+        lifted = score.clamp(min=-high, max=high).add_(first.to(score.dtype), alpha=3 * high)
+        return topk_mask(lifted, count, backend=_backend_of(score, self._backend))
 
     def _above_threshold(self, mask: Tensor, density: float, kind: str) -> Tensor:
         removed = int((1.0 - density) * mask.shape[0])
