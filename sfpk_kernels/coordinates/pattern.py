@@ -64,7 +64,7 @@ def best_of_groups(score: Tensor, pattern: tuple[int, int]) -> Tensor:  # bool, 
     Scores are not NaN. In plain torch, on any device, which is not waited for.
     """
     kept, of = pattern
-    columns = score.reshape(-1, of).t().contiguous()  # (M, groups)
+    columns = score.reshape(-1, of).t().clone(memory_format=torch.contiguous_format)  # (M, groups)
     rank = torch.zeros_like(columns, dtype=torch.int16)  # how many of its group go before it
     for i in range(of - 1):  # each pair once: for M this small faster than sorting
         before = columns[i] >= columns[i + 1 :]
