@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from sfpk_kernels import Coordinates, Execution, GradualPruner, SFPKConfig, SFPKPruner, baselines, plan, prune
+from sfpk_kernels import Coordinates, Execution, GradualPruner, MaskSet, SFPKConfig, SFPKPruner, baselines, plan, prune
+from sfpk_kernels.cli import main
 from sfpk_kernels.coordinates.pattern import best_of_groups, pattern_mask
 from sfpk_kernels.search.checkpoint import settings_of_this_version
 from sfpk_kernels.search.polarizer import Polarizer
@@ -273,3 +274,46 @@ def test_searched_two_of_four_lose_less_than_the_largest():
         assert all((groups.sum(dim=1) == 2).all() for groups in groups_of(model, searched).values())
         print(loss(), loss(largest), loss(searched))
         assert loss(searched) - loss() < 0.5 * (loss(largest) - loss())
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("words", [["--n-steps", "3"], ["--method", "magnitude"], ["--method", "wanda"]])
+def test_on_the_command_line(tmp_path, capsys, words):
+    out = ["--out", str(tmp_path), "--json"]
+    assert main(["prune", "tests.cli_task:small", "--pattern", "2:4", *words, *out]) == 0
+    assert json.loads(capsys.readouterr().out)["sparsity"] == 0.5
+    masks = MaskSet.load(tmp_path / "mask.safetensors")
+    assert all((part.view(-1, 4).sum(dim=1) == 2).all() for part in (masks["0.weight"], masks["2.weight"]))
+    settings = masks.metadata.get("config", masks.metadata)
+    assert (settings["sparsity"], settings["pattern"]) == (0.5, [2, 4])
+
+
+def test_in_a_file_of_settings(tmp_path, capsys):
+    (tmp_path / "a.json").write_text(SFPKConfig(0.75, pattern=(1, 4), n_steps=2).to_json())
+    arguments = ["prune", "tests.cli_task:without_eval", "--config", str(tmp_path / "a.json"), "--out", str(tmp_path)]
+    assert main([*arguments, "--plan", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parts"]["binary masks"] == 144
+    (tmp_path / "a.json").write_text('{"pattern": "2:4", "sparsity": 0.5}')
+    assert main(arguments) == 2
+    assert "pattern: wanted None or integers (N, M) with 0 < N < M, got '2:4'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--pattern", "2"], "argument --pattern: invalid N:M value: '2'"),
+        (["--pattern", "4:4"], "--sparsity: wanted a fraction in (0, 1)"),
+        (["--pattern", "4:4", "--sparsity", "0.5"], "--pattern: wanted None or integers (N, M)"),
+        (["--pattern", "2:4", "--sparsity", "0.9"], "--sparsity: wanted 0.5, that of pattern=(2, 4), got 0.9"),
+        (["--pattern", "3:5"], "--pattern: wanted tensors with a multiple of 5 inputs, got 0.weight of shape (12, 8)"),
+        (["--pattern", "2:4", "--method", "snip"], "--pattern: wanted without --method snip"),
+    ],
+)
+def test_wrong_patterns_on_the_command_line(tmp_path, capsys, words, said):
+    try:
+        code = main(["prune", "tests.cli_task:without_eval", *words, "--out", str(tmp_path / "out")])
+    except SystemExit as end:  # of argparse
+        code = end.code
+    assert code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .flat import Coordinates, PrunableTensor
 WANTED = "integers (N, M) with 0 < N < M"
 
 
-def is_pattern(pattern: Any) -> bool:
+def is_pattern(pattern: Any) -> TypeGuard[tuple[int, int]]:
     """Whether it is a pair of integers N, M with 0 < N < M."""
     pair = isinstance(pattern, Sequence) and len(pattern) == 2 and all(type(number) is int for number in pattern)
     return pair and 0 < pattern[0] < pattern[1]
