@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.sparse import _semi_structured_conversions as conversions
 
-from sfpk_kernels import MaskSet, baselines, to_semi_structured
+from sfpk_kernels import MaskSet, SFPKConfig, baselines, prune, to_semi_structured
 from sfpk_kernels.export import semi_structured
 
 from .snapshot import Snapshot
@@ -141,6 +142,20 @@ def test_an_older_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ValueError, match=r"compute capability 8.0 or later, .* got Tesla T4, 7.5"):
         semi_structured.check_device(torch.device("cuda:0"))
+
+
+def test_torch_finds_all_that_a_searched_mask_keeps():
+    """Its own packing, in plain torch, loses what it takes for removed: groups along another dimension would show."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32))
+    batches = [(torch.randn(16, 64), torch.randint(32, (16,))) for _ in range(4)]
+    masks = prune(model, batches, config=SFPKConfig(0.5, pattern=(2, 4), n_steps=4)).mask
+    for name in masks:
+        weight = (model.get_parameter(name) * masks[name]).detach().half()
+        again = conversions.sparse_semi_structured_to_dense_cutlass(
+            *conversions.sparse_semi_structured_from_dense_cutlass(weight)
+        )
+        assert torch.equal(again, weight)
+        assert int(again.count_nonzero()) == weight.numel() // 2
 
 
 def test_shapes_are_those_of_torch():
