@@ -64,13 +64,8 @@ def best_of_groups(score: Tensor, pattern: tuple[int, int]) -> Tensor:  # bool, 
     Scores are not NaN. In plain torch, on any device, which is not waited for.
     """
     kept, of = pattern
-    columns = score.reshape(-1, of).t().clone(memory_format=torch.contiguous_format)  # (M, groups)
-    rank = torch.zeros_like(columns, dtype=torch.int16)  # how many of its group go before it
-    for i in range(of - 1):  # each pair once: for M this small faster than sorting
-        before = columns[i] >= columns[i + 1 :]
-        rank[i + 1 :] += before
-        rank[i] += (of - 1 - i) - before.sum(dim=0, dtype=torch.int16)
-    return (rank < kept).t().reshape(score.shape)
+    columns = score.reshape(-1, of).t().clone(memory_format=torch.contiguous_format)
+    return _best(columns, kept).t().reshape(score.shape)
 
 
 def pattern_mask(
@@ -85,8 +80,27 @@ def pattern_mask(
         score: the higher, the sooner kept; not NaN.
         pattern: (N, M), such as (2, 4).
     """
-    mask = torch.empty_like(score, dtype=torch.bool)
-    for tensor, part, out in zip(coordinates.tensors, coordinates.split(score), coordinates.split(mask), strict=True):
-        along = part.movedim(tensor.input_dim, -1)
-        out.movedim(tensor.input_dim, -1).copy_(best_of_groups(along, pattern))
+    kept, of = pattern
+    parts = [
+        part.movedim(tensor.input_dim, -1)
+        for tensor, part in zip(coordinates.tensors, coordinates.split(score), strict=True)
+    ]
+    # The groups of all tensors side by side: a few operators for all of them.
+    best = _best(torch.cat([part.reshape(-1, of).t() for part in parts], dim=1), kept)
+    mask, begin = torch.empty_like(score, dtype=torch.bool), 0
+    for tensor, part, out in zip(coordinates.tensors, parts, coordinates.split(mask), strict=True):
+        end = begin + part.numel() // of
+        out.movedim(tensor.input_dim, -1).copy_(best[:, begin:end].t().reshape(part.shape))
+        begin = end
     return mask
+
+
+def _best(columns: Tensor, kept: int) -> Tensor:  # (M, groups), bool
+    """The N best of every column."""
+    of = columns.shape[0]
+    rank = torch.zeros_like(columns, dtype=torch.int16)  # how many of its group go before it
+    for i in range(of - 1):  # each pair once: for M this small faster than sorting
+        before = columns[i] >= columns[i + 1 :]
+        rank[i + 1 :] += before
+        rank[i] += (of - 1 - i) - before.sum(dim=0, dtype=torch.int16)
+    return rank < kept

@@ -259,8 +259,8 @@ def _parts(
         passing["gradient row"] = d * size
     # The trial before, and the vote at the end (score, a part of it, a mask), take the place of gradients and passes.
     vote = (2 * size + 1) * d
-    if config.pattern is not None:  # a second score, with the best of every group above all others
-        vote += (size + 3) * d
+    if config.pattern is not None:  # scores of groups and their ranks, then scores with the best of groups lifted
+        vote += (2 * size + 3) * d
     trial = transient.get("vmap", 0) + d * size * min(execution.chunk_size or config.n_particles, config.n_particles)
     if split:
         return {**parts, "crossing": d * size}, passing
