@@ -112,9 +112,9 @@ def test_infinite_scores_and_nan(mlp):
         polarizer.polarize(score[None], torch.tensor([0.5], dtype=torch.float64), "mask")
 
 
-@pytest.mark.parametrize("pattern", [(1, 2), (2, 4), (1, 4), (3, 4), (3, 8), (150, 240)])
+@pytest.mark.parametrize("pattern", [(1, 2), (2, 4), (1, 4), (3, 4), (3, 8), (150, 240), (200, 300)])
 def test_the_best_of_a_group_are_those_of_a_stable_sort(pattern):
-    score = (torch.randn(6, 5, 240) * 3).round()
+    score = (torch.randn(6, 5, 1200) * 3).round()
     score[score == 0] = torch.where(torch.rand(int((score == 0).sum())) < 0.5, 0.0, -0.0)
     groups = score.view(-1, pattern[1]) + 0.0
     first = groups.sort(dim=1, descending=True, stable=True).indices[:, : pattern[0]]
