@@ -203,6 +203,27 @@ def test_resuming_repeats(mixed, pictures, tmp_path, options):
         SFPKPruner(mixed, config=SFPKConfig(0.5, n_steps=8, **options)).load(path)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [{"backend": "cpp"}, {"backend": "reference"}, {"energy_mode": "sequential", "offload": "cpu"},
+     {"energy_mode": "vmap"}, "fp64"],
+)  # fmt: skip
+def test_however_it_is_computed(mlp, vectors, how):
+    config, execution = SFPKConfig(**TWO_OF_FOUR, n_steps=4, n_particles=2, vote="hard"), Execution()
+    if how == "fp64":
+        mlp, vectors = mlp.double(), [(x.double(), y) for x, y in vectors]
+    else:
+        execution = Execution(**how)
+    mask = prune(mlp, vectors, config=config, execution=execution).mask
+    assert all((groups.sum(dim=1) == 2).all() for groups in groups_of(mlp, mask).values())
+
+
+def test_a_run_that_goes_on_from_another(mlp, vectors):
+    first = prune(mlp, vectors, config=SFPKConfig(**TWO_OF_FOUR, n_steps=4))
+    further = prune(mlp, vectors, config=SFPKConfig(0.75, pattern=(1, 4), n_steps=4), start=first.particles)
+    assert all((groups.sum(dim=1) == 1).all() for groups in groups_of(mlp, further.mask).values())
+
+
 def test_saved_before_there_were_patterns():
     old = {name: value for name, value in SFPKConfig(0.5).to_dict().items() if name != "pattern"}
     assert settings_of_this_version(old)["pattern"] is None
