@@ -293,7 +293,6 @@ def test_searched_two_of_four_lose_less_than_the_largest():
     for seed in range(2):
         searched = prune(model, batches, config=SFPKConfig(**TWO_OF_FOUR, n_steps=150, seed=seed)).mask
         assert all((groups.sum(dim=1) == 2).all() for groups in groups_of(model, searched).values())
-        print(loss(), loss(largest), loss(searched))
         assert loss(searched) - loss() < 0.5 * (loss(largest) - loss())
 
 
