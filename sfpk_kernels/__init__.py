@@ -10,6 +10,7 @@ from .coordinates.flat import Coordinates
 from .execution import Execution
 from .export.dense_files import load_exported
 from .export.export import ExportReport, export
+from .export.semi_structured import SemiStructured, to_semi_structured
 from .masks.maskset import MaskSet
 from .modeling.batches import default_loss
 from .modeling.batchnorm import recalibrate_batchnorm
@@ -40,6 +41,7 @@ __all__ = [
     "RetrainConfig",
     "SFPKConfig",
     "SFPKPruner",
+    "SemiStructured",
     "StepRecord",
     "__version__",
     "baselines",
@@ -53,4 +55,5 @@ __all__ = [
     "recalibrate_batchnorm",
     "repair",
     "retrain",
+    "to_semi_structured",
 ]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from .coordinates.pattern import WANTED, check_pattern, is_pattern, sparsity_of
 from .execution import EXECUTION_FIELDS
 from .utils.settings import Settings, described, known_fields, setting
 
@@ -60,6 +61,7 @@ WITHOUT: dict[str, Any] = {
     "averaging": 0.0,
     "hold": 1.0,
     "merge": None,
+    "pattern": None,
 }
 
 POLARIZERS = ("mask_normalized", "mask_weight", "mask")
@@ -170,6 +172,13 @@ class SFPKConfig(Settings):
         "rank by m·|θ| with its sign, in polarizer and final score: a weight pushed below 0 ranks last, and does not "
         "climb back the further it is pushed. ``False`` takes |m|.",
     )
+    pattern: tuple[int, int] | None = setting(
+        None,
+        "(N, M), such as (2, 4): of every M consecutive weights along the inputs of a layer N are kept in the end, and "
+        "no fewer on the way; for a sparsity of 1 - N/M. ``None``: wherever they are.",
+        wanted=f"None or {WANTED}",
+        accepts=is_pattern,
+    )
     retract: bool = setting(True, "rescale every particle onto the schedule after each move.")
     consensus: float = setting(
         0.3,
@@ -261,6 +270,12 @@ class SFPKConfig(Settings):
         if not values and fields and "sparsity" not in fields:
             raise TypeError("SFPKConfig: the field sparsity is missing")
         return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pattern(self.pattern, self.sparsity)
+        if self.pattern is not None:
+            object.__setattr__(self, "sparsity", sparsity_of(self.pattern))  # exactly, where it was rounded
 
     @classmethod
     def preset(cls, name: str = "default", *, sparsity: float, **overrides: Any) -> SFPKConfig:

@@ -61,7 +61,7 @@ def test_wanda_of_convolutions_and_patterns():
     masks = baselines.wanda(model, batches, 0.7)
     assert masks["0.weight"].flatten(1).sum(1).tolist() == [round(0.3 * 36)] * 6
     assert masks["2.weight"].flatten(1).sum(1).tolist() == [round(0.3 * 6)] * 4
-    with pytest.raises(ValueError, match="dimension 1 is a multiple of 4, got 2.weight"):
+    with pytest.raises(ValueError, match="tensors with a multiple of 4 inputs, got 2.weight"):
         baselines.wanda(model, batches, 0.5, pattern=(2, 4))
     first = baselines.wanda(model, batches, 0.5, pattern=(2, 4), ignored_layers=["2"])["0.weight"]
     patches = nn.functional.unfold(torch.cat(batches), 3).view(4, 8, 9, 9)  # samples, channels, kernel, places

@@ -53,6 +53,21 @@ def test_against_the_definitions(mlp, vectors, polarizer, kernel):
     assert record.energy_std == pytest.approx(float(torch.tensor(record.energies).double().std(correction=0)))
 
 
+@pytest.mark.parametrize("fields", [{}, {"signed_score": True}, {"pattern": (2, 4)}])
+@pytest.mark.parametrize("polarizer", ["mask", "mask_normalized"])
+def test_what_is_kept_below_zero(mlp, fields, polarizer):
+    """By the same score as the binary particles: with its sign, or without."""
+    pruner = SFPKPruner(mlp, config=population(0.5, polarizer=polarizer, n_particles=2, **fields))
+    particles, densities = torch.randn(2, 144), torch.full((2,), 0.6, dtype=torch.float64)
+    keep = pruner._run.polarizer.polarize(particles, densities, polarizer)
+    kept = keep.weights(torch.ones(144)) != 0
+    seen = pruner._run.diagnostics.observe(keep)
+    assert seen.layer_densities.tolist() == pytest.approx(
+        [float(kept[:, :96].double().mean()), float(kept[:, 96:].double().mean())]
+    )
+    assert float(seen.overlaps[0, 1]) == pytest.approx(float((kept[0] & kept[1]).sum() / (kept[0] | kept[1]).sum()))
+
+
 def test_a_sample_of_many_coordinates_is_close(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 600), nn.Tanh(), nn.Linear(600, 5), nn.Tanh(), nn.Linear(5, 4))

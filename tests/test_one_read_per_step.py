@@ -50,7 +50,7 @@ def moved_to_the_device(pruner):
     """All that a step touches, as fake tensors; the model itself is not part of it."""
     config, d = pruner.config, pruner.coordinates.d
     theta = pruner._run.theta = torch.empty(d, device=DEVICE)
-    pruner._run.polarizer = Polarizer(pruner.coordinates, theta, config.selection)
+    pruner._run.polarizer = Polarizer(pruner.coordinates, theta, config.selection, pattern=config.pattern)
     saliency = theta if config.kernel == "weighted_rbf" else None
     pruner._run.system = ParticleSystem(d, config, pruner.execution, theta, saliency)
     pruner._run.vote = Vote(
@@ -72,6 +72,8 @@ CONFIGS = {
     "lean": {"update": "gauss_seidel"},
     "skip": {"nonfinite": "skip_particle"},
     "lean skip": {"update": "gauss_seidel", "nonfinite": "skip_particle"},
+    "pattern": {"sparsity": 0.5, "pattern": (2, 4)},
+    "pattern, hard votes": {"sparsity": 0.5, "pattern": (2, 4), "vote": "hard", "momentum": 0.1},
     "weighted": {"kernel": "weighted_rbf", "polarizer": "mask_normalized"},
     "momentum": {"momentum": 0.5, "vote_ratio": 0.5},
     "hard": {"momentum": 0.5, "vote": "hard"},
@@ -87,7 +89,8 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_read(mlp, vectors, name, monkeypatch):
-    config = SFPKConfig.preset("population", sparsity=0.8, n_particles=4, n_steps=6, **CONFIGS[name])
+    fields = {"sparsity": 0.8, "n_particles": 4, "n_steps": 6, **CONFIGS[name]}
+    config = SFPKConfig.preset("population", **fields)
     assert reads_of_three_steps(mlp, vectors, config, monkeypatch) == ["the read"] * 3
 
 

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from ..coordinates.flat import Coordinates
+from ..coordinates.pattern import check_pattern
 from ..masks.maskset import MaskSet
 from ..utils.arguments import called
-from .select import check_pattern, check_sparsity, select, select_pattern
+from .select import check_sparsity, select, select_pattern
 
 
 @called("magnitude(model, sparsity)")
@@ -31,7 +32,7 @@ def magnitude(
             Erdős-Rényi-Kernel rule gives it (Evci et al., *Rigging the lottery*, ICML 2020, section 3). ``"lamp"``:
             LAMP, by θ_u² / Σ θ_v² over the weights of its tensor that are no smaller (Lee et al., *Layer-adaptive
             sparsity for the magnitude-based pruning*, ICLR 2021, section 2).
-        pattern: (N, M): N of every M consecutive weights along the inputs instead (dimension 1), for a sparsity of
+        pattern: (N, M): N of every M consecutive weights along the inputs instead, for a sparsity of
             1 - N/M.
         coordinate_options: those of :class:`~sfpk_kernels.Coordinates`.
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..coordinates.flat import Coordinates, PrunableTensor
+from ..coordinates.flat import Coordinates
+from ..coordinates.pattern import check_divides, pattern_mask
 from ..masks.maskset import MaskSet
 from ..ops import topk_mask
 from ..search.polarizer import budget
@@ -31,18 +32,6 @@ def check_allocation(allocation: Any, among: Sequence[str] = ALLOCATIONS) -> Non
     """``allocation`` is one of those that a method takes."""
     if allocation not in among:
         raise ValueError(f"allocation: wanted one of {', '.join(among)}, got {allocation!r}")
-
-
-def check_pattern(pattern: Any, sparsity: float) -> None:
-    """``pattern`` is None, or (N, M) that keeps as many as the sparsity says."""
-    if pattern is None:
-        return
-    pair = isinstance(pattern, Sequence) and len(pattern) == 2 and all(type(number) is int for number in pattern)
-    if not pair or not 0 < pattern[0] < pattern[1]:
-        raise ValueError(f"pattern: wanted None or integers (N, M) with 0 < N < M, got {pattern!r}")
-    if not math.isclose(1 - pattern[0] / pattern[1], sparsity, abs_tol=1e-9):
-        kept, of = pattern
-        raise ValueError(f"sparsity: wanted {1 - kept / of:g}, that of pattern=({kept}, {of}), got {sparsity!r}")
 
 
 def select(
@@ -87,42 +76,19 @@ def select_pattern(
     coordinates: Coordinates,
     score: Tensor,  # (d,)
     pattern: tuple[int, int],
-    dim: int = 1,
 ) -> MaskSet:
-    """N:M sparsity: of every M consecutive weights along a dimension the N best, ties to the lower index.
+    """N:M sparsity: of every M consecutive weights along the inputs the N best, ties to the lower index.
 
     Args:
-        coordinates: the tensors; each has a size along ``dim`` that M divides.
+        coordinates: the tensors.
         score: the higher, the sooner kept.
         pattern: (N, M), such as (2, 4).
-        dim: which dimension; 1 is that of the inputs, along which GPUs multiply.
 
     Raises:
-        ValueError: a tensor without that dimension, or whose size there M does not divide.
+        ValueError: a tensor without inputs, or whose number of them M does not divide.
     """
-    masks = {}
-    for tensor, part in zip(coordinates.tensors, coordinates.split(score), strict=True):
-        check_divides(tensor, pattern[1], dim)
-        along = part.movedim(dim, -1)
-        masks[tensor.name] = best_of_groups(along, pattern).movedim(-1, dim)
-    return MaskSet(masks)
-
-
-def best_of_groups(score: Tensor, pattern: tuple[int, int]) -> Tensor:  # bool, shaped like the score
-    """The N best of every M consecutive entries along the last dimension, which M divides."""
-    kept, of = pattern
-    row = score.reshape(1, -1)
-    mask = topk_mask(row, row.shape[1] * kept // of, pattern=pattern, backend=backend_of(score))
-    return mask.view(score.shape)
-
-
-def check_divides(tensor: PrunableTensor, of: int, dim: int = 1) -> None:
-    """M divides a tensor's size along the pattern's dimension."""
-    if len(tensor.shape) <= dim or tensor.shape[dim] % of:
-        raise ValueError(
-            f"pattern: wanted tensors whose size along dimension {dim} is a multiple of {of}, got {tensor.name} of "
-            f"shape {tensor.shape}: leave it out with ignored_layers"
-        )
+    check_divides(coordinates.tensors, pattern)
+    return MaskSet.from_flat(pattern_mask(coordinates, score, pattern), coordinates)
 
 
 def allocated(coordinates: Coordinates, sparsity: float, allocation: str) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..coordinates.flat import Coordinates
+from ..coordinates.pattern import best_of_groups, check_divides, check_pattern
 from ..masks.maskset import MaskSet
 from ..modeling.layers import Layer, find_layers
 from ..modeling.state import autograd_allowed
@@ -18,15 +19,7 @@ from ..search.energy import LossFn
 from ..utils.arguments import called, check_least, check_positive
 from ._layers import layerwise
 from ._passes import check_data
-from .select import (
-    allocated,
-    backend_of,
-    best_of_groups,
-    check_allocation,
-    check_divides,
-    check_pattern,
-    check_sparsity,
-)
+from .select import allocated, backend_of, check_allocation, check_sparsity
 
 
 @called("sparsegpt(model, loader, sparsity, loss_fn=…)")
@@ -113,9 +106,8 @@ def _sparsegpt(
     check_least("block", block, 1)
     coordinates = Coordinates(model, **coordinate_options)
     counts = allocated(coordinates, sparsity, allocation)
-    for layer in find_layers(model, coordinates):
-        if pattern is not None:
-            check_divides(layer.tensor, pattern[1])
+    find_layers(model, coordinates)  # refuses others than Linear and Conv2d
+    check_divides(coordinates.tensors, pattern)
     if pattern is not None:
         block = -(-block // pattern[1]) * pattern[1]
 

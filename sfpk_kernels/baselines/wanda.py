@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..coordinates.flat import Coordinates
+from ..coordinates.pattern import best_of_groups, check_divides, check_pattern
 from ..masks.maskset import MaskSet
 from ..modeling.layers import Layer, find_layers
 from ..modeling.state import autograd_allowed
@@ -17,7 +18,7 @@ from ..search.energy import LossFn
 from ..utils.arguments import called
 from ._layers import layerwise
 from ._passes import check_data
-from .select import backend_of, best_of_groups, check_divides, check_pattern, check_sparsity
+from .select import backend_of, check_sparsity
 
 
 @called("wanda(model, loader, sparsity, loss_fn=…)")
@@ -62,9 +63,8 @@ def wanda(
     check_sparsity(sparsity)
     check_pattern(pattern, sparsity)
     coordinates = Coordinates(model, **coordinate_options)
-    for layer in find_layers(model, coordinates):
-        if pattern is not None:
-            check_divides(layer.tensor, pattern[1])
+    find_layers(model, coordinates)  # refuses others than Linear and Conv2d
+    check_divides(coordinates.tensors, pattern)
 
     def prune(layer: Layer, matrices: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         score = matrices.abs() * squares.sqrt().to(matrices.dtype).unsqueeze(1)

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import baselines
 from ..coordinates.flat import Coordinates
+from ..coordinates.pattern import is_pattern, sparsity_of
 from ..masks.maskset import MaskSet
 from ._outcome import WrongOption, as_options, evaluated, said
 from ._task import Task, WrongTask
@@ -16,9 +17,9 @@ from ._words import make_folder
 SFPK = "sfpk"
 _ALLOCATED, _LEARNED = ("allocation",), ("seed", "passes")
 METHODS: dict[str, tuple[str, ...]] = {
-    "magnitude": _ALLOCATED, "random": (*_ALLOCATED, "seed"), "synflow": (), "snip": _ALLOCATED, "force": ("seed",),
-    "grasp": _ALLOCATED, "ste": _LEARNED, "single_particle": _LEARNED, "wanda": (), "sparsegpt": _ALLOCATED,
-    "woodfisher": _ALLOCATED,
+    "magnitude": (*_ALLOCATED, "pattern"), "random": (*_ALLOCATED, "seed"), "synflow": (), "snip": _ALLOCATED,
+    "force": ("seed",), "grasp": _ALLOCATED, "ste": _LEARNED, "single_particle": _LEARNED, "wanda": ("pattern",),
+    "sparsegpt": (*_ALLOCATED, "pattern"), "woodfisher": _ALLOCATED,
 }  # functions of sfpk_kernels.baselines, and the options beside the sparsity that each takes  # fmt: skip
 _WITHOUT_LOADER = ("magnitude", "random", "synflow")
 _OWN = ("allocation", "passes")
@@ -29,8 +30,9 @@ def add_options(prune: argparse.ArgumentParser) -> None:
     """Add ``--method`` and the options that baselines alone take."""
     prune.add_argument(
         "--method", choices=[SFPK, *METHODS], default=SFPK,
-        help="what chooses the mask (default: sfpk); the others take --sparsity, --seed where they draw anything, and "
-        "the options below",
+        help="what chooses the mask (default: sfpk); the others take --sparsity, --seed where they draw anything, "
+        f"--pattern ({', '.join(name for name, takes in METHODS.items() if 'pattern' in takes)}), and the options "
+        "below",
     )  # fmt: skip
     takers = {own: ", ".join(name for name, takes in METHODS.items() if own in takes) for own in _OWN}
     prune.add_argument("--allocation", choices=("global", "uniform", "erk", "lamp"),
@@ -38,6 +40,14 @@ def add_options(prune: argparse.ArgumentParser) -> None:
     prune.add_argument("--passes", type=int, metavar="INT",
                        help=f"forward and backward passes, in place of --n-steps (default: 1000); for {SFPK}, "
                        f"{takers['passes']}")  # fmt: skip
+
+
+def with_sparsity(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by name; a pattern says how much is removed, where nothing else does."""
+    pattern = settings.get("pattern")
+    if "sparsity" in settings or not is_pattern(pattern):
+        return settings
+    return {**settings, "sparsity": sparsity_of(pattern)}
 
 
 def check_options(options: argparse.Namespace, given: dict[str, Any]) -> None:
@@ -74,7 +84,7 @@ def run_method(
     Args:
         task: the model and the rest.
         options: of the command line, checked.
-        given: sparsity and seed, where given.
+        given: sparsity, seed and pattern, where given.
         which: options of Coordinates.
     """
     from ..report import MethodResult, write_method

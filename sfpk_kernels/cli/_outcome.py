@@ -18,6 +18,7 @@ _OPTIONS = {
     "ignored_layers": "--ignore", "waypoints": "--waypoints", "sparsity": "--sparsity", "settle": "--settle",
     "hold": "--hold", "merge": "--merge", "n_steps": "--n-steps", "energy_mode": "--energy-mode",
     "microbatch": "--microbatch", "allocation": "--allocation", "passes": "--passes", "seed": "--seed",
+    "pattern": "--pattern",
 }  # by argument  # fmt: skip
 _NOTHING = "model: wanted at least one prunable tensor"
 

@@ -18,7 +18,7 @@ from ..execution import Execution
 from ..search.merging import with_passes
 from ..search.waypoints import check_waypoints
 from ..utils.settings import kind_of, meaning_of
-from ._methods import SFPK, add_options, check_options, run_method
+from ._methods import SFPK, add_options, check_options, run_method, with_sparsity
 from ._outcome import WrongOption, as_options, evaluated, said
 from ._settings import read_settings
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
@@ -78,10 +78,23 @@ def _add_field(group: Any, field: dataclasses.Field[Any]) -> None:
     common = {"dest": f"config_{field.name}", "default": argparse.SUPPRESS, "help": words}
     if kind is bool:
         group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+    elif kind is tuple:
+        group.add_argument(option, type=_pattern, metavar="N:M", **common)
     elif meaning.choices is not None:
         group.add_argument(option, choices=[c or "none" for c in meaning.choices], **common)
     else:
         group.add_argument(option, type=_or_none(kind) if optional else kind, metavar=kind.__name__.upper(), **common)
+
+
+def _pattern(text: str) -> tuple[int, int] | None:
+    """2:4 as a pair; what it may be is said where it is checked."""
+    if text == "none":
+        return None
+    first, second = map(int, text.split(":"))
+    return first, second
+
+
+_pattern.__name__ = "N:M"  # in argparse's message
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -96,6 +109,8 @@ def _prune(options: argparse.Namespace) -> int:
     given = {name.removeprefix("config_"): value for name, value in vars(options).items() if name.startswith("config_")}
     given = {name: None if value == "none" else value for name, value in given.items()}
     try:
+        if options.method != SFPK:
+            given = with_sparsity(given)
         check_options(options, given)
         run = _searching(options, given) if options.method == SFPK else _comparing(options, given)
         for name in ("save_every", "bn_batches"):
@@ -134,7 +149,7 @@ def _searching(options: argparse.Namespace, given: dict[str, Any]) -> Run:
         raise WrongOption(f"--config: {error}") from error
     told = read.pop("preset", "default")
     preset = options.preset or told
-    values = {**read, **given}
+    values = with_sparsity({**read, **given})
     if "sparsity" not in values:
         raise WrongOption("--sparsity: wanted a fraction in (0, 1), as an option or in the file of --config, got none")
     try:

@@ -64,6 +64,13 @@ class PrunableTensor:
     shape: tuple[int, ...]
     offset: int
     numel: int
+    input_dim: int = 1  # along which the inputs of one output lie; 0 in transposed layers
+    groups: int = 1  # of inputs along it that no output shares, in grouped transposed convolutions
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs (channels) every output has side by side; 0 for biases and norms, which have none."""
+        return self.shape[self.input_dim] // self.groups if len(self.shape) > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,8 @@ class Coordinates:
                 self.skipped.append(SkippedTensor(name, shape, numel, reason))
                 continue
             aliases = tuple(alias for alias, _, _ in uses[1:])
-            self.tensors.append(PrunableTensor(name, aliases, type(module).__name__, shape, offset, numel))
+            layer, inputs = type(module).__name__, _inputs_of(module, parameter)
+            self.tensors.append(PrunableTensor(name, aliases, layer, shape, offset, numel, *inputs))
             dtypes.append(parameter.dtype)
             offset += numel
         prunable = {name for tensor in self.tensors for name in (tensor.name, *tensor.aliases)}
@@ -246,6 +254,15 @@ def _parameter_uses(model: nn.Module) -> list[list[Use]]:
             name = f"{prefix}.{local}" if prefix else local
             uses.setdefault(place(parameter), []).append((name, module, parameter))
     return list(uses.values())
+
+
+def _inputs_of(module: nn.Module, parameter: nn.Parameter) -> tuple[int, int]:
+    """Along which dimension inputs lie, and in how many groups."""
+    if parameter.dim() < 2:
+        return 1, 1
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return 0, module.groups
+    return (0 if type(module).__name__ == "Conv1D" else 1), 1
 
 
 def _role(name: str, module: nn.Module) -> str:

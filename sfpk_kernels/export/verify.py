@@ -37,7 +37,7 @@ def verify_file(
         raise RuntimeError(f"export: verify: what was read back differs in {', '.join(differing[:5]) or 'its names'}")
     if batch is None:
         return "every tensor, exactly"
-    first, second = (_tensors(run(each, batch, forward_fn)) for each in (pruned, again))
+    first, second = (tensors_of(run(each, batch, forward_fn)) for each in (pruned, again))
     if not first:
         raise RuntimeError("export: verify: the output on the example holds no tensor to compare; pass forward_fn")
     if len(first) != len(second) or not all(map(_equal, first, second)):
@@ -63,14 +63,15 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in a model's output, in its order."""
     if isinstance(output, Mapping):  # model outputs of Hugging Face among them
         output = dict(output)
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def copy_of(model: nn.Module, cure: str) -> nn.Module:
-    """A deep copy.
+def copy_of(model: nn.Module, cure: str, who: str = "export") -> nn.Module:
+    """A deep copy, for the function ``who``.
 
     Raises:
         RuntimeError: it cannot be copied; the message ends with the cure.
@@ -81,4 +82,4 @@ def copy_of(model: nn.Module, cure: str) -> nn.Module:
         return copy.deepcopy(model, known)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RuntimeError(f"export: the model cannot be copied ({reason}): {cure}") from error
+        raise RuntimeError(f"{who}: the model cannot be copied ({reason}): {cure}") from error

@@ -104,6 +104,11 @@ class GradualPruner:
             raise TypeError(f"retrain: wanted epochs, a RetrainConfig or a function, got {retrain!r}")
         if config.settle:
             raise ValueError("config: wanted settle=False: every shot slows down towards its own density, got True")
+        if config.pattern is not None and shots != 1:
+            raise ValueError(
+                "config: wanted pattern=None, as the shots before the last have other sparsities than that of the "
+                f"pattern, got {config.pattern}: prune in one shot, then finetune_masked(…)"
+            )
         self.shots = schedule_shots(config, shots, growth)
         self.config, self.execution = config, execution
         self.coordinates = Coordinates(model, **coordinate_options)

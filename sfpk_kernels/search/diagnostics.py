@@ -96,7 +96,7 @@ def _kept(keep: Polarized, columns: slice, places: Tensor) -> Tensor:  # (n, cou
         return values != 0
     score = values.to(torch.promote_types(values.dtype, torch.float32))
     if keep.saliency is not None:
-        score = score.abs() * keep.saliency[columns]
+        score = (score if keep.score == "value_saliency" else score.abs()) * keep.saliency[columns]
     threshold = keep.cut.threshold.to(score.dtype)
     return (score > threshold) | ((score == threshold) & (places < keep.cut.tie_end))
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
+from ..coordinates.pattern import check_divides
 from ..execution import Execution
 from ..modeling.batches import BatchStream
 from ..modeling.state import autograd_allowed, check_no_inference_tensors, guarded, seeded
@@ -149,6 +150,7 @@ def plan(
     check_loader(loader)
     check_loss_fn(loss_fn)
     check_together(config, execution, model)
+    check_divides(coordinates.tensors, config.pattern)
     budget(config.sparsity, coordinates.d)
     check_no_inference_tensors(model)
     with seeded(config.seed, coordinates.device):  # what the loader draws is not missing afterwards
@@ -239,6 +241,7 @@ def _state(coordinates: Coordinates, config: SFPKConfig) -> dict[str, int]:
         "dense weights, saliency": d * size * (1 + len(score_kinds(config) - {"mask"})),
         "gradients": d * size * (config.n_particles if config.update == "jacobi" else 1),
         "averages of gradients": d * size * config.n_particles * (decay(config) > 0),
+        "binary masks": d * config.n_particles * (config.pattern is not None),
     }
 
 
@@ -256,6 +259,8 @@ def _parts(
         passing["gradient row"] = d * size
     # The trial before, and the vote at the end (score, a part of it, a mask), take the place of gradients and passes.
     vote = (2 * size + 1) * d
+    if config.pattern is not None:  # scores of groups and their ranks, then scores with the best of groups lifted
+        vote += (2 * size + 3) * d
     trial = transient.get("vmap", 0) + d * size * min(execution.chunk_size or config.n_particles, config.n_particles)
     if split:
         return {**parts, "crossing": d * size}, passing

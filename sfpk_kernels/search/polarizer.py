@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
+from ..coordinates.pattern import pattern_mask, sparsity_of
 from ..ops import Cut, masked_weights, topk_mask, topk_threshold
 
 
@@ -66,16 +67,26 @@ class Polarizer:
             the soft mask itself while p < 1.
         backend: of the selection op.
         signed: rank by m·a with its sign: what lies below zero ranks last, and not by its distance from zero.
+        pattern: (N, M): the N best of every M consecutive weights along the inputs are kept first, then the best of
+            the others; with ``"exact"``.
     """
 
     def __init__(
-        self, coordinates: Coordinates, theta: Tensor, selection: str, backend: str | None = None, signed: bool = False
+        self,
+        coordinates: Coordinates,
+        theta: Tensor,
+        selection: str,
+        backend: str | None = None,
+        signed: bool = False,
+        pattern: tuple[int, int] | None = None,
     ):
         self._coordinates = coordinates
         self._theta = theta
         self._selection = selection
         self._backend = backend
         self._signed = signed
+        self._pattern = pattern
+        self._least = 1 if pattern is None else coordinates.d * pattern[0] // pattern[1]  # that a mask keeps
         self._cuts: dict[str, Cut] = {}  # the last ones by kind: where to look first
 
     @cached_property
@@ -124,22 +135,22 @@ class Polarizer:
         kind: str,
         known: Sequence[float] | None = None,  # the same densities, where the host knows them
     ) -> Polarized:
-        """P_i for every particle; no mask is written (but the authors' float factors).
+        """P_i for every particle; no mask is written (but the authors' float factors, and with a pattern).
 
         Waits for the device only with ``selection="threshold"``, and only for densities that are not known.
         """
         if self._selection == "exact":
+            d = masks.shape[1]
+            counts = (densities * d).round().clamp(self._least, d).to(torch.int64)
+            if self._pattern is not None:
+                keep = torch.empty(masks.shape, dtype=torch.bool, device=masks.device)
+                for row, out in enumerate(keep):
+                    out.copy_(self._by_pattern(self.score(masks[row], kind), counts[row : row + 1]))
+                return Polarized(keep)
             ranking = self._ranking(kind)
             last = self._cuts.get(kind)
             guess = last if last is not None and last.threshold.shape[0] == masks.shape[0] else None
-            d = masks.shape[1]
-            cut = topk_threshold(
-                masks,
-                (densities * d).round().clamp(1, d).to(torch.int64),
-                guess=guess,
-                backend=self._backend,
-                **ranking,
-            )
+            cut = topk_threshold(masks, counts, guess=guess, backend=self._backend, **ranking)
             self._cuts[kind] = cut
             return Polarized(masks, cut, **ranking)
         return Polarized(
@@ -160,12 +171,28 @@ class Polarizer:
         d = masks.shape[1]
         kept = torch.zeros(masks.shape[1], dtype=torch.float32, device=masks.device)
         for row in rows:
-            if self._selection == "exact":
-                count = min(max(round(densities[row] * d), 1), d)
+            count = min(max(round(densities[row] * d), self._least), d)
+            if self._pattern is not None:
+                kept += self._by_pattern(self.score(masks[row], kind), _at(masks, count))
+            elif self._selection == "exact":
                 kept += topk_mask(masks[row], _at(masks, count), backend=self._backend, **self._ranking(kind))
             else:
                 kept += self._above_threshold(masks[row], densities[row], kind)
         return kept
+
+    def _by_pattern(
+        self,
+        score: Tensor,  # (d,)
+        count: Tensor,  # (1,) int64
+    ) -> Tensor:  # (d,) bool
+        """The best of every group, and of the others as many as are left of the count; waits for nothing on a GPU."""
+        assert self._pattern is not None
+        score = score.to(torch.promote_types(score.dtype, torch.float32))
+        first = pattern_mask(self._coordinates, score, self._pattern)
+        # Lifted above all others, overflows among them; NaN stays, to be found.
+        high = torch.finfo(score.dtype).max / 4
+        lifted = score.clamp(min=-high, max=high).add_(first.to(score.dtype), alpha=3 * high)
+        return topk_mask(lifted, count, backend=_backend_of(score, self._backend))
 
     def _above_threshold(self, mask: Tensor, density: float, kind: str) -> Tensor:
         removed = int((1.0 - density) * mask.shape[0])
@@ -186,7 +213,16 @@ class Polarizer:
         score: Tensor,  # (d,)
         sparsity: float,
     ) -> Tensor:  # (d,) bool
-        """The final mask: :meth:`best`, of a score that is looked at for NaN."""
+        """The final mask: :meth:`best`, of a score that is looked at for NaN.
+
+        Raises:
+            ValueError: NaN, or a sparsity that leaves fewer than the pattern keeps.
+        """
+        if self._pattern is not None and sparsity > sparsity_of(self._pattern) + 1e-9:
+            n, m = self._pattern
+            raise ValueError(
+                f"sparsity: wanted at most {sparsity_of(self._pattern):g}, that of pattern=({n}, {m}), got {sparsity!r}"
+            )
         if self._selection == "exact" and bool(score.isnan().any()):
             raise ValueError("score: wanted no NaN, got some")
         return self.best(score, sparsity)
@@ -198,11 +234,18 @@ class Polarizer:
     ) -> Tensor:  # (d,) bool
         """Exactly :func:`budget` coordinates; with ``"threshold"`` the authors' count. Waits for nothing."""
         d = score.shape[0]
+        if self._pattern is not None:
+            return self._by_pattern(score, _at(score, max(budget(sparsity, d), self._least)))
         if self._selection == "exact":
-            backend = "reference" if score.dtype == torch.float64 else self._backend  # hard votes; no other takes them
-            return topk_mask(score, _at(score, budget(sparsity, d)), backend=backend)
+            count = _at(score, budget(sparsity, d))
+            return topk_mask(score, count, backend=_backend_of(score, self._backend))
         removed = int(sparsity * d)
         return score > score.kthvalue(removed).values if removed else torch.ones_like(score, dtype=torch.bool)
+
+
+def _backend_of(score: Tensor, backend: str | None) -> str | None:
+    """Hard votes are fp64, which no other than the reference takes."""
+    return "reference" if score.dtype == torch.float64 else backend
 
 
 def _at(scores: Tensor, count: int) -> Tensor:  # (1,) int64

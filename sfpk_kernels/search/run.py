@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._dispatch import where_present
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
+from ..coordinates.pattern import check_divides
 from ..execution import Execution
 from ..masks.maskset import MaskSet
 from ..modeling.state import check_no_inference_tensors, guarded, mode_note
@@ -72,13 +73,19 @@ class Run:
         budget(config.sparsity, coordinates.d)
         check_no_inference_tensors(model)
         check_together(config, execution, model)
+        check_divides(coordinates.tensors, config.pattern)
         warn_of_poor(config)
         check_state(coordinates, config, execution)
         self.model, self.coordinates = model, coordinates
         self.config, self.execution = config, execution
         self.theta = coordinates.flatten(model).to(state_device(coordinates, execution))
         self.polarizer = Polarizer(
-            coordinates, self.theta, config.selection, where_present(execution.backend), config.signed_score
+            coordinates,
+            self.theta,
+            config.selection,
+            where_present(execution.backend),
+            config.signed_score,
+            config.pattern,
         )
         saliency = self.polarizer.saliency if config.kernel == "weighted_rbf" else None
         self.system = ParticleSystem(coordinates.d, config, execution, self.theta, saliency, start)

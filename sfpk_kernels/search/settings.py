@@ -83,6 +83,11 @@ def check_together(config: SFPKConfig, execution: Execution, model: nn.Module) -
             "hold: wanted 1 with step_length='radius', by which nothing moves while the density is held, "
             f"got {config.hold!r}; SFPKConfig.preset('population', …) has both"
         )
+    if config.pattern is not None and config.selection != "exact":
+        raise ValueError(
+            f"pattern: wanted None with selection={config.selection!r}, whose thresholds know no groups, "
+            f"got {config.pattern}"
+        )
     if config.step_scale != 1 and config.step_length == "radius":
         raise ValueError(
             "step_scale: wanted 1 with step_length='radius', where radius says how far particles move, "

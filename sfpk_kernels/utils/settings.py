@@ -24,8 +24,8 @@ class Meaning:
     words: str  # as in a docstring
     choices: tuple[str | None, ...] | None = None
     least: int | None = None  # of an integer
-    wanted: str = ""  # of a number: its range in words
-    accepts: Callable[[float], bool] | None = None  # the same range
+    wanted: str = ""  # of a number: its range in words; of a pair: what it is
+    accepts: Callable[[Any], bool] | None = None  # the same range
 
     @property
     def plain(self) -> str:
@@ -64,7 +64,7 @@ def meaning_of(field: dataclasses.Field[Any]) -> Meaning:
 def kind_of(field: dataclasses.Field[Any]) -> tuple[type, bool]:
     """A field's type, and whether it may be None."""
     written = str(field.type)
-    kinds = {"int": int, "float": float, "str": str, "bool": bool}
+    kinds: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool, "tuple[int, int]": tuple}
     return kinds[written.removesuffix(" | None")], written.endswith("| None")
 
 
@@ -82,7 +82,7 @@ class Settings:
         return type(self)(**{**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, booleans and None by field name."""
+        """Plain numbers, strings, booleans, pairs of numbers and None by field name."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
@@ -132,6 +132,8 @@ def _checked(name: str, value: Any, kind: type, optional: bool, meaning: Meaning
         if not isinstance(value, bool):
             raise TypeError(f"{name}: wanted a bool, got {value!r}")
         return value
+    if kind is tuple:
+        return _pair(name, value, meaning)
     wanted = f"an integer ≥ {meaning.least}" if kind is int else f"a number {meaning.wanted}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
         raise TypeError(f"{name}: wanted {wanted}, got {value!r}")
@@ -140,6 +142,16 @@ def _checked(name: str, value: Any, kind: type, optional: bool, meaning: Meaning
     if not (math.isfinite(number) and high_enough and (meaning.accepts is None or meaning.accepts(number))):
         raise ValueError(f"{name}: wanted {wanted}, got {value!r}")
     return number
+
+
+def _pair(name: str, value: Any, meaning: Meaning) -> tuple[int, int]:
+    """A pair as files and callers give it."""
+    if not isinstance(value, tuple | list) or not all(type(number) is int for number in value):
+        raise TypeError(f"{name}: wanted {meaning.wanted}, got {value!r}")
+    if meaning.accepts is not None and not meaning.accepts(value):
+        raise ValueError(f"{name}: wanted {meaning.wanted}, got {value!r}")
+    first, second = value
+    return first, second
 
 
 def _one_of(name: str, value: Any, choices: Sequence[str | None]) -> None:
