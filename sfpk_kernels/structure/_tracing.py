@@ -1,0 +1,195 @@
+"""Torch-Pruning's dependency graph of a model, as links between positions. Imports torch_pruning."""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.utils import _pytree
+from torch_pruning._helpers import _HybridIndex
+
+from .outputs import tensors_in
+
+Side = tuple[int, str]  # (number of a node, "in" | "out"; "out" alone where both are the same positions)
+_TWO_SIDED = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Positions of one side that belong to positions of another."""
+
+    source: Side
+    target: Side
+    positions: Callable[[Sequence[int]], list[tuple[int, int]]]  # of the source → (source, target)
+
+
+class Traced:
+    """The nodes of a model's graph, and the links between them.
+
+    Args:
+        model: a copy that may be spoilt: parameters require gradients, its mode is eval.
+        args, kwargs: what it is called with; floating point tensors count as fixed channels.
+        deadline: a time of ``time.monotonic()``.
+
+    Raises:
+        TimeoutError: it was later than that.
+    """
+
+    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], deadline: float):
+        self._outputs: set[Any] = set()
+        leaves, spec = _pytree.tree_flatten((tuple(args), dict(kwargs)))
+        leaves = [_leaf(one) for one in leaves]
+        self.inputs = [one for one in leaves if isinstance(one, Tensor) and one.requires_grad]
+        graph = _Graph(deadline, self.inputs)
+
+        def forward(model: nn.Module, _: Any) -> Any:
+            positional, named = _pytree.tree_unflatten(leaves, spec)
+            return model(*positional, **named)
+
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            graph.build_dependency(
+                model,
+                torch.zeros(()),  # not looked at
+                forward_fn=forward,
+                output_transform=self._leaving,
+                unwrapped_parameters=[(one, 1 if one.dim() > 1 else 0) for one in self.inputs],
+                verbose=False,
+            )
+        self.names: dict[nn.Parameter, str] = graph._param_to_name
+        self.nodes = list(graph.module2node.values())
+        self._numbers = {id(node): number for number, node in enumerate(self.nodes)}
+        self._deadline = deadline
+
+    def _leaving(self, outputs: Any) -> list[Tensor]:
+        found = [one for one in tensors_in(outputs) if one.grad_fn is not None]
+        if not found:
+            raise ValueError("model: wanted outputs that hold tensors computed from its weights, got none")
+        self._outputs = {one.grad_fn for one in found}
+        return found
+
+    def sides(self, node: Any) -> tuple[str, ...]:
+        """``("in", "out")``, or ``("out",)`` for what maps positions to themselves."""
+        return ("in", "out") if isinstance(node.module, _TWO_SIDED) else ("out",)
+
+    def leaves_model(self, node: Any) -> bool:
+        """Whether what the node computes is an output of the model."""
+        return node.grad_fn in self._outputs or not node.outputs
+
+    def operation(self, node: Any) -> str:
+        """The name of a node's operation in autograd, "" for modules."""
+        named = getattr(node.grad_fn, "name", None)
+        return "" if isinstance(node.module, nn.Module) or named is None else str(named())
+
+    def links(self) -> Iterator[Link]:
+        """Both ways for every edge of the graph."""
+        for number, node in enumerate(self.nodes):
+            ins = len(node.inputs)
+            for place, dependency in enumerate(node.dependencies):
+                if time.monotonic() > self._deadline:
+                    raise TimeoutError
+                target = dependency.target
+                source_side = ("in" if place < ins else "out") if len(self.sides(node)) == 2 else "out"
+                target_side = ("out" if place < ins else "in") if len(self.sides(target)) == 2 else "out"
+                first, second = dependency.index_mapping
+                piece = self._piece(node, place)
+                first = first if piece is None else piece
+                mappings = [one for one in (first, second) if one is not None]
+                source, goal = (number, source_side), (self._numbers[id(target)], target_side)
+                yield Link(source, goal, functools.partial(_map, mappings))
+
+    def pieces(self, node: Any) -> tuple[int, int] | None:
+        """(positions of a piece, pieces) for chunk and split along the channels into equal parts."""
+        if node.type != tp.ops.OPTYPE.SPLIT or node.module.split_sizes is None:
+            return None
+        sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
+        size = getattr(node.grad_fn, "_saved_split_size", None)
+        if not sizes or not isinstance(size, int) or sizes[1] % size:
+            return None
+        return size, sizes[1] // size
+
+    def _piece(self, node: Any, place: int) -> _Piece | None:
+        """For an edge of a split: which part of it. Torch-Pruning takes every edge for a part of its own."""
+        inputs = len(node.inputs)
+        if place < inputs:
+            split, reader, reverse = node.inputs[place], node, True
+            before = sum(one is split for one in node.inputs[:place])
+        else:
+            split, reader, reverse = node, node.outputs[place - inputs], False
+            before = sum(one is reader for one in node.outputs[: place - inputs])
+        pieces = self.pieces(split)
+        if pieces is None:
+            return None
+        edges = [
+            (function, number)
+            for function, number in reader.grad_fn.next_functions
+            if function is not None and ("accumulategrad" not in function.name().lower() or self._is_input(function))
+        ]
+        if len(edges) != len(reader.inputs):
+            return None  # a module that is called more than once
+        numbers = [number for (_, number), one in zip(edges, reader.inputs, strict=True) if one is split]
+        return _Piece(pieces[0], numbers[before], reverse)
+
+    def _is_input(self, function: Any) -> bool:
+        return any(function.variable is one for one in (*self.inputs, *self.names))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Positions of a split node ↔ positions of one part of it."""
+
+    size: int
+    number: int
+    to_whole: bool
+
+    def __call__(self, pairs: list[Any]) -> list[Any]:
+        start = self.size * self.number
+        if self.to_whole:
+            return [_HybridIndex(idx=p.idx + start, root_idx=p.root_idx) for p in pairs if p.idx < self.size]
+        inside = [p for p in pairs if start <= p.idx < start + self.size]
+        return [_HybridIndex(idx=p.idx - start, root_idx=p.root_idx) for p in inside]
+
+
+class _Graph(tp.DependencyGraph):
+    """With fixed inputs, whose channels are known, and an end in time: shapes are looked up along all paths."""
+
+    def __init__(self, deadline: float, inputs: list[Tensor]):
+        super().__init__()
+        self._deadline = deadline
+        self._inputs = {id(one): one for one in inputs}
+
+    def get_out_channels(self, module_or_node: Any) -> int | None:
+        if time.monotonic() > self._deadline:
+            raise TimeoutError
+        module = getattr(module_or_node, "module", module_or_node)
+        if id(module) in self._inputs:
+            return int(module.shape[1 if module.dim() > 1 else 0])
+        channels: int | None = super().get_out_channels(module_or_node)
+        return channels
+
+    def get_in_channels(self, module_or_node: Any) -> int | None:
+        if time.monotonic() > self._deadline:
+            raise TimeoutError
+        channels: int | None = super().get_in_channels(module_or_node)
+        return channels
+
+
+def _map(mappings: Iterable[Any], positions: Sequence[int]) -> list[tuple[int, int]]:
+    pairs = [_HybridIndex(idx=position, root_idx=position) for position in positions]
+    for mapping in mappings:
+        pairs = mapping(pairs)
+    return [(pair.root_idx, pair.idx) for pair in pairs if pair.root_idx is not None]
+
+
+def _leaf(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().clone()
+    return value.requires_grad_() if value.is_floating_point() else value
