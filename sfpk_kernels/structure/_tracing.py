@@ -14,7 +14,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.utils import _pytree
 from torch_pruning._helpers import _HybridIndex
+from torch_pruning.dependency.index_mapping import update_index_mapping
 
+from .governed import UNFOLLOWED
 from .outputs import tensors_in
 
 Side = tuple[int, str]  # (number of a node, "in" | "out"; "out" alone where both are the same positions)
@@ -44,6 +46,7 @@ class Traced:
 
     def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], deadline: float):
         self._outputs: set[Any] = set()
+        self._unfollowed: dict[Any, nn.Module] = {}
         leaves, spec = _pytree.tree_flatten((tuple(args), dict(kwargs)))
         leaves = [_leaf(one) for one in leaves]
         self.inputs = [one for one in leaves if isinstance(one, Tensor) and one.requires_grad]
@@ -51,7 +54,13 @@ class Traced:
 
         def forward(model: nn.Module, _: Any) -> Any:
             positional, named = _pytree.tree_unflatten(leaves, spec)
-            return model(*positional, **named)
+            marked = [module for module in model.modules() if isinstance(module, UNFOLLOWED)]
+            handles = [module.register_forward_hook(self._mark) for module in marked]
+            try:
+                return model(*positional, **named)
+            finally:
+                for handle in handles:
+                    handle.remove()
 
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
@@ -63,10 +72,14 @@ class Traced:
                 unwrapped_parameters=[(one, 1 if one.dim() > 1 else 0) for one in self.inputs],
                 verbose=False,
             )
+            self._mend_sizes(graph)
         self.names: dict[nn.Parameter, str] = graph._param_to_name
         self.nodes = list(graph.module2node.values())
         self._numbers = {id(node): number for number, node in enumerate(self.nodes)}
         self._deadline = deadline
+
+    def _mark(self, module: nn.Module, _: Any, output: Any) -> None:
+        self._unfollowed.update((one.grad_fn, module) for one in tensors_in(output) if one.grad_fn is not None)
 
     def _leaving(self, outputs: Any) -> list[Tensor]:
         found = [one for one in tensors_in(outputs) if one.grad_fn is not None]
@@ -83,10 +96,9 @@ class Traced:
         """Whether what the node computes is an output of the model."""
         return node.grad_fn in self._outputs or not node.outputs
 
-    def operation(self, node: Any) -> str:
-        """The name of a node's operation in autograd, "" for modules."""
-        named = getattr(node.grad_fn, "name", None)
-        return "" if isinstance(node.module, nn.Module) or named is None else str(named())
+    def unfollowed(self, node: Any) -> nn.Module | None:
+        """The module whose output a node is, if it is of a kind that the graph does not know."""
+        return self._unfollowed.get(node.grad_fn)
 
     def links(self) -> Iterator[Link]:
         """Both ways for every edge of the graph."""
@@ -107,13 +119,26 @@ class Traced:
 
     def pieces(self, node: Any) -> tuple[int, int] | None:
         """(positions of a piece, pieces) for chunk and split along the channels into equal parts."""
-        if node.type != tp.ops.OPTYPE.SPLIT or node.module.split_sizes is None:
-            return None
         sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
         size = getattr(node.grad_fn, "_saved_split_size", None)
-        if not sizes or not isinstance(size, int) or sizes[1] % size:
+        if node.type != tp.ops.OPTYPE.SPLIT or not sizes or not isinstance(size, int):
+            return None
+        if node.grad_fn._saved_dim != 1 or len(sizes) < 2 or sizes[1] % size:
             return None
         return size, sizes[1] // size
+
+    def _mend_sizes(self, graph: _Graph) -> None:
+        """Sizes of the parts of a split, which are guessed where autograd keeps none, and of what they are joined to."""
+        nodes = list(graph.module2node.values())
+        pieces = [(node, self.pieces(node)) for node in nodes if self.pieces(node)]
+        for node, sizes in pieces:
+            assert sizes is not None
+            node.module.split_sizes = [sizes[0]] * len(node.outputs)  # one an edge
+        if pieces:
+            for node in nodes:
+                if node.type == tp.ops.OPTYPE.CONCAT:
+                    node.module.concat_sizes = None
+            update_index_mapping(graph)
 
     def _piece(self, node: Any, place: int) -> _Piece | None:
         """For an edge of a split: which part of it. Torch-Pruning takes every edge for a part of its own."""

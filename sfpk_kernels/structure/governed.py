@@ -7,15 +7,8 @@ from typing import Any
 
 from torch import nn
 
-# Operations that mix or move positions in ways the graph does not follow, by their names in autograd.
-_OPERATIONS = {
-    "PixelShuffle": "PixelShuffle",
-    "PixelUnshuffle": "PixelUnshuffle",
-    "ChannelShuffle": "ChannelShuffle",
-    "Fold": "fold",
-    "Im2Col": "unfold",
-    "Col2Im": "fold",
-}
+# Modules that mix or move positions in ways the graph does not follow.
+UNFOLLOWED = (nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Fold, nn.Unfold, nn.RNNBase)
 _MODULES: dict[type, str] = {
     nn.GroupNorm: "the statistics of its groups are of all their channels",
     nn.RNNBase: "recurrent weights are not handled",
@@ -41,14 +34,14 @@ class Governed:
         return self.what, self.name, self.dim, self.role
 
 
-def why_not(module: Any, operation: str) -> str | None:
-    """Why what a module or an operation computes is not followed, or None."""
+def why_not(module: Any) -> str | None:
+    """Why what a module computes is not followed, or None."""
     for kind, why in _MODULES.items():
         if isinstance(module, kind):
             return why
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
         return "it normalizes over positions and channels at once"
-    return next((name for start, name in _OPERATIONS.items() if operation.startswith(start)), None)
+    return "it moves channels to other places" if isinstance(module, UNFOLLOWED) else None
 
 
 def governed(model: nn.Module, module: Any, name: str, side: str, position: int, dim: int) -> list[Governed]:

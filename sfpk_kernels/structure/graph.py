@@ -103,6 +103,8 @@ class _Table:
                 norms.append(Norm(name, index))
             else:
                 attributes.append(Attribute(name, role, index))
+        places = {name: i for i, name in enumerate(self._model.state_dict())}
+        entries.sort(key=lambda entry: (places.get(entry.tensor, -1), entry.dim))
         for name in {group.name for group in groups} & self._protected.keys():
             self._protected[name] = f"some outputs only: {self._protected[name]}"
         return Structure(tuple(groups), tuple(entries), tuple(norms), tuple(attributes), self._protected)
@@ -125,12 +127,15 @@ class _Table:
                 reason = "added to, or beside, what goes into the model"
             if side == "out" and self._traced.leaves_model(node):
                 reason = "leaves the model"
-            handled = why_not(module, self._traced.operation(node))
-            if name in self._ignored and (side == "out" or handled) and isinstance(module, nn.Module):
+            strange = self._traced.unfollowed(node) or module
+            handled = why_not(strange)
+            strange_name = self._names.get(id(strange), "")
+            if (name in self._ignored and side == "out" and isinstance(module, nn.Module)) or (
+                handled and strange_name in self._ignored
+            ):
                 reason = "ignored_layers"
             if handled:
-                where = f"{name} ({type(module).__name__})" if isinstance(module, nn.Module) else handled
-                trouble = trouble or (where if where == handled else f"{where}: {handled}")
+                trouble = trouble or f"{strange_name} ({type(strange).__name__}): {handled}"
                 continue
             named = self._traced.names.get(module, "") if isinstance(module, nn.Parameter) else name
             parts += governed(self._model, module, named, side, position, int(node.pruning_dim))

@@ -30,8 +30,9 @@ def verify(
 ) -> None:
     """That masked and shrunk outputs are equal with ``share`` of every group removed, then of single groups.
 
-    Compared are copies in eval mode, in fp32 at least, with random biases, norm weights and statistics: what is 0 in a
-    fresh model (the last norm of a residual branch) would hide an error. Costs two calls per group.
+    Compared are copies in eval mode, in fp32 at least, with random biases, norm weights and statistics, and random
+    weights where most are 0: the last layer of a residual branch, 0 in a fresh model, would hide an error. Costs two
+    calls per group.
 
     Raises:
         ValueError: outputs differ by more than 1e-5 of their largest; the message names the module.
@@ -121,6 +122,8 @@ def _randomized(model: nn.Module, generator: torch.Generator) -> nn.Module:
                     draw(tensor, -0.3, 0.3)
                 elif isinstance(tensor, nn.Parameter) and tensor.numel() == max(tensor.shape):  # weights of norms
                     draw(tensor, 0.5, 1.5)
+                elif isinstance(tensor, nn.Parameter) and 2 * int(tensor.count_nonzero()) < tensor.numel():
+                    draw(tensor, -0.3, 0.3)
     return spare
 
 
