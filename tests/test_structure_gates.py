@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sfpk_kernels.structure import find_structure, gate_gradient, gated_call, gated_weights, kept_statistics, shrink
@@ -39,28 +40,20 @@ def test_the_gradient_of_each_coordinate(name):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_every_removed_coordinate_can_return(name):
-    """Removed ones have a gradient at some mask and batch, with the statistics of the batch or the running ones."""
+def test_every_removed_coordinate_can_return(name, monkeypatch):
+    """None has a gradient that is always 0, with the statistics of the batch or the running ones."""
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.gelu(x))  # no channel is dead of itself
     model, x = make(name)
     structure = find_structure(model, x, check=False)
-    model.train()
-    for _ in range(20):  # statistics that fit: no channel is dead of itself
-        model(torch.randn(16, *x.shape[1:]))
     for training in (False, True):
         model.train(training)
-        moved, alive = torch.zeros(structure.size, dtype=torch.bool), torch.zeros(structure.size, dtype=torch.bool)
-        for turn in range(18):
-            keep = torch.arange(structure.size) % 6 != turn % 6
-            for layer in structure.layers():
-                if not keep[layer].any():
-                    keep[layer[0]] = True
-            x = torch.randn(16, *x.shape[1:])
-            spare = copy.deepcopy(model)
-            gradient, _ = gradients(spare, structure, keep, x, torch.zeros(()))
+        moved = torch.zeros(structure.size, dtype=torch.bool)
+        for turn in range(6):
+            keep = torch.arange(structure.size) % 6 != turn
+            x = torch.randn(4, *x.shape[1:])
+            gradient, _ = gradients(copy.deepcopy(model), structure, keep, x, torch.zeros(()))
             moved |= (gradient != 0) & ~keep
-            alive |= gradients(spare, structure, torch.ones_like(keep), x, torch.zeros(()))[0] != 0
-        assert alive.sum() >= 0.9 * structure.size  # others are dead behind a ReLU, whatever is removed
-        assert (moved | ~alive).all(), structure.describe(int((alive & ~moved).nonzero()[0]))
+        assert moved.all(), structure.describe(int((~moved).nonzero()[0]))
 
 
 def test_a_mask_on_producers_would_cut_them_off():
@@ -101,7 +94,7 @@ def test_norms_use_what_is_kept():
     other = nn.RMSNorm(int(keep[28:].sum())).double()
     other.weight.data = model[7].weight.data[keep[28:]]
     torch.testing.assert_close(rms, other(y[:, :10][:, keep[28:]]))
-    plain = torch.nn.functional.layer_norm(y, (12,), model[4].weight, model[4].bias)
+    plain = F.layer_norm(y, (12,), model[4].weight, model[4].bias)
     assert torch.equal(model[4](y), plain)  # afterwards it is the norm that it was
 
 

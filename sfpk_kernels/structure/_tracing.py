@@ -128,7 +128,7 @@ class Traced:
         return size, sizes[1] // size
 
     def _mend_sizes(self, graph: _Graph) -> None:
-        """Sizes of the parts of a split, which are guessed where autograd keeps none, and of what they are joined to."""
+        """Sizes of the parts of splits, guessed where autograd keeps none, and of what they are joined to."""
         nodes = list(graph.module2node.values())
         pieces = [(node, self.pieces(node)) for node in nodes if self.pieces(node)]
         for node, sizes in pieces:
