@@ -6,16 +6,18 @@ behind it, and its gradient with it. On the consumers' input columns the activat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..coordinates.flat import unwrapped
-from .axes import Norm, Structure, kept
+from .axes import Structure, kept
 
 
 def gated_weights(
@@ -76,7 +78,7 @@ def kept_statistics(
         for norm in structure.norms:
             module = model.get_submodule(norm.module)
             changed.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = partial(_norm, module, _present(norm, keep))
+            module.__dict__["forward"] = _forward(module, kept(norm.index, keep))
         yield
     finally:
         for module, forward in reversed(changed):
@@ -104,24 +106,65 @@ def _along(dim: int, dims: int) -> list[int]:
     return [-1 if i == dim else 1 for i in range(dims)]
 
 
-def _present(norm: Norm, keep: Tensor) -> Tensor:
-    return kept(norm.index, keep)
-
-
-def _norm(module: nn.Module, present: Tensor, x: Tensor) -> Tensor:
-    """LayerNorm or RMSNorm (torch's and those that name their epsilon alike), over the positions that are present."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    mask = present.to(x.device, wide.dtype)
-    count = mask.sum()
+def _forward(module: nn.Module, present: Tensor) -> Callable[..., Tensor]:
+    """The forward of a norm whose statistics are those of the positions that are present."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and type(module).forward not in _FORWARDS:
+        return partial(_within, module.forward, present)  # it moves channels to the end first, for one
     if isinstance(module, nn.LayerNorm):
-        mean = (wide * mask).sum(-1, keepdim=True) / count
-        wide = wide - mean
-        eps = module.eps
-    else:
-        named = getattr(module, "eps", getattr(module, "variance_epsilon", None))
-        eps = torch.finfo(x.dtype).eps if named is None else named
-    variance = (wide.square() * mask).sum(-1, keepdim=True) / count
-    y = (wide * torch.rsqrt(variance + eps)).to(x.dtype)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        return lambda x: _layer_norm(present, x, module.normalized_shape, module.weight, module.bias, module.eps)
+    named = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    weight = module._parameters["weight"]
+    return lambda x: _rms_norm(present, x, x.shape[-1:], weight, named)
+
+
+_FORWARDS = (nn.LayerNorm.forward, nn.RMSNorm.forward)
+
+
+def _within(forward: Callable[..., Tensor], present: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    with _Norms(present):
+        return forward(*args, **kwargs)
+
+
+class _Norms(TorchFunctionMode):
+    """Within it torch's norms use the statistics of the positions that are present."""
+
+    def __init__(self, present: Tensor):
+        super().__init__()
+        self._present = present
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ours = {F.layer_norm: _layer_norm, F.rms_norm: _rms_norm}.get(func)
+        return func(*args, **(kwargs or {})) if ours is None else ours(self._present, *args, **(kwargs or {}))
+
+
+def _layer_norm(
+    present: Tensor,  # (width,) bool
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.layer_norm`` over the last dim, with the statistics of what is present."""
+    wide = input if input.dtype == torch.float64 else input.float()
+    mask = present.to(input.device, wide.dtype)
+    wide = wide - (wide * mask).sum(-1, keepdim=True) / mask.sum()
+    variance = (wide.square() * mask).sum(-1, keepdim=True) / mask.sum()
+    y = (wide * torch.rsqrt(variance + eps)).to(input.dtype)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
+
+
+def _rms_norm(
+    present: Tensor,  # (width,) bool
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """``torch.nn.functional.rms_norm`` over the last dim, with the statistics of what is present."""
+    wide = input if input.dtype == torch.float64 else input.float()
+    mask = present.to(input.device, wide.dtype)
+    variance = (wide.square() * mask).sum(-1, keepdim=True) / mask.sum()
+    y = (wide * torch.rsqrt(variance + (torch.finfo(input.dtype).eps if eps is None else eps))).to(input.dtype)
+    return y if weight is None else y * weight

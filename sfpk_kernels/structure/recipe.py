@@ -66,8 +66,26 @@ class ShrinkRecipe:
                 got = tuple(tensors[name].shape) if name in tensors else "none"
                 if got == "none" or dim >= len(got) or got[dim] != size:
                     raise ValueError(f"model: wanted {name} with {size} positions along dim {dim}, got shape {got}")
-        smaller = copy.deepcopy(model)
-        slice_tensors(smaller, {name: _tensors(dims) for name, dims in self.slices.items()})
+        smaller = self.share(model)
+        copies: dict[int, Any] = {}  # one of each, so that what is tied stays tied
+        of_model = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        for module in smaller.modules():
+            for registered in (module._parameters, module._buffers):
+                for name, tensor in registered.items():
+                    if id(tensor) in of_model:
+                        registered[name] = copy.deepcopy(tensor, copies)
+        return smaller
+
+    def share(self, model: nn.Module) -> nn.Module:
+        """Like :meth:`shrink`, unchecked, with the tensors of which nothing is removed those of the model itself."""
+        memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        smaller = copy.deepcopy(model, memo)
+        removed = {
+            name: {dim: torch.tensor(one, dtype=torch.int64) for dim, one in dims.items()}
+            for name, dims in self.slices.items()
+            if any(len(one) < self.sizes[name][dim] for dim, one in dims.items())
+        }
+        slice_tensors(smaller, removed)
         set_sizes(smaller, self.slices, self.attributes)
         return smaller
 
@@ -105,10 +123,6 @@ def shrink(
         TypeError, ValueError: ``keep`` as in :meth:`Structure.check_keep`; a model that the structure is not of.
     """
     return ShrinkRecipe.of(structure, keep).shrink(model)
-
-
-def _tensors(dims: dict[int, list[int]]) -> dict[int, Tensor]:
-    return {dim: torch.tensor(positions, dtype=torch.int64) for dim, positions in dims.items()}
 
 
 def _texts(value: Any) -> Any:

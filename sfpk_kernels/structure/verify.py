@@ -13,7 +13,7 @@ from ..coordinates.flat import unwrapped
 from .axes import CoordinateGroup, Structure
 from .gates import gated_call
 from .outputs import tensors_in
-from .recipe import shrink
+from .recipe import ShrinkRecipe
 
 TOLERANCE = 1e-5  # of the largest output
 
@@ -85,12 +85,14 @@ def _difference(
     model: nn.Module, structure: Structure, keep: Tensor, args: Any, kwargs: Any, dense: list[Tensor]
 ) -> str | None:
     """How masked and shrunk differ, in words, or None."""
-    masked = tensors_in(gated_call(model, structure, keep, args, kwargs))
+    which = "masked"
     try:
-        shrunk = tensors_in(shrink(model, structure, keep)(*args, **kwargs))
+        masked = tensors_in(gated_call(model, structure, keep, args, kwargs))
+        which = "smaller"
+        shrunk = tensors_in(ShrinkRecipe.of(structure, keep).share(model)(*args, **kwargs))
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, AttributeError) as error:
         said = (str(error).splitlines() or [""])[0][:120]
-        return f"the smaller model raises {type(error).__name__}: {said}"
+        return f"the {which} model raises {type(error).__name__}: {said}"
     for before, one, other in zip(dense, masked, shrunk, strict=True):
         if one.shape != other.shape:
             return f"the smaller model has outputs of shape {tuple(other.shape)} instead of {tuple(one.shape)}"
