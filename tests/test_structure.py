@@ -47,7 +47,7 @@ GROUPS = {
 def random_keep(structure, share, generator):
     """Bernoulli, one of every layer at least."""
     keep = torch.rand(structure.size, generator=generator) >= share
-    for layer in structure.layers():
+    for layer in structure.layers:
         if not keep[layer].any():
             keep[layer[0]] = True
     return keep

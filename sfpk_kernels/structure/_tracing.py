@@ -207,6 +207,9 @@ class _Graph(tp.DependencyGraph):
 
 
 def _map(mappings: Iterable[Any], positions: Sequence[int]) -> list[tuple[int, int]]:
+    mappings = tuple(mappings)
+    if not mappings:
+        return [(position, position) for position in positions]
     pairs = [_HybridIndex(idx=position, root_idx=position) for position in positions]
     for mapping in mappings:
         pairs = mapping(pairs)

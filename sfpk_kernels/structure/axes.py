@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -128,14 +128,15 @@ class Structure:
         group = self.group_of(coordinate)
         return f"{group.kind} {coordinate - group.first} of {group.name}"
 
-    def layers(self) -> Iterator[Tensor]:
-        """Coordinates of each dim that would be empty without all of them; the same set once."""
-        seen: set[tuple[int, ...]] = set()
-        for index in [entry.index for entry in self.entries if entry.role != "follower"]:
-            coordinates = index.unique()
-            if int(coordinates[0]) >= 0 and tuple(coordinates.tolist()) not in seen:
-                seen.add(tuple(coordinates.tolist()))
-                yield coordinates
+    @cached_property
+    def layers(self) -> tuple[Tensor, ...]:
+        """The coordinates of each dim that would be empty without all of them; the same ones once."""
+        found: dict[tuple[int, ...], Tensor] = {}
+        for entry in self.entries:
+            if entry.role != "follower" and int(entry.index.min()) >= 0:
+                coordinates = entry.index.unique()
+                found.setdefault(tuple(coordinates.tolist()), coordinates)
+        return tuple(found.values())
 
     def check_keep(self, keep: Tensor) -> Tensor:
         """``keep`` on the CPU.
@@ -149,7 +150,7 @@ class Structure:
         if keep.shape != (self.size,):
             raise ValueError(f"keep: wanted shape ({self.size},), got {tuple(keep.shape)}")
         keep = keep.cpu()
-        for coordinates in self.layers():
+        for coordinates in self.layers:
             if not bool(keep[coordinates].any()):
                 group = self.group_of(int(coordinates[0]))
                 raise ValueError(f"keep: wanted at least one {group.kind} of {group.name}, got none")
@@ -159,11 +160,6 @@ class Structure:
 def kept(index: Tensor, keep: Tensor) -> Tensor:  # (positions,) bool
     """Which positions stay when the coordinates of ``keep`` (C,) do."""
     return (index < 0) | keep[index.clamp_min(0)]
-
-
-def group(coordinates: Sequence[CoordinateGroup], name: str, kind: str, size: int) -> CoordinateGroup:
-    """The group that follows those there are."""
-    return CoordinateGroup(name, kind, sum(one.size for one in coordinates), size)
 
 
 def _check_index(where: str, index: Tensor, size: int) -> None:

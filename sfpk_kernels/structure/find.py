@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..coordinates.flat import Ignored, unwrapped
+from ..coordinates.flat import Ignored, ignored_names, unwrapped
 from ..coordinates.wrapped import check_structure
 from ..utils.arguments import check_model, check_positive
+from .adapters import blocks
 from .axes import Structure
 from .graph import trace
 from .verify import verify
@@ -45,7 +46,8 @@ def find_structure(
     model = unwrapped(model)
     check_structure(model)
     args, kwargs = split_inputs(example_inputs)
-    structure = trace(model, args, kwargs, ignored_layers, float(time_limit))
+    ignored = {name.rpartition(".")[0] for name in ignored_names(model, ignored_layers)}
+    structure = blocks(model, ignored) or trace(model, args, kwargs, ignored, float(time_limit))
     if check:
         verify(model, structure, args, kwargs)
     return structure

@@ -133,7 +133,7 @@ class _Norms(TorchFunctionMode):
         self._present = present
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        ours = {F.layer_norm: _layer_norm, F.rms_norm: _rms_norm}.get(func)
+        ours = _OURS.get(func)
         return func(*args, **(kwargs or {})) if ours is None else ours(self._present, *args, **(kwargs or {}))
 
 
@@ -168,3 +168,6 @@ def _rms_norm(
     variance = (wide.square() * mask).sum(-1, keepdim=True) / mask.sum()
     y = (wide * torch.rsqrt(variance + (torch.finfo(input.dtype).eps if eps is None else eps))).to(input.dtype)
     return y if weight is None else y * weight
+
+
+_OURS: dict[Any, Callable[..., Tensor]] = {F.layer_norm: _layer_norm, F.rms_norm: _rms_norm}

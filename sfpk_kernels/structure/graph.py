@@ -5,30 +5,30 @@ from __future__ import annotations
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..coordinates.flat import Ignored, ignored_names
 from ..utils.extras import require
 from .axes import Attribute, CoordinateGroup, Entry, Norm, Structure
 from .governed import Governed, governed, why_not
 
 if TYPE_CHECKING:
     from ._coupling import Position
-    from ._tracing import Traced
+    from ._tracing import Side, Traced
 
 
 def trace(
     model: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    ignored_layers: Iterable[Ignored] = (),
+    ignored: Collection[str] = (),
     time_limit: float = 30,
 ) -> Structure:
-    """The structure of a model, found by calling a copy of it once.
+    """The structure of a model, found by calling a copy of it once; outputs of ``ignored`` modules all stay.
 
     Raises:
         ImportError: torch-pruning is not installed.
@@ -39,7 +39,6 @@ def trace(
     from ._coupling import couple
     from ._tracing import Traced
 
-    ignored = {name.rpartition(".")[0] for name in ignored_names(model, ignored_layers)}
     deadline = time.monotonic() + time_limit
     spare = copy.deepcopy(model).eval()
     for parameter in spare.parameters():
@@ -52,7 +51,7 @@ def trace(
             f"model: its graph could not be followed within time_limit={time_limit:g} s, as that of detection heads: "
             "pass the part that computes features alone, or a larger time_limit"
         ) from None
-    return _Table(spare, traced, ignored).structure(components)
+    return _Table(spare, traced, set(ignored)).structure(components)
 
 
 class _Table:
@@ -67,10 +66,11 @@ class _Table:
             uses[id(parameter)] += 1
         self._tied = {name for name, p in model.named_parameters(remove_duplicate=False) if uses[id(p)] > 1}
         self._protected: dict[str, str] = {}
+        self._known: dict[Side, _Known] = {}
 
     def structure(self, components: list[list[Position]]) -> Structure:
         """All coordinates, group after group in the order of the modules."""
-        by_group: dict[str, list[tuple[int, str, list[Governed]]]] = defaultdict(list)
+        by_group: dict[str, list[tuple[int, str, list[tuple[Governed, int]]]]] = defaultdict(list)
         for component in components:
             found = self._coordinate(component)
             if found is not None:
@@ -84,8 +84,8 @@ class _Table:
             members = sorted(by_group[name], key=lambda one: one[0])
             groups.append(CoordinateGroup(name, members[0][1], first, len(members)))
             for coordinate, (_, _, parts) in enumerate(members, start=first):
-                for part in parts:
-                    positions[part.key].append((part.position, coordinate))
+                for part, position in parts:
+                    positions[part.key].append((part.place(position), coordinate))
                     sizes[part.key] = part.size
             first += len(members)
         if not groups:
@@ -109,59 +109,89 @@ class _Table:
             self._protected[name] = f"some outputs only: {self._protected[name]}"
         return Structure(tuple(groups), tuple(entries), tuple(norms), tuple(attributes), self._protected)
 
-    def _coordinate(self, component: list[Position]) -> tuple[str, int, str, list[Governed]] | None:
-        """(its group, its position there, kind, what it governs), or None if it is protected."""
+    def _coordinate(self, component: list[Position]) -> tuple[str, int, str, list[tuple[Governed, int]]] | None:
+        """(its group, its position there, kind, what it governs and where), or None if it is protected."""
+        producers: list[tuple[int, str, int]] = []  # (order, name, position)
+        parts: list[tuple[Governed, int]] = []
+        reason: str | None = None
+        trouble: str | None = None
+        gated, linear = False, True
+        for side, position in component:
+            found = self._side(side)
+            if found.produces:
+                producers.append((self._order[found.name], found.name, position))
+                linear &= found.linear
+            reason, trouble = reason or found.reason, trouble or found.trouble
+            gated |= found.gated
+            parts += [(part, position) for part in found.parts]
+        _, root, position = min(producers)
+        if reason is None and trouble is None and not gated:
+            reason = "no layer reads it"
+        if reason is not None:
+            for _, name, _ in producers:
+                self._protected.setdefault(name, reason)
+            return None
+        trouble = trouble or next(filter(None, (part.trouble_at(at) for part, at in parts)), None)
+        if trouble:
+            raise ValueError(
+                f"model: the outputs of {root} cannot be removed one by one, as they reach {trouble}: keep them all, "
+                f"ignored_layers=[{root!r}]"
+            )
+        return root, position, "neuron" if linear else "channel", parts
+
+    def _side(self, side: Side) -> _Known:
+        """What is known of all positions of a side alike."""
+        if side not in self._known:
+            self._known[side] = self._look(*side)
+        return self._known[side]
+
+    def _look(self, number: int, side: str) -> _Known:
         from ._coupling import out_positions
 
-        producers: list[tuple[int, str, int]] = []  # (order, name, position)
-        parts: list[Governed] = []
-        trouble: str | None = None
-        reason: str | None = None
-        for (number, side), position in component:
-            node = self._traced.nodes[number]
-            module = node.module
-            name = self._names.get(id(module), "")
-            if side == "out" and out_positions(module):
-                producers.append((self._order[name], name, position))
-            if any(module is one for one in self._traced.inputs):
-                reason = "added to, or beside, what goes into the model"
-            if side == "out" and self._traced.leaves_model(node):
-                reason = "leaves the model"
-            strange = self._traced.unfollowed(node) or module
-            handled = why_not(strange)
-            strange_name = self._names.get(id(strange), "")
-            if (name in self._ignored and side == "out" and isinstance(module, nn.Module)) or (
-                handled and strange_name in self._ignored
-            ):
-                reason = "ignored_layers"
-            if handled:
-                trouble = trouble or f"{strange_name} ({type(strange).__name__}): {handled}"
-                continue
-            named = self._traced.names.get(module, "") if isinstance(module, nn.Parameter) else name
-            parts += governed(self._model, module, named, side, position, int(node.pruning_dim))
-        _, root, position = min(producers)
+        node = self._traced.nodes[number]
+        module = node.module
+        name = self._names.get(id(module), "")
+        strange = self._traced.unfollowed(node) or module
+        why, strange_name = why_not(strange), self._names.get(id(strange), "")
+        reason = None
+        if any(module is one for one in self._traced.inputs):
+            reason = "added to, or beside, what goes into the model"
+        elif side == "out" and self._traced.leaves_model(node):
+            reason = "leaves the model"
+        elif (side == "out" and isinstance(module, nn.Module) and name in self._ignored) or (
+            why and strange_name in self._ignored
+        ):
+            reason = "ignored_layers"
+        named = self._traced.names.get(module, "") if isinstance(module, nn.Parameter) else name
+        parts = [] if why else governed(self._model, module, named, side, int(node.pruning_dim))
         if any(part.name in self._tied for part in parts):
             reason = reason or "tied weights"
-        if not reason and not trouble and not any(part.role == "gate" for part in parts):
-            reason = "no layer reads it"
-        if reason is None:
-            trouble = trouble or next((part.trouble for part in parts if part.trouble), None)
-            if trouble:
-                raise ValueError(
-                    f"model: the outputs of {root} cannot be removed one by one, as they reach {trouble}: keep them "
-                    f"all, ignored_layers=[{root!r}]"
-                )
-            kinds = {isinstance(self._model.get_submodule(name), nn.Linear) for _, name, _ in producers}
-            return root, position, "neuron" if kinds == {True} else "channel", parts
-        for _, name, _ in producers:
-            self._protected.setdefault(name, reason)
-        return None
+        return _Known(
+            name,
+            side == "out" and out_positions(module) > 0,
+            isinstance(module, nn.Linear),
+            any(part.role == "gate" for part in parts),
+            reason,
+            f"{strange_name} ({type(strange).__name__}): {why}" if why else None,
+            parts,
+        )
+
+
+@dataclass(frozen=True)
+class _Known:
+    name: str  # of the module
+    produces: bool
+    linear: bool
+    gated: bool
+    reason: str | None  # why all of it stays
+    trouble: str | None  # why it cannot be followed
+    parts: list[Governed]
 
 
 def _index(pairs: list[tuple[int, int]], size: int, name: str) -> Tensor:
-    index = torch.full((size,), -1, dtype=torch.int64)
-    for position, coordinate in pairs:
-        if int(index[position]) not in (-1, coordinate):
-            raise ValueError(f"model: position {position} of {name} belongs to two coordinates at once")
-        index[position] = coordinate
-    return index
+    found = torch.full((size,), -1, dtype=torch.int64)
+    positions, coordinates = torch.tensor(pairs, dtype=torch.int64).unbind(1)
+    found[positions] = coordinates
+    if not torch.equal(found[positions], coordinates):
+        raise ValueError(f"model: a position of {name} belongs to two coordinates at once")
+    return found

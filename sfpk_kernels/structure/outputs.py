@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in an output: of containers, dataclasses and objects alike."""
+    """The tensors in an output, in containers and dataclasses; not those of a cache of keys and values."""
     found: list[Tensor] = []
-    for one in _pytree.tree_leaves(value):
+    for one in _pytree.tree_leaves(value, is_leaf=lambda one: type(one).__name__.endswith("Cache")):
         if isinstance(one, Tensor):
             found.append(one)
-        elif hasattr(one, "__dict__") and not isinstance(one, nn.Module | type):
+        elif dataclasses.is_dataclass(one) and not isinstance(one, type):
             found += tensors_in(list(vars(one).values()))
     return found

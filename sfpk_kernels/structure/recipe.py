@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class ShrinkRecipe:
         copies: dict[int, Any] = {}  # one of each, so that what is tied stays tied
         of_model = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         for module in smaller.modules():
-            for registered in (module._parameters, module._buffers):
+            for registered in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
                 for name, tensor in registered.items():
                     if id(tensor) in of_model:
                         registered[name] = copy.deepcopy(tensor, copies)

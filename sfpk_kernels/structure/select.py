@@ -81,7 +81,7 @@ class _Ranking:
         self.floor = torch.zeros(structure.size, dtype=torch.bool)
         for best in self.by_group:
             self.floor[best[:min_keep]] = True
-        for layer in structure.layers():
+        for layer in structure.layers:
             if not bool(self.floor[layer].any()):
                 self.floor[self._sorted(layer)[0]] = True
 

@@ -69,7 +69,7 @@ def random_keep(
         if group.size > 1:
             count = min(max(round(share * group.size), 1), group.size - 1)
             keep[group.first + torch.randperm(group.size, generator=generator)[:count]] = False
-    for coordinates in structure.layers():
+    for coordinates in structure.layers:
         if not bool(keep[coordinates].any()):
             keep[coordinates[int(torch.randint(len(coordinates), (), generator=generator))]] = True
     return keep
