@@ -42,7 +42,8 @@ def trace(
     deadline = time.monotonic() + time_limit
     spare = copy.deepcopy(model).eval()
     for parameter in spare.parameters():
-        parameter.requires_grad_()  # a frozen one would not be seen
+        if parameter.is_floating_point():
+            parameter.requires_grad_()  # a frozen one would not be seen
     try:
         traced = Traced(spare, args, kwargs, deadline)
         components = couple(traced, deadline)
