@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfpk_kernels.structure import Costs, ShrinkRecipe, find_structure, gate_gradient, gated_call, gated_weights, shrink
@@ -79,6 +80,13 @@ def transformer(name, **options):
     return transformers.SwinForImageClassification(config), images, 4, 48
 
 
+def multiplied(model, inputs):
+    """MACs by torch's counter; attention in separate products, which it counts on every device."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(**inputs)
+    return counter.get_total_flops() // 2
+
+
 CASES = [
     ("bert", {}), ("llama", {"attn_implementation": "eager"}), ("llama", {"attn_implementation": "sdpa"}),
     ("gpt2", {}), ("vit", {}), ("swin", {}),
@@ -105,6 +113,8 @@ def test_shrunk_equals_masked(name, options):
     costs = Costs(model, structure, (), inputs)
     assert costs.cost(keep, "params") == sum(p.numel() for p in smaller.parameters())
     assert costs.dense["params"] == sum(p.numel() for p in model.parameters())
+    assert costs.dense["macs"] == multiplied(model, inputs)
+    assert costs.cost(keep, "macs") == multiplied(smaller, inputs)
     snapshot.check()
     fresh = ShrinkRecipe.of(structure, keep).shrink(transformer(name, **options)[0].eval())
     fresh.load_state_dict(smaller.state_dict())
@@ -146,8 +156,10 @@ def test_one_projection_for_all():
     costs = Costs(model, structure, (x,))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         smaller(x)
-    products = 2 * 2 * 6 * 6 * 4 * (3 + 4)  # queries by keys, and by values: samples, positions, width, heads
-    assert costs.cost(keep, "macs") == counter.get_total_flops() // 2 - products
+    assert costs.cost(keep, "macs") == counter.get_total_flops() // 2
+    rows = 2 * 6  # samples, positions
+    per_head = 2 * rows * 6 * 4 + rows * 4 * 4 * 16  # by keys and by values; three projections and what reads them
+    assert costs.dense["macs"] - costs.cost(keep, "macs") == per_head
 
 
 def test_every_head_and_neuron_has_a_gradient():

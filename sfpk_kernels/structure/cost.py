@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..coordinates.flat import unwrapped
+from ..utils.modes import within
 from .axes import Structure
 
 BUDGETS = ("params", "macs", "channels")
@@ -18,8 +21,8 @@ class Costs:
     """What a structure's model costs, dense or with some coordinates kept.
 
     - ``"params"``: elements of its parameters, tied ones once.
-    - ``"macs"``: multiply-accumulates of its convolutions and linear layers in one call with the example inputs; the
-      products of activations in attention are not counted.
+    - ``"macs"``: multiply-accumulates of one call with the example inputs, as torch's counter of floating point
+      operations sees them: convolutions, products of matrices, attention.
     - ``"channels"``: coordinates.
 
     Args:
@@ -38,7 +41,7 @@ class Costs:
         model = unwrapped(model)
         self._structure = structure
         places = {(entry.tensor, entry.dim): i + 1 for i, entry in enumerate(structure.entries)}
-        uses = multiplications(model, args, kwargs)
+        uses, macs = multiplications(model, args, kwargs)
         factors: list[tuple[int, int, list[int]]] = []  # (elements per kept position, times used, entries)
         for name, parameter in model.named_parameters():
             shape, inside, constant = tuple(parameter.shape), [], 1
@@ -57,6 +60,9 @@ class Costs:
             [torch.full((int((e.index >= 0).sum()),), i + 1) for i, e in enumerate(structure.entries)]
         )
         self._coordinate = torch.cat([entry.index[entry.index >= 0] for entry in structure.entries])
+        self._per_coordinate, self._constant = _per_head(structure, model, uses, macs), 0
+        dense = self.cost(torch.ones(structure.size, dtype=torch.bool), "macs")
+        self._constant = max(macs[""] - dense, 0)  # products that stay whatever is kept
         self.dense = {budget: self.cost(torch.ones(structure.size, dtype=torch.bool), budget) for budget in BUDGETS}
 
     def cost(
@@ -71,11 +77,13 @@ class Costs:
         """
         if budget not in BUDGETS:
             raise ValueError(f"budget: wanted one of {BUDGETS}, got {budget!r}")
+        keep = keep.cpu()
         if budget == "channels":
             return int(keep.sum())
         counts = self._fixed.index_add(0, self._entry, keep[self._coordinate].long())
         products = counts[self._factors].prod(1)
-        return int((products * self._constants[:, BUDGETS.index(budget)]).sum())
+        found = int((products * self._constants[:, BUDGETS.index(budget)]).sum())
+        return found if budget == "params" else found + self._constant + int(self._per_coordinate[keep].sum())
 
     def alike(self) -> Tensor:  # (C,) int64
         """A number per coordinate, the same for those of a group that cost the same whatever else is kept."""
@@ -88,8 +96,11 @@ class Costs:
 
 def multiplications(
     model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-) -> dict[str, int]:
-    """How often the weight of each convolution and linear layer is multiplied with in one call, by its name."""
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(how often the weight of each convolution and linear layer is multiplied with, MACs of each module), by name.
+
+    The model itself is "". It is called once, in eval mode, and put back.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, int] = {}
 
@@ -105,15 +116,40 @@ def multiplications(
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd) or _transposed(m)]
     modes = [(module, module.training) for module in model.modules()]
     handles = [module.register_forward_hook(look) for module in layers]
+    counter = FlopCounterMode(display=False)
     try:
         model.eval()
-        with torch.no_grad():
+        # Fused attention has no count on every device.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), within(counter):
             model(*args, **dict(kwargs or {}))
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes:
             module.training = training
+    root = type(model).__name__
+    macs = {
+        name.removeprefix(root).removeprefix("."): sum(counts.values()) // 2
+        for name, counts in counter.get_flop_counts().items()
+        if name == root or name.startswith(f"{root}.")
+    }
+    return found, {"": counter.get_total_flops() // 2, **macs}
+
+
+def _per_head(
+    structure: Structure, model: nn.Module, uses: Mapping[str, int], macs: Mapping[str, int]
+) -> Tensor:  # (C,) int64
+    """What each head multiplies beside its weights: queries with keys, and the result with values."""
+    found = torch.zeros(structure.size, dtype=torch.int64)
+    for group in structure.groups:
+        if group.kind == "head":
+            inside = group.name.rpartition(".")[0]
+            weights = [
+                uses[name] * parameter.numel()
+                for name, parameter in model.named_parameters()
+                if name in uses and name.startswith(f"{inside}." if inside else "")
+            ]
+            found[group.span] = max(macs.get(inside, 0) - sum(weights), 0) // group.size
     return found
 
 
