@@ -256,3 +256,38 @@ def test_other_precisions(dtype):
     assert {p.dtype for p in smaller.parameters()} == {dtype}
     tolerance = {torch.float64: 1e-14, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(gated_call(model, structure, keep, (x,)), smaller(x), rtol=tolerance, atol=tolerance)
+
+
+def test_outputs_that_are_not_finite_prove_nothing():
+    model, x = make("plain")
+    with pytest.raises(ValueError, match="model: wanted finite outputs for the example inputs"):
+        find_structure(model, x / 0)
+
+
+def test_under_autocast():
+    """Norms give fp32 there, with the statistics of what is kept as with those of all."""
+    model, x = make("convnext")
+    structure = find_structure(model, x)
+    keep = torch.arange(structure.size) % 3 > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        masked, shrunk = gated_call(model, structure, keep, (x,)), shrink(model, structure, keep)(x)
+    torch.testing.assert_close(masked, shrunk, rtol=1e-2, atol=1e-2)
+
+
+def test_the_smaller_model_compiles_and_exports():
+    model, x = make("squeeze-excite")
+    structure = find_structure(model, x)
+    smaller = shrink(model, structure, torch.arange(structure.size) % 3 > 0)
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(smaller, (x,)).module()(x), smaller(x))
+        compiled = torch.compile(smaller, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), smaller(x))
+
+
+def test_a_compiled_model_is_the_one_within():
+    model, x = make("plain")
+    compiled = torch.compile(model, backend="eager")
+    structure = find_structure(compiled, x)
+    assert structure.groups == find_structure(model, x).groups
+    keep = torch.arange(structure.size) % 2 == 0
+    assert torch.equal(shrink(compiled, structure, keep)(x), shrink(model, structure, keep)(x))

@@ -150,7 +150,8 @@ def _layer_norm(
     mask = present.to(input.device, wide.dtype)
     wide = wide - (wide * mask).sum(-1, keepdim=True) / mask.sum()
     variance = (wide.square() * mask).sum(-1, keepdim=True) / mask.sum()
-    y = (wide * torch.rsqrt(variance + eps)).to(input.dtype)
+    autocast = torch.is_autocast_enabled(input.device.type)  # its layer_norm is in fp32
+    y = (wide * torch.rsqrt(variance + eps)).to(wide.dtype if autocast else input.dtype)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 

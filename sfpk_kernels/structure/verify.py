@@ -42,9 +42,11 @@ def verify(
     args, kwargs = _widened(tuple(args)), _widened(dict(kwargs or {}))
     with torch.no_grad():
         dense = tensors_in(spare(*args, **kwargs))
-        everywhere = [random_keep(structure, share, generator)]
+        if not all(bool(one.isfinite().all()) for one in dense):
+            raise ValueError("model: wanted finite outputs for the example inputs, got NaN or infinite ones")
+        everywhere = random_keep(structure, share, generator)
         each = {group.name: _only(structure, group, share, generator) for group in structure.groups}
-        trouble = _difference(spare, structure, everywhere[0], args, kwargs, dense)
+        trouble = _difference(spare, structure, everywhere, args, kwargs, dense)
         if trouble is None and not single_groups:
             return
         for group in structure.groups:
