@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sfpk_kernels.structure import Costs, find_structure, select, shrink
+from sfpk_kernels.structure import Costs, coordinate_sums, find_structure, select, shrink
 
 from .snapshot import Snapshot
 from .structured_nets import NETS, make
@@ -115,6 +115,39 @@ def test_shared_weights_count_once_as_parameters_and_twice_as_macs():
     assert lost == (8 * 8 - 4 * 4) * 9 + 4 + 4 * 3 + 4 + 4 * 4  # d and its bias, c and its bias, the classifier
     lost = costs.dense["macs"] - costs.cost(keep, "macs")
     assert lost == 2 * 64 * (2 * (8 * 8 - 4 * 4) * 9 + 4 * 3) + 2 * 4 * 4
+
+
+@pytest.mark.parametrize("name", ["residual", "squeeze-excite", "concat", "many groups", "two groups", "flatten"])
+def test_sums_over_what_a_coordinate_governs(name):
+    """By brute force: what is not in the model shrunk by one coordinate, of producers and consumers alike."""
+    model, x = make(name)
+    structure = find_structure(model, x, check=False)
+    ones = {name: torch.ones_like(p, dtype=torch.float64) for name, p in model.named_parameters()}
+    everything = coordinate_sums(structure, ones, ("gate", "producer", "follower"))
+    dense = sum(p.numel() for p in model.parameters())
+    for coordinate in range(0, structure.size, 3):
+        keep = torch.arange(structure.size) != coordinate
+        lost = dense - sum(p.numel() for p in shrink(model, structure, keep).parameters())
+        twice = sum(
+            int((one.index == coordinate).sum()) * int((other.index == coordinate).sum()) * parameter[0, 0].numel()
+            for tensor, entries in structure.by_tensor().items()
+            if len(entries) == 2
+            for one, other, parameter in [(*entries, model.get_parameter(tensor))]
+        )
+        assert everything[coordinate] == lost + twice  # what the coordinate both reads and computes
+    weights = {name: p.abs() for name, p in model.named_parameters()}
+    expected = weights["stem.weight"].sum((1, 2, 3)) if name == "residual" else None
+    if expected is not None:
+        expected = expected + weights["b.weight"].sum((1, 2, 3)) + weights["a.weight"].sum((0, 2, 3))
+        expected = expected + weights["head.fc.weight"].sum(0)
+        torch.testing.assert_close(coordinate_sums(structure, weights)[:8], expected)
+    with pytest.raises(ValueError, match="roles: wanted some of"):
+        coordinate_sums(structure, weights, ("gates",))
+    with pytest.raises(ValueError, match="values: wanted at least one tensor"):
+        coordinate_sums(structure, {})
+    tensor = structure.entries[0].tensor
+    with pytest.raises(ValueError, match=rf"values: wanted {tensor} with \d+ positions along dim \d, got shape \(3,\)"):
+        coordinate_sums(structure, {tensor: torch.ones(3)}, ("gate", "producer", "follower"))
 
 
 def test_bad_arguments():

@@ -6,6 +6,7 @@ from .find import find_structure
 from .gates import gate_gradient, gated_call, gated_weights, kept_statistics
 from .recipe import ShrinkRecipe, shrink
 from .select import select
+from .sums import coordinate_sums
 from .verify import verify
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Norm",
     "ShrinkRecipe",
     "Structure",
+    "coordinate_sums",
     "find_structure",
     "gate_gradient",
     "gated_call",

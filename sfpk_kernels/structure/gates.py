@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..coordinates.flat import unwrapped
 from .axes import Structure, kept
+from .sums import coordinate_sums
 
 
 def gated_weights(
@@ -48,20 +49,13 @@ def gate_gradient(
 
     Sums are accumulated in fp64.
     """
-    total: Tensor | None = None
-    wide = False
-    for entry in structure.gates:
-        weight, gradient = tensors[entry.tensor].detach(), gradients[entry.tensor].detach()
-        others = [dim for dim in range(weight.dim()) if dim != entry.dim]
-        product = weight.double() * gradient.double()
-        sums = product.sum(others) if others else product
-        if total is None:
-            total = torch.zeros(structure.size, dtype=torch.float64, device=weight.device)
-        wide |= weight.dtype == torch.float64
-        index = entry.index.to(weight.device)
-        total.index_add_(0, index[index >= 0], sums[index >= 0])
-    assert total is not None, "a structure has gates"
-    return total if wide else total.float()
+    products = {
+        entry.tensor: tensors[entry.tensor].detach().double() * gradients[entry.tensor].detach().double()
+        for entry in structure.gates
+    }
+    found = coordinate_sums(structure, products, ("gate",))
+    wide = any(tensors[name].dtype == torch.float64 for name in products)
+    return found if wide else found.float()
 
 
 @contextmanager
