@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sfpk_kernels.structure import find_structure
+from sfpk_kernels.structure import Costs, find_structure
 from sfpk_kernels.utils import extras
 
 from .snapshot import Snapshot
@@ -152,6 +152,45 @@ def test_a_graph_that_takes_too_long():
     with pytest.raises(ValueError, match=r"its graph could not be followed within time_limit=0.001 s"):
         find_structure(model, torch.randn(IMAGE), time_limit=1e-3)
     assert time.monotonic() - start < 5
+
+
+class Rotated(nn.Module):
+    """Attention with rotary positions and one projection for all, by heads: a layout that has no adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.qkv, self.b = nn.Linear(5, 8), nn.Linear(8, 24), nn.Linear(8, 2)
+
+    def forward(self, x):
+        n, length, _ = x.shape
+        q, k, v = self.qkv(F.relu(self.a(x))).view(n, length, 2, 12).transpose(1, 2).chunk(3, -1)
+        q, k = (torch.cat([-one[..., 2:], one[..., :2]], -1) + one for one in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.b(y.transpose(1, 2).reshape(n, length, 8))
+
+
+def test_attention_of_an_unknown_layout():
+    with pytest.raises(ValueError, match="model: .*(qkv|cannot follow its graph)"):
+        find_structure(Rotated(), torch.randn(2, 4, 5))
+
+
+def test_errors_of_the_model_itself_are_its_own():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        find_structure(nn.Sequential(nn.Linear(3, 3), Broken(3, 2)), torch.randn(1, 3))
+
+
+def test_models_that_write_into_their_input():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1))
+    x = torch.randn(IMAGE)
+    before = x.clone()
+    structure = find_structure(model, x)
+    Costs(model, structure, (x,))
+    assert [group.name for group in structure.groups] == ["1"]
+    assert torch.equal(x, before)
 
 
 def test_bad_arguments():

@@ -53,7 +53,9 @@ class Traced:
         graph = _Graph(deadline, self.inputs)
 
         def forward(model: nn.Module, _: Any) -> Any:
-            positional, named = _pytree.tree_unflatten(leaves, spec)
+            # Clones: what is written in place must be no leaf.
+            given = [one.clone() if isinstance(one, Tensor) else one for one in leaves]
+            positional, named = _pytree.tree_unflatten(given, spec)
             marked = [module for module in model.modules() if isinstance(module, UNFOLLOWED)]
             handles = [module.register_forward_hook(self._mark) for module in marked]
             try:
@@ -62,17 +64,24 @@ class Traced:
                 for handle in handles:
                     handle.remove()
 
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            graph.build_dependency(
-                model,
-                torch.zeros(()),  # not looked at
-                forward_fn=forward,
-                output_transform=self._leaving,
-                unwrapped_parameters=[(one, 1 if one.dim() > 1 else 0) for one in self.inputs],
-                verbose=False,
-            )
-            self._mend_sizes(graph)
+        try:
+            with warnings.catch_warnings(), torch.enable_grad():
+                warnings.simplefilter("ignore")
+                graph.build_dependency(
+                    model,
+                    torch.zeros(()),  # not looked at
+                    forward_fn=forward,
+                    output_transform=self._leaving,
+                    unwrapped_parameters=[(one, 1 if one.dim() > 1 else 0) for one in self.inputs],
+                    verbose=False,
+                )
+                self._mend_sizes(graph)
+        except (TypeError, IndexError, AttributeError, KeyError, ZeroDivisionError, RecursionError) as error:
+            if not self._outputs:  # the model's own
+                raise
+            raise ValueError(
+                f"model: Torch-Pruning cannot follow its graph ({type(error).__name__}: {error}): pass a part of it"
+            ) from error
         self.names: dict[nn.Parameter, str] = graph._param_to_name
         self.nodes = list(graph.module2node.values())
         self._numbers = {id(node): number for number, node in enumerate(self.nodes)}

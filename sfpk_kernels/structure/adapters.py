@@ -24,6 +24,7 @@ _ATTENTION: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("self.query", "self.key", "self.value"), "output.dense", "self"),  # BERT, RoBERTa, ELECTRA
     (("attention.query", "attention.key", "attention.value"), "output.dense", "attention"),  # ViT, DeiT
     (("q_lin", "k_lin", "v_lin"), "out_lin", ""),  # DistilBERT
+    (("query", "key", "value"), "dense", ""),  # ALBERT
     (("c_attn",), "c_proj", ""),  # GPT-2
 )
 _MLP: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -32,6 +33,7 @@ _MLP: tuple[tuple[tuple[str, ...], str], ...] = (
     (("intermediate.dense",), "output.dense"),  # BERT, ViT
     (("linear1",), "linear2"),  # torch.nn.TransformerEncoderLayer
     (("lin1",), "lin2"),  # DistilBERT
+    (("ffn",), "ffn_output"),  # ALBERT
     (("c_fc",), "c_proj"),  # GPT-2
     (("wi_0", "wi_1"), "wo"),  # T5 v1.1
     (("wi",), "wo"),  # T5

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..coordinates.flat import unwrapped
 from ..utils.modes import within
 from .axes import Structure
+from .outputs import called
 
 BUDGETS = ("params", "macs", "channels")
 
@@ -121,7 +122,7 @@ def multiplications(
         model.eval()
         # Fused attention has no count on every device.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), within(counter):
-            model(*args, **dict(kwargs or {}))
+            called(model, tuple(args), dict(kwargs or {}))
     finally:
         for handle in handles:
             handle.remove()

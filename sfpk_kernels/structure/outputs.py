@@ -1,8 +1,9 @@
-"""What a model returns, as a list of tensors."""
+"""What goes into a model and what comes out of it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,3 +19,9 @@ def tensors_in(value: Any) -> list[Tensor]:
         elif dataclasses.is_dataclass(one) and not isinstance(one, type):
             found += tensors_in(list(vars(one).values()))
     return found
+
+
+def called(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The output for copies of the inputs: a model may write into what it is given."""
+    args, kwargs = _pytree.tree_map(lambda one: one.clone() if isinstance(one, Tensor) else one, (args, kwargs))
+    return model(*args, **kwargs)

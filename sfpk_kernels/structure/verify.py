@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..coordinates.flat import unwrapped
 from .axes import CoordinateGroup, Structure
 from .gates import gated_call
-from .outputs import tensors_in
+from .outputs import called, tensors_in
 from .recipe import ShrinkRecipe
 
 TOLERANCE = 1e-5  # of the largest output
@@ -41,7 +41,7 @@ def verify(
     spare = _randomized(unwrapped(model), generator)
     args, kwargs = _widened(tuple(args)), _widened(dict(kwargs or {}))
     with torch.no_grad():
-        dense = tensors_in(spare(*args, **kwargs))
+        dense = tensors_in(called(spare, args, kwargs))
         if not all(bool(one.isfinite().all()) for one in dense):
             raise ValueError("model: wanted finite outputs for the example inputs, got NaN or infinite ones")
         everywhere = random_keep(structure, share, generator)
@@ -87,11 +87,15 @@ def _difference(
     model: nn.Module, structure: Structure, keep: Tensor, args: Any, kwargs: Any, dense: list[Tensor]
 ) -> str | None:
     """How masked and shrunk differ, in words, or None."""
+
+    def masked_model(*args: Any, **kwargs: Any) -> Any:
+        return gated_call(model, structure, keep, args, kwargs)
+
     which = "masked"
     try:
-        masked = tensors_in(gated_call(model, structure, keep, args, kwargs))
+        masked = tensors_in(called(masked_model, args, kwargs))
         which = "smaller"
-        shrunk = tensors_in(ShrinkRecipe.of(structure, keep).share(model)(*args, **kwargs))
+        shrunk = tensors_in(called(ShrinkRecipe.of(structure, keep).share(model), args, kwargs))
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, AttributeError) as error:
         said = (str(error).splitlines() or [""])[0][:120]
         return f"the {which} model raises {type(error).__name__}: {said}"
