@@ -291,3 +291,24 @@ def test_a_compiled_model_is_the_one_within():
     assert structure.groups == find_structure(model, x).groups
     keep = torch.arange(structure.size) % 2 == 0
     assert torch.equal(shrink(compiled, structure, keep)(x), shrink(model, structure, keep)(x))
+
+
+def test_a_layer_whose_output_nobody_uses_fits_what_it_reads():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1)
+            self.aside, self.norm, self.head = nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            self.norm(self.aside(x))
+            return self.head(self.b(x).mean((2, 3)))
+
+    model, x = Auxiliary().eval(), torch.randn(2, 3, 8, 8)
+    structure = find_structure(model, x)
+    assert [(group.name, group.size) for group in structure.groups] == [("a", 8), ("b", 6)]
+    smaller = shrink(model, structure, torch.arange(14) % 2 == 0)
+    assert smaller.aside.weight.shape == (5, 4, 1, 1)
+    assert smaller.norm.num_features == 5
+    assert smaller(x).shape == (2, 2)

@@ -22,6 +22,8 @@ from .outputs import tensors_in
 Side = tuple[int, str]  # (number of a node, "in" | "out"; "out" alone where both are the same positions)
 _TWO_SIDED = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
 
+_READERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm)
+
 
 @dataclass(frozen=True)
 class Link:
@@ -47,6 +49,7 @@ class Traced:
     def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], deadline: float):
         self._outputs: set[Any] = set()
         self._unfollowed: dict[Any, nn.Module] = {}
+        self._computed: list[Tensor] = []
         leaves, spec = _pytree.tree_flatten((tuple(args), dict(kwargs)))
         leaves = [_leaf(one) for one in leaves]
         self.inputs = [one for one in leaves if isinstance(one, Tensor) and one.requires_grad]
@@ -58,6 +61,7 @@ class Traced:
             positional, named = _pytree.tree_unflatten(given, spec)
             marked = [module for module in model.modules() if isinstance(module, UNFOLLOWED)]
             handles = [module.register_forward_hook(self._mark) for module in marked]
+            handles += [m.register_forward_hook(self._note) for m in model.modules() if isinstance(m, _READERS)]
             try:
                 return model(*positional, **named)
             finally:
@@ -90,11 +94,19 @@ class Traced:
     def _mark(self, module: nn.Module, _: Any, output: Any) -> None:
         self._unfollowed.update((one.grad_fn, module) for one in tensors_in(output) if one.grad_fn is not None)
 
+    def _note(self, module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._computed.append(output)
+
     def _leaving(self, outputs: Any) -> list[Tensor]:
         found = [one for one in tensors_in(outputs) if one.grad_fn is not None]
         if not found:
             raise ValueError("model: wanted outputs that hold tensors computed from its weights, got none")
         self._outputs = {one.grad_fn for one in found}
+        # A layer that reads what is pruned must fit it, even if nothing comes of its output.
+        reached = _reached(self._outputs)
+        found += [one for one in self._computed if one.grad_fn is not None and one.grad_fn not in reached]
+        self._computed = []
         return found
 
     def sides(self, node: Any) -> tuple[str, ...]:
@@ -213,6 +225,17 @@ class _Graph(tp.DependencyGraph):
             raise TimeoutError
         channels: int | None = super().get_in_channels(module_or_node)
         return channels
+
+
+def _reached(functions: Iterable[Any]) -> set[Any]:
+    """These nodes of autograd's graph, and all before them."""
+    found, waiting = set(functions), list(functions)
+    while waiting:
+        for function, _ in waiting.pop().next_functions:
+            if function is not None and function not in found:
+                found.add(function)
+                waiting.append(function)
+    return found
 
 
 def _map(mappings: Iterable[Any], positions: Sequence[int]) -> list[tuple[int, int]]:
