@@ -17,7 +17,7 @@ from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency.index_mapping import update_index_mapping
 
 from .governed import UNFOLLOWED
-from .outputs import tensors_in
+from .outputs import leaf, reached, tensors_in
 
 Side = tuple[int, str]  # (number of a node, "in" | "out"; "out" alone where both are the same positions)
 _TWO_SIDED = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
@@ -51,7 +51,7 @@ class Traced:
         self._unfollowed: dict[Any, nn.Module] = {}
         self._computed: list[Tensor] = []
         leaves, spec = _pytree.tree_flatten((tuple(args), dict(kwargs)))
-        leaves = [_leaf(one) for one in leaves]
+        leaves = [leaf(one) for one in leaves]
         self.inputs = [one for one in leaves if isinstance(one, Tensor) and one.requires_grad]
         graph = _Graph(deadline, self.inputs)
 
@@ -104,8 +104,8 @@ class Traced:
             raise ValueError("model: wanted outputs that hold tensors computed from its weights, got none")
         self._outputs = {one.grad_fn for one in found}
         # A layer that reads what is pruned must fit it, even if nothing comes of its output.
-        reached = _reached(self._outputs)
-        found += [one for one in self._computed if one.grad_fn is not None and one.grad_fn not in reached]
+        before = reached(self._outputs)
+        found += [one for one in self._computed if one.grad_fn is not None and one.grad_fn not in before]
         self._computed = []
         return found
 
@@ -227,17 +227,6 @@ class _Graph(tp.DependencyGraph):
         return channels
 
 
-def _reached(functions: Iterable[Any]) -> set[Any]:
-    """These nodes of autograd's graph, and all before them."""
-    found, waiting = set(functions), list(functions)
-    while waiting:
-        for function, _ in waiting.pop().next_functions:
-            if function is not None and function not in found:
-                found.add(function)
-                waiting.append(function)
-    return found
-
-
 def _map(mappings: Iterable[Any], positions: Sequence[int]) -> list[tuple[int, int]]:
     mappings = tuple(mappings)
     if not mappings:
@@ -246,10 +235,3 @@ def _map(mappings: Iterable[Any], positions: Sequence[int]) -> list[tuple[int, i
     for mapping in mappings:
         pairs = mapping(pairs)
     return [(pair.root_idx, pair.idx) for pair in pairs if pair.root_idx is not None]
-
-
-def _leaf(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach().clone()
-    return value.requires_grad_() if value.is_floating_point() else value
