@@ -37,6 +37,10 @@ PARTS = {
         "from sfpk_kernels.report.charts import _figure; _figure(1)", {"matplotlib"}, "matplotlib",
     ),
     "digits": ("from sfpk_kernels.demo.task import load_digits; load_digits()", {"sklearn"}, "scikit-learn"),
+    "structure": (
+        "from torch import nn, ones; from sfpk_kernels.structure import find_structure; "
+        "find_structure(nn.Linear(2, 2), ones(1, 2))", {"torch_pruning"}, "torch-pruning",
+    ),
     "demo": (
         "from sfpk_kernels.cli import main; sys.exit(main(['demo']))", {"sklearn", "matplotlib"},
         "scikit-learn matplotlib",

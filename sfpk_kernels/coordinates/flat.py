@@ -120,7 +120,7 @@ class Coordinates:
         check_structure(model)
         self.device = _single_device(model)
         include = {"embedding": include_embeddings, "bias": include_biases, "norm": include_norms}
-        ignored = _ignored_names(model, ignored_layers)
+        ignored = ignored_names(model, ignored_layers)
         self.tensors: list[PrunableTensor] = []
         self.skipped: list[SkippedTensor] = []
         dtypes = [torch.float32]
@@ -314,8 +314,12 @@ def _reason_to_skip(
     return None
 
 
-def _ignored_names(model: nn.Module, ignored_layers: Iterable[Ignored]) -> dict[str, str]:
-    """Full parameter name → the entry of ignored_layers that covers it."""
+def ignored_names(model: nn.Module, ignored_layers: Iterable[Ignored]) -> dict[str, str]:
+    """Full parameter name → the entry of ignored_layers that covers it.
+
+    Raises:
+        TypeError, ValueError: entries as in :class:`Coordinates`.
+    """
     if isinstance(ignored_layers, str | nn.Module | type):
         raise TypeError(f"ignored_layers: wanted a list, got {ignored_layers!r:.80}: put it in a list")
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]

@@ -11,6 +11,7 @@ PACKAGES = {
     "matplotlib": "matplotlib",
     "mlxtend": "mlxtend",
     "sklearn": "scikit-learn",
+    "torch_pruning": "torch-pruning",
     "transformers": "transformers",
     "triton": "triton",
 }  # by module

@@ -1,0 +1,71 @@
+"""The structure of a model, found and proven."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..coordinates.flat import Ignored, ignored_names, unwrapped
+from ..coordinates.wrapped import check_structure
+from ..utils.arguments import check_model, check_positive
+from .adapters import blocks
+from .axes import Structure
+from .graph import trace
+from .verify import verify
+
+
+def find_structure(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    ignored_layers: Iterable[Ignored] = (),
+    time_limit: float = 30,
+    check: bool = True,
+) -> Structure:
+    """Which channels, neurons and heads of a model can be removed, and what goes with each of them.
+
+    Channels that are added, concatenated, normalized, flattened or scaled together are one coordinate. What leaves the
+    model stays, and what is added to its inputs.
+
+    Args:
+        model: it stays as it is.
+        example_inputs: what the model is called with: a tensor, a tuple of positional arguments, or a dict of keywords.
+        ignored_layers: modules or names, as in :class:`Coordinates`, whose outputs all stay.
+        time_limit: seconds for following the model's graph.
+        check: compare masked and shrunk outputs under random removals (:func:`verify`).
+
+    Raises:
+        ImportError: torch-pruning is needed and not installed.
+        TypeError: an argument of the wrong type.
+        ValueError: what cannot be shrunk right, by the names of its modules; nothing that can be removed.
+    """
+    check_model(model)
+    check_positive("time_limit", time_limit)
+    model = unwrapped(model)
+    check_structure(model)
+    args, kwargs = split_inputs(example_inputs)
+    ignored = {name.rpartition(".")[0] for name in ignored_names(model, ignored_layers)}
+    structure = blocks(model, ignored) or trace(model, args, kwargs, ignored, float(time_limit))
+    if check:
+        verify(model, structure, args, kwargs)
+    return structure
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional arguments and keywords.
+
+    Raises:
+        TypeError: neither a tensor, nor a tuple or list, nor a dict.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    raise TypeError(
+        "example_inputs: wanted a tensor, a tuple of arguments or a dict of keywords for the model, got "
+        f"{type(example_inputs).__name__}"
+    )
