@@ -62,6 +62,16 @@ def test_a_tie_is_one_standard_error_paired_over_seeds():
     assert compare.best(LOSS, {}) is None
 
 
+def test_networks_of_one_seed_trained_elsewhere_are_not_paired():
+    given = rows(ours=[90.0, 92.0, 94.0], rival=[89.0, 92.0, 60.0])
+    given[-1] = given[-1]._replace(dense=96.0)
+    found = compare.difference(
+        ACCURACY, *(compare.by_network(r for r in given if r.cell.method == name) for name in ("ours", "rival"))
+    )
+    assert found.seeds == 2
+    assert found.mean == pytest.approx(0.5)
+
+
 def test_cells_with_fewer_seeds_say_so():
     lines = tables.table(ACCURACY, rows(ours=[90.0, 92.0], rival=[95.0]), 60).splitlines()
     assert "| ours | **91.0 ± 1.4** |" in lines

@@ -1,21 +1,21 @@
-"""Methods against each other on the same seeds: differences, ties, and how many passes one needs to equal another."""
+"""Methods against each other on the same networks: differences, ties, and how many passes one needs to equal another."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
 from .records import Row
 from .task import Task
 
-Values = Mapping[int, float]  # by seed
+Values = Mapping[Hashable, float]  # by network
 
 
 class Difference(NamedTuple):
-    """Of two methods, over the seeds that both have."""
+    """Of two methods, over the networks that both have."""
 
     mean: float  # > 0: the first is better
     error: float  # standard error of the mean; NaN for one seed
@@ -27,13 +27,17 @@ class Difference(NamedTuple):
         return abs(self.mean) > 2 * self.error  # not of NaN
 
 
-def by_seed(rows: Iterable[Row]) -> dict[int, float]:
-    """Values of one method in one column of a table."""
-    return {row.cell.seed: row.value for row in rows}
+def by_network(rows: Iterable[Row]) -> dict[Hashable, float]:
+    """Values of one method in one column of a table.
+
+    A network is known by its seed and what it measured before: of one seed, machines with other vector units train
+    others.
+    """
+    return {(row.cell.seed, row.dense): row.value for row in rows}
 
 
 def difference(task: Task, ours: Values, theirs: Values) -> Difference | None:
-    """Paired over seeds; ``None`` where they share none, or a value is not finite."""
+    """Paired over networks; ``None`` where they share none, or a value is not finite."""
     sign = 1 if task.higher else -1
     pairs = [sign * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
     if not pairs or not all(math.isfinite(pair) for pair in pairs):

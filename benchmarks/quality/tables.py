@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
-from .compare import Difference, Values, best, by_seed, difference, passes_to, tied
+from .compare import Difference, Values, best, by_network, difference, passes_to, tied
 from .methods import METHODS
 from .protocols import PROTOCOLS
 from .records import ONE_SHOT, Row, label, of
@@ -23,11 +23,11 @@ def table(task: Task, rows: Sequence[Row], passes: int) -> str:
     mine = [row for row in of(rows, task=task.name) if row.cell.passes in (0, passes)]
     names = list(dict.fromkeys(label(row.cell) for row in sorted(mine, key=_order)))
     sparsities = sorted({row.cell.sparsity for row in mine})
-    columns = {s: {name: by_seed(row for row in of(mine, sparsity=s) if label(row.cell) == name) for name in names}
+    columns = {s: {name: by_network(row for row in of(mine, sparsity=s) if label(row.cell) == name) for name in names}
                for s in sparsities}  # fmt: skip
     bests = {s: best(task, columns[s]) for s in sparsities}
     seeds = max((len(values) for column in columns.values() for values in column.values()), default=0)
-    dense = {row.cell.seed: row.dense for row in mine}
+    dense: dict[Hashable, float] = {row.cell.seed: row.dense for row in mine}
     lines = [
         f"| {task.title}; {task.metric}, {passes:,} passes, {_seeds(seeds)} | "
         + " | ".join(_percent(s) for s in sparsities) + " |",
@@ -163,7 +163,7 @@ def short(rows: Sequence[Row], methods: Sequence[str], passes: int) -> str:
         for place, values in enumerate(groups.values()):
             if values and winner is not None and tied(task, values, groups[winner]):
                 parts[place] = f"**{parts[place]}**"
-        dense = {row.cell.seed: row.dense for row in of(rows, task=task.name)}
+        dense: dict[Hashable, float] = {row.cell.seed: row.dense for row in of(rows, task=task.name)}
         lines.append(f"| {task.title}; {task.metric} | {_percent(sparsity)} | "
                      f"{statistics.fmean(dense.values()):.{_digits(task)}f} | " + " | ".join(parts) + " |")  # fmt: skip
     if not lines:
@@ -188,7 +188,7 @@ def _columns(rows: Sequence[Row]) -> Iterator[tuple[Task, float]]:
 def _values(rows: Sequence[Row], task: Task, sparsity: float, name: str, passes: int) -> Values:
     """By seed; of a method without passes the only ones."""
     mine = [row for row in of(rows, task=task.name, sparsity=sparsity) if label(row.cell) == name]
-    return by_seed([*of(mine, passes=0), *of(mine, passes=passes)])
+    return by_network([*of(mine, passes=0), *of(mine, passes=passes)])
 
 
 def _counts(rows: Sequence[Row], task: Task, sparsity: float, name: str) -> set[int]:
