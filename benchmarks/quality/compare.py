@@ -1,4 +1,4 @@
-"""Methods against each other on the same networks: differences, ties, and the passes that one needs to equal another."""
+"""Methods against each other on the same networks: differences, ties, and the passes one needs to equal another."""
 
 from __future__ import annotations
 
