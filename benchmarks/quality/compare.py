@@ -30,10 +30,10 @@ class Difference(NamedTuple):
 def by_network(rows: Iterable[Row]) -> dict[Hashable, float]:
     """Values of one method in one column of a table.
 
-    A network is known by its seed and what it measured before: of one seed, machines with other vector units train
-    others.
+    A network is known by its seed and what it measured before, but for rounding: of one seed, machines with other
+    vector units train others.
     """
-    return {(row.cell.seed, row.dense): row.value for row in rows}
+    return {(row.cell.seed, round(row.dense, 4)): row.value for row in rows}
 
 
 def difference(task: Task, ours: Values, theirs: Values) -> Difference | None:
