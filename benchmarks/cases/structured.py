@@ -112,7 +112,7 @@ SHAPES = {
     "quick": _shapes(("deit-t",), 32, (1,)),
     "default": _shapes(("resnet-18", "deit-s"), 160),
     "full": _shapes(("resnet-18", "resnet-50", "deit-s", "deit-t"), 160),
-    "cuda default": (),  # not within the minutes of gpu-check
+    "cuda default": _shapes(("deit-s",), 160, (16,)),
 }
 
 OPS = (
