@@ -103,7 +103,9 @@ def test_snip_by_hand():
     for images_, labels in images():
         gradients = torch.autograd.grad(F.cross_entropy(spare(images_), labels), layers(spare))
         score += of_plain([(w * g).detach().abs() for w, g in zip(layers(spare), gradients, strict=True)])
-    found = structured_snip(model, images(), 2 / 3, example_inputs=x, budget="channels")
+    found = structured_snip(
+        model, images(), 2 / 3, example_inputs=x, budget="channels", sensitivity="weights", allocation="global"
+    )
     assert torch.equal(found.keep, best(found.structure, score, 7))
     few = structured_snip(model, images(), 2 / 3, example_inputs=x, budget="channels", max_batches=1)
     same = structured_snip(model, images(1), 2 / 3, example_inputs=x, budget="channels")
@@ -123,10 +125,10 @@ def test_snip_of_gates_by_hand():
         for i, module in enumerate(spare):
             y = module(y * gates[places.index(i)] if i in places else y)
         score += torch.cat(torch.autograd.grad(F.cross_entropy(y, labels), gates)).double().abs()
-    options = {"example_inputs": x, "budget": "channels"}
-    found = structured_snip(model, batches, 0.5, sensitivity="gate", **options)
+    options = {"example_inputs": x, "budget": "channels", "allocation": "global"}
+    found = structured_snip(model, batches, 0.5, **options)
     assert torch.equal(found.keep, best(found.structure, score, 19))
-    assert not torch.equal(found.keep, structured_snip(model, batches, 0.5, **options).keep)
+    assert not torch.equal(found.keep, structured_snip(model, batches, 0.5, sensitivity="weights", **options).keep)
 
 
 def test_embeddings_count():
@@ -136,8 +138,9 @@ def test_embeddings_count():
     weights = [model.embedding.weight, model.inner.weight, model.head.weight]
     gradients = torch.autograd.grad(F.cross_entropy(model(x), labels), weights)
     a, b, c = ((w * g).detach().abs().double() for w, g in zip(weights, gradients, strict=True))
-    score = torch.cat([a.sum(0) + b.sum(0), b.sum(1) + c.sum(0)])
-    found = structured_snip(model, [(x, labels)], 0.5, example_inputs=x, budget="channels")
+    parts = a.sum(0) + b.sum(0), b.sum(1) + c.sum(0)
+    score = torch.cat([part / part.mean() for part in parts])
+    found = structured_snip(model, [(x, labels)], 0.5, example_inputs=x, budget="channels", sensitivity="weights")
     assert [group.size for group in found.structure.groups] == [8, 6]
     assert torch.equal(found.keep, best(found.structure, score, 7))
 

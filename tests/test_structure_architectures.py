@@ -81,6 +81,12 @@ NETS = {  # what is built, kinds of coordinates
     "llama-sdpa": (of_words("LlamaForCausalLM", "LlamaConfig", attn_implementation="sdpa", **GROUPED), BLOCK),
     "llama-eager": (of_words("LlamaForCausalLM", "LlamaConfig", attn_implementation="eager", **GROUPED), BLOCK),
     "gpt-2": (of_words("GPT2LMHeadModel", "GPT2Config", vocab_size=120, n_embd=64, n_layer=3, n_head=4), BLOCK),
+    "timm-mobilenet-v3": (of_timm("mobilenetv3_small_100"), CONV),
+    "timm-resnext-50": (of_timm("resnext50_32x4d", layers=(1, 2, 1, 1)), CONV),
+    "timm-regnet-y": (of_timm("regnety_002"), CONV),
+    "timm-convnext": (of_timm("convnext_atto"), CONV),
+    "timm-deit-t": (of_timm("deit_tiny_patch16_224", img_size=64, depth=4), BLOCK),
+    "timm-swin": (of_timm("swin_tiny_patch4_window7_224", img_size=64, window_size=4, depths=(2, 2, 2, 2)), BLOCK),
 }  # fmt: skip
 
 

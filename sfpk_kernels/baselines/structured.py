@@ -22,7 +22,7 @@ def structured_magnitude(
     sparsity: float,
     *,
     example_inputs: Any,
-    norm: str = "l1",
+    norm: str = "l2",
     allocation: str = "normalized",
     budget: str = "macs",
     **options: Any,
@@ -34,7 +34,7 @@ def structured_magnitude(
         model: the trained model.
         sparsity: fraction of the budget removed, in (0, 1).
         example_inputs: what the model is called with, as for :func:`~sfpk_kernels.structure.find_structure`.
-        norm: ``"l1"``, Σ|w|, or ``"l2"``, √Σw².
+        norm: ``"l2"``, √Σw², or ``"l1"``, Σ|w|.
         allocation: ``"normalized"``: scores are divided by the mean of their group, as sums over many weights do not
             compare with sums over few. ``"global"``: as they are. ``"uniform"``: of every group the same fraction.
         budget: what the sparsity is of: ``"macs"``, ``"params"`` or ``"channels"``, met to the finest coordinate.
@@ -68,8 +68,8 @@ def structured_snip(
     example_inputs: Any,
     loss_fn: LossFn | None = None,
     max_batches: int | None = None,
-    sensitivity: str = "weights",
-    allocation: str = "global",
+    sensitivity: str = "gate",
+    allocation: str = "normalized",
     budget: str = "macs",
     **options: Any,
 ) -> StructuredBaseline:
@@ -85,9 +85,10 @@ def structured_snip(
         example_inputs: what the model is called with, as for :func:`~sfpk_kernels.structure.find_structure`.
         loss_fn: ``loss_fn(model, batch) -> scalar``; ``None`` for the default loss.
         max_batches: use only the first ones; ``None`` for all.
-        sensitivity: ``"weights"``: Σ|θ ∂L/∂θ| over the weights that read or compute the coordinate. ``"gate"``:
-            \\|∂L/∂keep\\| = \\|Σ θ ∂L/∂θ\\| over those that read it, the change of the loss without it, to first order.
-        allocation: ``"global"``: changes of the loss compare as they are. Others as for :func:`structured_magnitude`.
+        sensitivity: ``"gate"``: the absolute value of ∂L/∂keep = Σ θ ∂L/∂θ over the weights that read the coordinate:
+            the change of the loss without it, to first order. ``"weights"``: Σ|θ ∂L/∂θ| over the weights that read or
+            compute it, weaker.
+        allocation: as for :func:`structured_magnitude`. ``"global"`` takes whole layers but for one channel.
         budget: likewise.
         options: likewise.
 
