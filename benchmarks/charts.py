@@ -19,6 +19,7 @@ LINES = [("#123a63", "o", "-"), ("#c4541a", "s", "--"), ("#5b8c2a", "^", "-."), 
 def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write the charts of each run that has something to show; the paths written."""
     paths = []
+    runs = [run for run in runs if any(row["group"] in ("ops", "scaling") for row in run.rows)]
     for run in runs:
         stem = run.facts["device"] if len({r.facts["device"] for r in runs}) == len(runs) else run.facts["id"]
         for name, chart in (("speedup", speedup), ("roofline", roofline), ("scaling", scaling)):

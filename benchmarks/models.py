@@ -77,6 +77,17 @@ def resnet50(classes: int = 1000) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, classes))
 
 
+def resnet18(classes: int = 1000) -> nn.Module:
+    """ResNet-18 for images of 224 × 224, 11.7 M parameters."""
+    layers: list[nn.Module] = [*_conv(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    inside = 64
+    for stage in range(4):
+        for block in range(2):
+            layers.append(_Residual(inside, 64 * 2**stage, 2 if stage and not block else 1))
+            inside = 64 * 2**stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, classes))
+
+
 def vgg(plan: tuple[int, ...] = (64, 0, 128, 0, 256, 256, 0, 512, 512, 0), classes: int = 10) -> nn.Module:
     """Convolutions with batch-norm; 0 halves the image."""
     layers: list[nn.Module] = []
@@ -108,21 +119,21 @@ class _Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, causal: bool):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.num_heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)  # names of timm: structure.adapters has them
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, dim = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, dim))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, -1))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
 class Vit(nn.Module):
-    """Vision transformer; DeiT-T is (192, 12, 3) at 224 × 224 in patches of 16."""
+    """Vision transformer; DeiT-T is (192, 12, 3) at 224 × 224 in patches of 16, DeiT-S (384, 12, 6)."""
 
     def __init__(self, dim: int = 192, depth: int = 12, heads: int = 3, image: int = 224, patch: int = 16,
                  classes: int = 10):  # fmt: skip

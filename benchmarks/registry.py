@@ -197,7 +197,8 @@ def all_ops() -> dict[str, Op]:
     from .cases import scaling as cases_scaling
     from .cases import selection as cases_selection
     from .cases import step as cases_step
+    from .cases import structured as cases_structured
     from .cases import transition as cases_transition
 
-    modules = (cases_transition, cases_selection, cases_masking, cases_step, cases_scaling)
+    modules = (cases_transition, cases_selection, cases_masking, cases_step, cases_scaling, cases_structured)
     return {op.name: op for module in modules for op in module.OPS}

@@ -61,7 +61,34 @@ def short_table(runs: Sequence[Run]) -> str:
     return _by_device(runs, _headlines)
 
 
-TABLES: dict[str, Callable[[Sequence[Run]], str]] = {"bench": full_table, "bench-short": short_table}
+def structured_table(runs: Sequence[Run]) -> str:
+    """Of each device the latest run with shrunk models, not a quick one: how many times as fast as dense they are."""
+    latest = {
+        run.facts["device_name"]: run
+        for run in runs
+        if run.facts["size"] != "quick" and any(row["group"] == "structured" for row in run.rows)
+    }
+    parts = []
+    for run in latest.values():
+        names = list(dict.fromkeys(
+            row["provider"] for row in run.rows if row["group"] == "structured" and row["provider"] != NAIVE
+        ))  # fmt: skip
+        lines = [f"| dense / shrunk | {' | '.join(name.removeprefix('ours, ') for name in names)} |"]
+        lines.append("|---" * (1 + len(names)) + "|")
+        for rows in _cases(run, "structured").values():
+            ratios = {row["provider"]: row["ratio_to_naive"] for row in rows if row["status"] == "ok"}
+            shape = rows[0]["shape"]
+            model = f"{shape['model']}, {shape['image']} × {shape['image']}, batch {shape['batch']}"
+            model += f", {shape['threads']} thread" if run.facts["device"] == "cpu" else ""
+            cells = [f"**{number(ratios[name])} ×**" if ratios.get(name) else "–" for name in names]
+            lines.append(f"| {model} | {' | '.join(cells)} |")
+        parts.append(f"{machine(run)}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) or "No shrunk models are measured yet; `python -m benchmarks --group structured` does."
+
+
+TABLES: dict[str, Callable[[Sequence[Run]], str]] = {
+    "bench": full_table, "bench-short": short_table, "bench-structured": structured_table,
+}  # fmt: skip
 
 
 def _by_device(runs: Sequence[Run], parts: Callable[[Run], list[str]]) -> str:

@@ -131,6 +131,9 @@ def gate_jobs(jobs: Sequence[Job], device: torch.device, deadline: float, say: S
         except (torch.OutOfMemoryError, MemoryError):
             job.refuse("out of memory")
             continue
+        except ImportError as error:
+            job.refuse(str(error).splitlines()[0])
+            continue
         job.shape, job.bytes_moved = case.shape, case.bytes_moved
         job.verdicts = gate.judge_all(case, job.op.providers, device)
         case.forget()
@@ -179,8 +182,8 @@ def rows_of(job: Job, times: dict[str, list[float]], run_id: str) -> list[Line]:
             median, low, high = quantiles(times[provider.name])
             values.update(rounds=len(times[provider.name]), median_s=median, p20_s=low, p80_s=high)
             values["ratio_to_naive"] = naive / median if naive else None
-            # Of a run over steps most is forward and backward, which no copy bounds.
-            if "steps" not in job.shape:
+            # Of a run over steps most is forward and backward, which no copy bounds, as calls of models.
+            if job.bytes_moved and "steps" not in job.shape:
                 values["ceiling_share"] = job.bytes_moved / median / bandwidth
                 values["extra"] = {"copy_bytes_per_s": bandwidth}
         if job.op.axis:

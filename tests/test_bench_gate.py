@@ -1,5 +1,6 @@
 """The suite's gate and clock: who is timed, in which order, and what a run records."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -187,3 +188,26 @@ def test_the_gate_sees_small_errors():
     assert case.check(moved) is None
     assert "the move is off" in case.check(case.inputs.masks)
     assert "shape" in case.check(moved[:2])
+
+
+def test_the_gate_sees_a_model_that_is_shrunk_wrongly():
+    """Outputs of the dense model, of another one, and of one that is larger than was asked for."""
+    op = all_ops()["shrunk"]
+    case = op.build(op.shapes["quick"][0], CPU)
+    dense, half, quarter = (provider.make(case)() for provider in op.providers)
+    assert case.shape["macs"] > 1e7
+    assert [case.check(output) for output in (dense, half, quarter)] == [None] * 3
+    for output, logits in ((half, dense.logits), (quarter, half.logits), (dense, half.logits)):
+        assert "differs from the masked model by" in case.check(replace(output, logits=logits))
+    sizes = [sum(p.numel() for p in case.inputs.models[removed].parameters()) for removed in (0.0, 0.5, 0.75)]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_a_case_that_lacks_a_package_is_missing_and_the_run_goes_on(monkeypatch):
+    def build(shape, device):
+        raise ImportError("structured pruning: wanted torch-pruning\nmore")
+
+    op, _ = op_of(**{NAIVE: 1, "ours": 1})
+    rows, _ = run_toy(monkeypatch, replace(op, build=build))
+    assert {row["status"] for row in rows.values()} == {"missing"}
+    assert rows["ours"]["reason"] == "structured pruning: wanted torch-pruning"

@@ -104,11 +104,13 @@ def test_facts_say_who_measured_where():
     )
 
 
-@pytest.mark.parametrize(("page", "table"), [("README.md", "bench-short"), ("docs/benchmarks.md", "bench")])
-def test_pages_are_in_sync_with_the_committed_results(page, table):
+@pytest.mark.parametrize(
+    ("page", "tables"), [("README.md", ["bench-short"]), ("docs/benchmarks.md", ["bench", "bench-structured"])]
+)
+def test_pages_are_in_sync_with_the_committed_results(page, tables):
     text = (ROOT / page).read_text(encoding="utf-8")
     runs = record.read(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
-    assert report.tables_in(text) == [table]
+    assert report.tables_in(text) == tables
     assert report.into_page(text, runs) == text, "run `python -m benchmarks --report`"
 
 
@@ -126,6 +128,25 @@ def test_pages_show_the_latest_complete_run_of_each_device(run):
     assert [found.facts["commit"] for found in report.shown(runs)] == ["c02", "c05"]
     assert "No complete run" in report.full_table(runs[2:])
     assert "No complete run" in report.full_table([])
+
+
+def test_the_table_of_shrunk_models_has_the_ratios_of_the_latest_run(run):
+    shape = {"model": "resnet-18", "batch": 16, "image": 160, "threads": 1}
+
+    def measured(day, ratio, **changes):
+        facts = {**run.facts, "date": f"2026-01-{day}T00:00:00+00:00", "complete": False, **changes}
+        rows = [
+            record.row("id", "structured", "shrunk", shape, provider, median_s=1 / factor, ratio_to_naive=factor)
+            for provider, factor in (("naive", 1.0), ("ours, half removed", ratio))
+        ]
+        return record.Run(facts, rows)
+
+    table = report.structured_table([measured("01", 2.0), measured("02", 1.75), measured("03", 9.0, size="quick"), run])
+    assert "| dense / shrunk | half removed |" in table
+    assert "| resnet-18, 160 × 160, batch 16, 1 thread | **1.75 ×** |" in table
+    assert "2.00" not in table
+    assert "9.00" not in table
+    assert "No shrunk models are measured yet" in report.structured_table([run])
 
 
 def test_the_table_says_machine_command_and_figures(run):

@@ -15,7 +15,8 @@ TASK = "tests.cli_task:small"
 
 
 def test_every_baseline_that_returns_masks_alone_is_a_method():
-    assert set(METHODS) == {name for name in baselines.__all__ if not name.endswith("_")}
+    masks = {name for name in baselines.__all__ if not name.endswith("_") and "structured" not in name.lower()}
+    assert set(METHODS) == masks
 
 
 def expected(name, **options):

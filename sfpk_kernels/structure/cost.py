@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..coordinates.flat import unwrapped
 from ..utils.modes import within
@@ -102,6 +101,8 @@ def multiplications(
 
     The model itself is "". It is called once, in eval mode, and put back.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton
+
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, int] = {}
 

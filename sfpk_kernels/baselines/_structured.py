@@ -1,0 +1,144 @@
+"""What structured baselines share: a structure with its costs, sums over coordinates, the best within a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..coordinates.flat import Coordinates, unwrapped
+from ..structure import Costs, ShrinkRecipe, Structure, coordinate_sums, find_structure
+from ..structure import select as select_coordinates
+from ..structure.cost import BUDGETS
+from ..structure.find import split_inputs
+from ..utils.arguments import check_least, check_model
+from .select import check_sparsity
+
+ALLOCATIONS = ("global", "normalized", "uniform")
+_COUNTED = ("gate", "producer")  # weights that read a coordinate, and that compute it; not biases and norms
+
+
+@dataclass(frozen=True, eq=False)
+class StructuredBaseline:
+    """What a structured baseline keeps, and what the model costs with it.
+
+    ``dense`` and ``left``: "params", "macs" and "channels" of the dense and of the shrunk model, as
+    :class:`~sfpk_kernels.structure.Costs` counts them.
+    """
+
+    keep: Tensor  # (C,) bool
+    structure: Structure
+    dense: dict[str, int]
+    left: dict[str, int]
+
+    @property
+    def recipe(self) -> ShrinkRecipe:
+        """What stays, as plain lists."""
+        return ShrinkRecipe.of(self.structure, self.keep)
+
+    def shrink(self, model: nn.Module) -> nn.Module:
+        """A smaller deep copy of the model, which is left as it is.
+
+        Raises:
+            TypeError, ValueError: as in :func:`~sfpk_kernels.structure.shrink`.
+        """
+        return self.recipe.shrink(model)
+
+
+class StructuredProblem:
+    """A model's structure and costs, and what is wanted of them; all arguments are looked at before anything runs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsity: float,
+        example_inputs: Any,
+        allocation: str,
+        budget: str,
+        options: dict[str, Any],
+    ):
+        check_model(model)
+        check_sparsity(sparsity)
+        if allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation: wanted one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
+        if budget not in BUDGETS:
+            raise ValueError(f"budget: wanted one of {', '.join(BUDGETS)}, got {budget!r}")
+        options = dict(options)
+        self._floors = {name: options.pop(name, 1) for name in ("min_keep", "round_to")}
+        for name, value in self._floors.items():
+            check_least(name, value, 1)
+        args, kwargs = split_inputs(example_inputs)
+        structure = options.pop("structure", None)
+        if structure is None:
+            structure = find_structure(model, example_inputs, **options)
+        else:
+            _check_of(model, structure, options)
+        self._model, self._sparsity, self._allocation, self._budget = model, sparsity, allocation, budget
+        self.structure: Structure = structure
+        self.costs = Costs(model, structure, args, kwargs)
+
+    def coordinates(self) -> Coordinates:
+        """Single weights, those among them that belong to a coordinate of the structure."""
+        found = Coordinates(self._model, include_embeddings=True)
+        known = {name for tensor in found.tensors for name in (tensor.name, *tensor.aliases)}
+        lost = [e.tensor for e in self.structure.entries if e.role in _COUNTED and e.tensor not in known]
+        if lost:
+            raise ValueError(f"model: wanted weights of layers that a score is defined for, got {lost[0]}")
+        return found
+
+    def sums(
+        self,
+        coordinates: Coordinates,
+        values: Tensor,  # (d,)
+        roles: tuple[str, ...] = _COUNTED,
+    ) -> Tensor:  # (C,) fp64, on the CPU
+        """Σ over the weights that each coordinate governs."""
+        parts = zip(coordinates.tensors, coordinates.split(values.double()), strict=True)
+        by_name = {name: part for tensor, part in parts for name in (tensor.name, *tensor.aliases)}
+        return coordinate_sums(self.structure, by_name, roles).cpu()
+
+    def solved(self, score: Tensor) -> StructuredBaseline:  # (C,)
+        """The best coordinates within the budget."""
+        score = allocated(self.structure, score, self._allocation)
+        keep = select_coordinates(self.structure, self.costs, score, self._sparsity, self._budget, **self._floors)
+        left = {budget: self.costs.cost(keep, budget) for budget in BUDGETS}
+        return StructuredBaseline(keep, self.structure, dict(self.costs.dense), left)
+
+
+def allocated(
+    structure: Structure,
+    score: Tensor,  # (C,) ≥ 0
+    allocation: str,
+) -> Tensor:  # (C,) fp64
+    """Scores that are compared over all groups: as they are, over the mean of their group, or their rank in it."""
+    score = score.double()
+    if allocation == "global":
+        return score
+    found = torch.empty_like(score)
+    for group in structure.groups:
+        part = score[group.span]
+        if allocation == "normalized":
+            mean = part.mean()
+            found[group.span] = part / mean if mean > 0 else part
+        else:
+            rank = torch.empty_like(part)
+            rank[part.argsort(descending=True, stable=True)] = torch.arange(group.size, dtype=rank.dtype)
+            found[group.span] = 1 - (rank + 0.5) / group.size
+    return found
+
+
+def _check_of(model: nn.Module, structure: Any, options: dict[str, Any]) -> None:
+    """That a structure that was given is one, and of this model."""
+    if not isinstance(structure, Structure):
+        raise TypeError(f"structure: wanted a Structure or None, got {type(structure).__name__}")
+    if options:
+        raise TypeError(f"{sorted(options)[0]}: wanted only without structure=, which was found already")
+    inner = unwrapped(model)
+    tensors = {**dict(inner.named_parameters(remove_duplicate=False)), **dict(inner.named_buffers())}
+    for entry in structure.entries:
+        shape = tuple(tensors[entry.tensor].shape) if entry.tensor in tensors else None
+        if shape is None or entry.dim >= len(shape) or shape[entry.dim] != entry.index.numel():
+            wanted = f"{entry.tensor} with {entry.index.numel()} positions along dim {entry.dim}"
+            raise ValueError(f"structure: wanted one of this model, got one of {wanted}: {shape or 'there is none'}")
