@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..coordinates.flat import unwrapped
 from ..utils.modes import within
-from .axes import Structure
+from .axes import BUDGETS, Structure
 from .outputs import called
-
-BUDGETS = ("params", "macs", "channels")
 
 
 class Costs:
@@ -86,6 +84,7 @@ class Costs:
         found = int((products * self._constants[:, BUDGETS.index(budget)]).sum())
         return found if budget == "params" else found + self._constant + int(self._per_coordinate[keep].sum())
 
+    @cached_property
     def alike(self) -> Tensor:  # (C,) int64
         """A number per coordinate, the same for those of a group that cost the same whatever else is kept."""
         entries = [[] for _ in range(self._structure.size)]  # type: list[list[int]]
@@ -102,6 +101,8 @@ def multiplications(
 
     The model itself is "". It is called once, in eval mode, and put back.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here: it takes a third of a second to load
+
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, int] = {}
 
