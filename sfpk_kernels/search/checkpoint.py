@@ -126,7 +126,7 @@ def check_same(
     if state["structure"] != structure:
         raise ValueError(
             "state: structure: wanted the same channels, heads and neurons at the same costs (example_inputs, "
-            f"ignored_layers), got {check.got(state['structure'])} of others"
+            f"ignored_layers), got {check.got(state['structure'])}, that of others"
         )
     try:
         saved, now = json.loads(check.text("state: config", state["config"])), json.loads(settings(config, execution))
