@@ -15,7 +15,12 @@ from sfpk_kernels import SFPKConfig
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
-NEEDS = {"lightning.md": "lightning", "huggingface.md": "transformers", "structure.md": "torch_pruning"}
+NEEDS = {
+    "lightning.md": "lightning",
+    "huggingface.md": "transformers",
+    "structure.md": "torch_pruning",
+    "structured.md": "torch_pruning",
+}
 API = {
     name: f"sfpk_kernels{name and '.'}{name}"
     for name in ("", "ops", "baselines", "compat", "structure", "integrations.lightning", "integrations.transformers")
