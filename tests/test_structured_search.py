@@ -1,15 +1,18 @@
 """Runs over channels, heads and neurons: budgets, the smaller model, masks, resuming, what is refused."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import sfpk_kernels
 from sfpk_kernels import Execution, GradualPruner, SFPKConfig, SFPKPruner, plan, prune
 from sfpk_kernels.structure import Costs, ShrinkRecipe, gated_call
 from sfpk_kernels.structure.cost import multiplications
 
+from .interruptions import every_moment
 from .settings import both
 from .snapshot import Snapshot
 from .structured_nets import Dense, Residual, Scaled, SqueezeExcite
@@ -263,6 +266,46 @@ def test_an_error_in_the_loss_leaves_the_model_as_it_was():
         prune(model, [x], config=structured(0.1), example_inputs=x, loss_fn=loss_fn)
     before.check()
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
+def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(every):
+    """In the parts that such a run has alone; a norm over a pruned width has another forward meanwhile."""
+    torch.manual_seed(1)
+    model, x, data = Scaled(), torch.randn(2, 3, 8, 8), images()
+    config = structured(n_steps=3, n_particles=2, update="gauss_seidel")
+    whole = SFPKPruner(model, config=config, example_inputs=x, waypoints=[0.3])
+    whole.step(data[:2])
+    state, snapshot = whole.state_dict(), Snapshot(model)
+    for number in (1, 2):
+        whole.step(data[2 * number :][:2])
+    pruner, counts = SFPKPruner(model, config=config, example_inputs=x, waypoints=[0.3]), {True: 0, False: 0}
+    files = [
+        "structure/gates", "structure/sums", "structure/select", "search/structured/energy",
+        "search/structured/polarizer", "search/structured/coordinates", "modeling/state",
+    ]  # fmt: skip
+
+    def work():
+        pruner.load_state_dict(state)
+        pruner.step(data[2:4])
+
+    first = Path(sfpk_kernels.__file__).parent
+    for raised in every_moment(work, [str(first / f"{name}.py") for name in files], step=every):
+        assert type(raised) is KeyboardInterrupt
+        del raised
+        snapshot.check()
+        assert all("forward" not in module.__dict__ for module in model.modules())
+        broken = pruner._attempt._broken is not None
+        counts[broken] += 1
+        if broken:
+            with pytest.raises(RuntimeError, match="this run cannot go on"):
+                pruner.state_dict()
+            continue
+        for number in range(len(pruner.history), 3):
+            pruner.step(data[2 * number :][:2])
+        assert torch.equal(pruner.particles, whole.particles)
+        assert pruner.result().mask == whole.result().mask
+    assert min(counts.values()) * every > 140, counts
 
 
 def test_all_kinds_or_one():
