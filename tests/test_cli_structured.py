@@ -12,6 +12,8 @@ from sfpk_kernels.structure import ShrinkRecipe
 
 from .cli_task import small
 
+pytest.importorskip("torch_pruning")
+
 STRUCTURED = ["--granularity", "neuron", "--budget", "params", "--n-steps", "6"]
 HALF = ["tests.cli_task:without_eval", "--sparsity", "0.5", *STRUCTURED]
 
