@@ -100,6 +100,16 @@ def test_transformers(name, granularity):
     torch.testing.assert_close(pruned, masked, rtol=0, atol=1e-5 * float(masked.detach().abs().max()))
 
 
+@pytest.mark.parametrize(("make", "said"), [(Scaled, True), (Residual, False)])
+def test_zeros_that_a_norm_counts_in_are_said(make, said, caplog):
+    torch.manual_seed(1)
+    model, x = make().eval(), torch.randn(2, 3, 8, 8)
+    result = prune(model, images(), config=structured(n_steps=4), example_inputs=x)
+    masked = result.apply_(copy.deepcopy(model))(x)
+    assert any("norm: the statistics of zeros are counted in" in record.message for record in caplog.records) == said
+    assert torch.allclose(masked, result.shrink(model)(x), atol=1e-6) == (not said)
+
+
 def test_floors_and_multiples():
     torch.manual_seed(1)
     model, x = SqueezeExcite(), torch.randn(2, 3, 8, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from ...coordinates.flat import Coordinates
 from ...masks.maskset import MaskSet
 from ...structure import ShrinkRecipe, Structure
-from ...structure.axes import BUDGETS
+from ...structure.axes import BUDGETS, kept
 from ..result import PruneResult
 from .coordinates import StructuredCoordinates
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,6 +36,16 @@ class StructuredResult(PruneResult):
     def __repr__(self) -> str:
         left = ", ".join(f"{name} {self.costs_after[name]:,} of {self.costs_before[name]:,}" for name in BUDGETS)
         return f"StructuredResult({left}, {len(self.particles)} particles, {len(self.history)} steps)"
+
+    def apply_(self, model: nn.Module) -> nn.Module:
+        """Apply the mask to ``model``; a warning says which norms see other statistics than in the smaller one."""
+        norms = [one.module for one in self.structure.norms if not bool(kept(one.index, self.keep).all())]
+        if norms:
+            logger.warning(
+                "%s: the statistics of zeros are counted in, so outputs differ from those of result.shrink(model)",
+                ", ".join(norms),
+            )
+        return super().apply_(model)
 
     def keep_at(self, sparsity: float) -> Tensor:  # (C,) bool
         """What :meth:`mask_at` keeps, as coordinates.
