@@ -25,6 +25,7 @@ from .search.prune import prune
 from .search.pruner import SFPKPruner
 from .search.records import StepRecord
 from .search.result import PruneResult
+from .search.structured.result import StructuredResult
 
 __all__ = [
     "Coordinates",
@@ -43,6 +44,7 @@ __all__ = [
     "SFPKPruner",
     "SemiStructured",
     "StepRecord",
+    "StructuredResult",
     "__version__",
     "baselines",
     "default_loss",

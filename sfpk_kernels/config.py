@@ -8,6 +8,7 @@ from typing import Any
 
 from .coordinates.pattern import WANTED, check_pattern, is_pattern, sparsity_of
 from .execution import EXECUTION_FIELDS
+from .structure.axes import BUDGETS
 from .utils.settings import Settings, described, known_fields, setting
 
 # Ten particles whose moves follow the density, as in all presets but the default.
@@ -62,11 +63,16 @@ WITHOUT: dict[str, Any] = {
     "hold": 1.0,
     "merge": None,
     "pattern": None,
+    "granularity": "weight",
+    "budget": "weights",
+    "min_keep": 1,
+    "round_to": 1,
 }
 
 POLARIZERS = ("mask_normalized", "mask_weight", "mask")
 STEP_LENGTHS = ("radius", "angle", "effective_dimension")
 UPDATES = ("jacobi", "gauss_seidel")
+GRANULARITIES = ("weight", "group", "channel", "head", "neuron")
 
 # Names that this class had, or that one may look for here.
 _ELSEWHERE = {
@@ -178,6 +184,25 @@ class SFPKConfig(Settings):
         "no fewer on the way; for a sparsity of 1 - N/M. ``None``: wherever they are.",
         wanted=f"None or {WANTED}",
         accepts=is_pattern,
+    )
+    granularity: str = setting(
+        "weight",
+        'what a coordinate is: a single ``"weight"``, or what can really be taken out of the model: a ``"channel"`` of '
+        'convolutions, a ``"head"`` of attention or a ``"neuron"`` of Linear layers with all that goes with it, or '
+        '``"group"``: all of these that are found.',
+        choices=GRANULARITIES,
+    )
+    budget: str = setting(
+        "weights",
+        'what ``sparsity`` is a fraction of: ``"weights"``, with ``granularity="weight"``; otherwise the ``"params"``, '
+        '``"macs"`` or ``"channels"`` (coordinates) of the dense model, of which the smaller one has at most the rest.',
+        choices=("weights", *BUDGETS),
+    )
+    min_keep: int = setting(
+        1, "with channels, heads or neurons: at least so many of every group stay, or all of a smaller one.", least=1
+    )
+    round_to: int = setting(
+        1, "with channels, heads or neurons: of every group a multiple of it stays, or all.", least=1
     )
     retract: bool = setting(True, "rescale every particle onto the schedule after each move.")
     consensus: float = setting(

@@ -124,7 +124,7 @@ def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     assert main(arguments) == 0
     said = capsys.readouterr()
     assert re.search(r"SFPK: 100%.* 6/6 .*loss=[\d.]+, sparsity=0\.8000", said.err)
-    assert "3 particles of 144 weights" in said.err, "the plan"
+    assert "3 particles of 144 coordinates" in said.err, "the plan"
     assert "step 6 of 6" not in said.err
     assert "SFPK" not in said.out
     assert main([*arguments, "--quiet"]) == 0
@@ -135,7 +135,7 @@ def test_plan_runs_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sfpk_kernels.search.pruner.SFPKPruner.run", lambda *a, **k: pytest.fail("ran"))
     out = tmp_path / "out"
     assert main(["prune", TASK, *QUICK, "--plan", "--out", str(out)]) == 0
-    assert "3 particles of 144 weights" in capsys.readouterr().out
+    assert "3 particles of 144 coordinates" in capsys.readouterr().out
     assert main(["prune", TASK, *QUICK, "--plan", "--json", "--out", str(out)]) == 0
     assert json.loads(capsys.readouterr().out)["coordinates"] == 144
     assert main(["prune", TASK, *QUICK, "--plan", "--quiet", "--out", str(out)]) == 0

@@ -20,6 +20,7 @@ NEEDS = {
     "huggingface.md": "transformers",
     "structure.md": "torch_pruning",
     "baselines.md": "torch_pruning",
+    "structured.md": "torch_pruning",
 }
 API = {
     name: f"sfpk_kernels{name and '.'}{name}"

@@ -91,7 +91,7 @@ def test_plan_before_a_run():
     assert lean.parts["gradients"] == d * 4
     assert lean.peak_bytes < plan.peak_bytes
     words = str(plan)
-    assert "4 particles of 84,480 weights, update='jacobi'" in words
+    assert "4 particles of 84,480 coordinates, update='jacobi'" in words
     assert "peak" in words
     assert "s a step" in words
     assert plan.choice.reason in words

@@ -21,6 +21,7 @@ from ..utils.settings import kind_of, meaning_of
 from ._methods import SFPK, add_options, check_options, run_method, with_sparsity
 from ._outcome import WrongOption, as_options, evaluated, said
 from ._settings import read_settings
+from ._structured import inputs_of, write_recipe
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
 from ._words import FAILED, Aside, make_folder, refuse, say, to_json
 
@@ -178,7 +179,7 @@ def _run(task: Task, config: SFPKConfig, execution: Execution, options: argparse
     from ..search.planning import plan
     from ..search.pruner import SFPKPruner
 
-    which = _which(options)
+    which = {**_which(options), **inputs_of(task, config)}
     how: dict[str, Any] = {"loss_fn": task.loss_fn, "config": config, "execution": execution}
     if options.plan:
         with as_options(bool(options.ignore)):
@@ -205,7 +206,10 @@ def _run(task: Task, config: SFPKConfig, execution: Execution, options: argparse
     dense = task.evaluate()  # before the run: an eval_fn that does not work is known early
     target = saved if options.save_every else None
     result = pruner.run(task.loader, progress=shows, save_every=options.save_every, save_path=target)
-    files = _write_masks(result, options.out)  # first: whatever an evaluation does, they are there
+    files = [
+        *_write_masks(result, options.out),
+        *write_recipe(result, options.out),
+    ]  # first: whatever an evaluation does, they are there
     evaluation, written = evaluated(
         task, result.mask, dense, options.bn_batches, lambda **found: result.report(options.out, **found)
     )

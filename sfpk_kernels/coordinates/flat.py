@@ -153,6 +153,11 @@ class Coordinates:
         # Half-precision models are simulated in fp32, fp64 models in fp64.
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
 
+    @property
+    def copied(self) -> int:
+        """Numbers that hold the masked weights of one particle."""
+        return self.d
+
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """The prunable parameters of ``model``, in flat order."""
         model = unwrapped(model)

@@ -27,6 +27,7 @@ class Registered:
             (module, dict(module._parameters), dict(module._buffers), set(module._non_persistent_buffers_set))
             for module in modules
         ]
+        self._forwards = [(module, module.__dict__.get("forward")) for module in modules]  # of instances, where any
         self._buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
         self._modes = _Modes()
 
@@ -34,6 +35,11 @@ class Registered:
     def _restore(self) -> None:
         for module, name, value in self._attributes:
             module.__dict__[name] = value
+        for module, forward in self._forwards:
+            if forward is not None:
+                module.__dict__["forward"] = forward
+            elif "forward" in module.__dict__:
+                del module.__dict__["forward"]
         for module, parameters, buffers, non_persistent in self._registered:
             _refill(module._parameters, parameters)
             _refill(module._buffers, buffers)

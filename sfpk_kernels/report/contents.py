@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,11 +102,11 @@ def collect_method(result: MethodResult, evaluation: Mapping[str, Mapping[str, f
         "summary": result.summary(),
         "config": dict(result.options),
         "plan": {},
-        "model": _model(result.coordinates),
+        "model": _model(result.mask, result.coordinates),
         "curve": [],
         "knee": None,
         "waypoints": [],
-        **_layers(result.mask, result.coordinates),
+        **_layers(result.mask),
         "history": [],
         "baselines": [],
         "dense_accuracy": None,
@@ -113,10 +114,10 @@ def collect_method(result: MethodResult, evaluation: Mapping[str, Mapping[str, f
     }
 
 
-def _layers(mask: MaskSet, coordinates: Coordinates) -> dict[str, Any]:
+def _layers(mask: MaskSet) -> dict[str, Any]:
     return {
         "layer_densities": mask.layer_densities(),
-        "layer_sizes": {tensor.name: tensor.numel for tensor in coordinates.tensors},
+        "layer_sizes": {name: math.prod(shape) for name, shape in mask.shapes.items()},
     }
 
 
@@ -135,7 +136,7 @@ def collect(
         "config": result.config.to_dict(),
         "execution": result.execution.to_dict(),
         "plan": result.plan.to_dict(),
-        "model": _model(result.coordinates),
+        "model": _model(result.mask, result.coordinates),
         "curve": result.curve(),
         "knee": result.knee(),
         "waypoints": [
@@ -148,7 +149,7 @@ def collect(
             }
             for w in result.waypoints
         ],
-        **_layers(result.mask, result.coordinates),
+        **_layers(result.mask),
         "history": [
             {**dataclasses.asdict(record), **{name: getattr(record, name) for name in derived}}
             for record in result.history
@@ -159,7 +160,7 @@ def collect(
     }
 
 
-def _model(coordinates: Coordinates) -> dict[str, Any]:
+def _model(mask: MaskSet, coordinates: Coordinates) -> dict[str, Any]:
     """How much of the whole model the masks cover, and what they leave alone, by reason."""
     left: dict[str, dict[str, int]] = {}
     for skip in coordinates.skipped:
@@ -167,7 +168,7 @@ def _model(coordinates: Coordinates) -> dict[str, Any]:
         entry["tensors"] += 1
         entry["parameters"] += skip.numel
     beside = sum(skip.numel for skip in coordinates.skipped)
-    return {"parameters": coordinates.d + beside, "prunable": coordinates.d, "left_alone": left}
+    return {"parameters": mask.prunable + beside, "prunable": mask.prunable, "left_alone": left}
 
 
 def before_the_merge(history: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -109,6 +109,11 @@ class GradualPruner:
                 "config: wanted pattern=None, as the shots before the last have other sparsities than that of the "
                 f"pattern, got {config.pattern}: prune in one shot, then finetune_masked(…)"
             )
+        if config.granularity != "weight":
+            raise ValueError(
+                f"config: wanted granularity='weight' in gradual pruning, got {config.granularity!r}: prune(…), then "
+                "retrain what result.shrink(model) returns"
+            )
         self.shots = schedule_shots(config, shots, growth)
         self.config, self.execution = config, execution
         self.coordinates = Coordinates(model, **coordinate_options)

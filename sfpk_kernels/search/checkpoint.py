@@ -24,8 +24,8 @@ KIND = "sfpk-run-2"  # format and version
 _FREE = ("seed", "memory_limit")
 
 _PARTS = {
-    "model", "config", "names", "step", "particles", "vote", "energies", "history", "waypoints", "alarms", "taken",
-    "scale", "plan",
+    "model", "structure", "config", "names", "step", "particles", "vote", "energies", "history", "waypoints", "alarms",
+    "taken", "scale", "plan",
 }  # fmt: skip
 
 
@@ -70,6 +70,8 @@ def of_this_version(state: Any) -> Any:
         return state
     if not isinstance(config, dict):
         return state
+    if "granularity" not in config:
+        state = {"structure": None, **state}
     if "history" in state:
         state = {**state, "history": records_of_this_version(state["history"], config)}
     if "averaging" not in config and isinstance(state.get("particles"), Mapping):
@@ -88,7 +90,12 @@ def of_this_version(state: Any) -> Any:
 
 
 def check_same(
-    state: Mapping[str, Any], config: SFPKConfig, execution: Execution, fingerprint: str, names: list[str]
+    state: Mapping[str, Any],
+    config: SFPKConfig,
+    execution: Execution,
+    fingerprint: str,
+    names: list[str],
+    structure: str | None = None,  # its fingerprint; None for single weights
 ) -> None:
     """That a state belongs to this model and this run.
 
@@ -115,6 +122,11 @@ def check_same(
         raise ValueError(
             f"state: wanted one of this model (fingerprint {fingerprint[:12]}), got one of another or of other weights "
             f"({state['model'][:12]})"
+        )
+    if state["structure"] != structure:
+        raise ValueError(
+            "state: structure: wanted the same channels, heads and neurons at the same costs (example_inputs, "
+            f"ignored_layers), got {check.got(state['structure'])}, that of others"
         )
     try:
         saved, now = json.loads(check.text("state: config", state["config"])), json.loads(settings(config, execution))

@@ -20,10 +20,11 @@ from ..modeling.state import autograd_allowed, check_no_inference_tensors, guard
 from ..utils.arguments import called, check_loader, check_loss_fn
 from ..utils.memory import available_bytes, format_bytes
 from .averaging import decay
-from .energy import Choice, LossFn, ParticleEnergy, energy_of
+from .energy import Choice, LossFn, ParticleEnergy
 from .merging import passes
-from .polarizer import budget, score_kinds
-from .settings import FIELDS, check_together, chosen
+from .parts import coordinates_of, energy_of
+from .polarizer import score_kinds
+from .settings import FIELDS, chosen
 
 CALL = "plan(model, loader, sparsity, loss_fn=…)"
 
@@ -101,7 +102,7 @@ class Plan:
         measured = f"{self.seconds_per_step:.3g} s a step{of}, {total} for {self.steps}{passes}"
         rows.append(("time", measured if self.seconds_per_step else "not measured"))
         width = max(len(name) for name, _ in rows)
-        head = f"{self.particles} particles of {self.coordinates:,} weights, update={self.update!r}"
+        head = f"{self.particles} particles of {self.coordinates:,} coordinates, update={self.update!r}"
         how = f"energies: {self.choice.mode} ({self.choice.reason})"
         return "\n".join([head, how, *(f"  {name:<{width}}  {text}" for name, text in rows)])
 
@@ -137,7 +138,7 @@ def plan(
         model: the trained, dense model.
         loader: batches, of which the first is read (from a one-shot iterator it is gone then).
         sparsity, passes, config, execution, loss_fn: as for :func:`~sfpk_kernels.prune`.
-        coordinate_options: those of :class:`~sfpk_kernels.Coordinates`.
+        coordinate_options: those of :class:`~sfpk_kernels.Coordinates`, and ``example_inputs``.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -146,12 +147,10 @@ def plan(
             ``torch.inference_mode()``.
     """
     config, execution = chosen(CALL, sparsity, config, execution, passes)
-    coordinates = Coordinates(model, **coordinate_options)
+    coordinates = coordinates_of(model, config, execution, **coordinate_options)
     check_loader(loader)
     check_loss_fn(loss_fn)
-    check_together(config, execution, model)
     check_divides(coordinates.tensors, config.pattern)
-    budget(config.sparsity, coordinates.d)
     check_no_inference_tensors(model)
     with seeded(config.seed, coordinates.device):  # what the loader draws is not missing afterwards
         (batch,) = BatchStream(loader, coordinates.device, 1, "one of the run").take(1)
@@ -254,7 +253,7 @@ def _parts(
     transient = {mode: int(overhead * size) for mode, size in choice.transient.items()}
     passing = {"forward and backward": transient.get(choice.mode, 0)}
     if choice.mode != "vmap":  # of vmap they count as part of the pass
-        passing = {"masked weights": d * size, **passing}
+        passing = {"masked weights": coordinates.copied * size, **passing}
     if choice.mode == "cudagraph" or split:
         passing["gradient row"] = d * size
     # The trial before, and the vote at the end (score, a part of it, a mask), take the place of gradients and passes.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import SFPKConfig
-from ..coordinates.flat import Coordinates, Ignored
+from ..coordinates.flat import Ignored
 from ..execution import Execution
 from ..modeling.batches import move_to
 from ..modeling.state import autograd_allowed, seeded
@@ -18,6 +18,7 @@ from ..utils.arguments import called, check_loss_fn
 from .energy import LossFn
 from .loop import Loop
 from .nonfinite import standing_still
+from .parts import coordinates_of
 from .reading import read_together
 from .records import StepRecord
 from .run import Run
@@ -50,6 +51,9 @@ class SFPKPruner(Loop):
         execution: how it is computed, see :class:`Execution`.
         ignored_layers, include_embeddings, include_biases, include_norms: what is prunable, see
             :class:`Coordinates`.
+        example_inputs: with ``config.granularity`` other than ``"weight"``: what the model is called with, a tensor, a
+            tuple of arguments or a dict of keywords; see :func:`~sfpk_kernels.structure.find_structure`, whose errors
+            apply.
         callbacks: called with the :class:`StepRecord` of every step. They must not wait for another thread's pruner.
         start: (n, d) particles to go on from, such as those of an earlier run; the schedule begins at their mean
             density. ``None``: at 1, nothing removed.
@@ -80,6 +84,7 @@ class SFPKPruner(Loop):
         include_embeddings: bool = False,
         include_biases: bool = False,
         include_norms: bool = False,
+        example_inputs: Any = None,
         callbacks: Sequence[Callable[[StepRecord], None]] = (),
         start: Tensor | None = None,
         waypoints: Iterable[float] = (),
@@ -87,8 +92,11 @@ class SFPKPruner(Loop):
     ):
         config, execution = chosen(_CALL, sparsity, config, execution, passes)
         check_loss_fn(loss_fn)
-        coordinates = Coordinates(
+        coordinates = coordinates_of(
             model,
+            config,
+            execution,
+            example_inputs=example_inputs,
             ignored_layers=ignored_layers,
             include_embeddings=include_embeddings,
             include_biases=include_biases,

@@ -20,6 +20,7 @@ from ..execution import Execution
 from ..masks.maskset import MaskSet
 from ..utils.smoothing import running_median
 from .diagnostics import dying, layer_names
+from .parts import masks_of
 from .planning import Plan
 from .polarizer import Polarizer, budget
 from .records import StepRecord
@@ -157,13 +158,8 @@ class PruneResult:
 
     def keep_probability(self) -> dict[str, Tensor]:
         """The share of the binary particles (at the run's sparsity) that keep a weight: fp32, by prunable tensor."""
-        kind = self.config.final_score or self.config.polarizer
-        densities = [self.config.target_density] * len(self.particles)
-        with torch.no_grad():
-            share = self.polarizer.keeps(self.particles, densities, kind, range(len(self.particles)))
-            share /= len(self.particles)
         tensors = self.coordinates.tensors
-        return {t.name: part for t, part in zip(tensors, self.coordinates.split(share), strict=True)}
+        return {t.name: part for t, part in zip(tensors, self.coordinates.split(self._shares()), strict=True)}
 
     def agreement(self) -> dict[str, Tensor]:
         """By prunable tensor: the share of the binary particles on the majority's side, from 0.5 to 1."""
@@ -171,7 +167,7 @@ class PruneResult:
 
     def stable_core(self) -> MaskSet:
         """The weights that every binary particle keeps."""
-        return MaskSet({name: share > 1 - 0.5 / len(self.particles) for name, share in self.keep_probability().items()})
+        return masks_of(self._shares() > 1 - 0.5 / len(self.particles), self.coordinates)
 
     def curve(self) -> list[dict[str, float]]:
         """Loss over sparsity: one point per step, each particle on its own batch.
@@ -249,10 +245,17 @@ class PruneResult:
             "alarms": self.alarms,
         }
 
+    def _shares(self) -> Tensor:  # (d,) fp32
+        kind = self.config.final_score or self.config.polarizer
+        densities = [self.config.target_density] * len(self.particles)
+        with torch.no_grad():
+            share = self.polarizer.keeps(self.particles, densities, kind, range(len(self.particles)))
+            return share.div_(len(self.particles))
+
     def _select(self, score: Tensor, sparsity: float) -> MaskSet:
         budget(sparsity, self.coordinates.d)
         mask = self.polarizer.final(score.to(self.particles.device), sparsity)
-        return MaskSet.from_flat(mask, self.coordinates)
+        return masks_of(mask, self.coordinates)
 
 
 def _check_number(name: str, value: object) -> None:

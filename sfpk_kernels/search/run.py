@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._dispatch import where_present
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
 from ..coordinates.pattern import check_divides
@@ -20,16 +19,17 @@ from ..modeling.state import check_no_inference_tensors, guarded, mode_note
 from ..modeling.turns import end_contexts
 from ..modeling.whole_model import Registered
 from .diagnostics import Alarms, Diagnostics, layer_names
-from .energy import LossFn, energy_of
+from .energy import LossFn
 from .fingerprint import model_fingerprint
 from .merging import energies_of
 from .particles import ParticleSystem
+from .parts import energy_of, masks_of, polarizer_of, structure_fingerprint
 from .planning import Plan, check_state, plan_run, state_device
-from .polarizer import Polarizer, budget
 from .records import StepRecord
 from .result import PruneResult
 from .settings import check_together, warn_of_poor
 from .step_length import Dimensions, StepLength
+from .structured.result import result_kind
 from .unreached import Reached
 from .vote import Vote
 from .waypoints import Waypoint, Waypoints
@@ -57,6 +57,7 @@ class Run:
         energies: (n,) fp64 of the last step, None before the first; their mean, (1,), once particles are merged.
         taken: batches of the loader that were used.
         fingerprint: of the model, taken now: forward passes may write buffers.
+        structure: the fingerprint of channels, heads and neurons; None for single weights.
     """
 
     def __init__(
@@ -70,7 +71,6 @@ class Run:
         waypoints: Iterable[float],
         keep_scores: bool,
     ):
-        budget(config.sparsity, coordinates.d)
         check_no_inference_tensors(model)
         check_together(config, execution, model)
         check_divides(coordinates.tensors, config.pattern)
@@ -79,14 +79,7 @@ class Run:
         self.model, self.coordinates = model, coordinates
         self.config, self.execution = config, execution
         self.theta = coordinates.flatten(model).to(state_device(coordinates, execution))
-        self.polarizer = Polarizer(
-            coordinates,
-            self.theta,
-            config.selection,
-            where_present(execution.backend),
-            config.signed_score,
-            config.pattern,
-        )
+        self.polarizer = polarizer_of(model, coordinates, self.theta, config, execution)
         saliency = self.polarizer.saliency if config.kernel == "weighted_rbf" else None
         self.system = ParticleSystem(coordinates.d, config, execution, self.theta, saliency, start)
         self.energy = energy_of(model, loss_fn, coordinates, self.theta, execution)
@@ -109,6 +102,7 @@ class Run:
         self.energies: Tensor | None = None
         self.taken = 0
         self.fingerprint = model_fingerprint(model)
+        self.structure = structure_fingerprint(coordinates)
 
     @property
     def done(self) -> bool:
@@ -208,7 +202,7 @@ class Run:
 
     def mask_of(self, score: Tensor, sparsity: float) -> MaskSet:
         """The best coordinates by a score, exactly counted."""
-        return MaskSet.from_flat(self.polarizer.final(score, sparsity), self.coordinates)
+        return masks_of(self.polarizer.final(score, sparsity), self.coordinates)
 
     def result(self) -> PruneResult:
         """What the particles as they stand vote for.
@@ -220,8 +214,10 @@ class Run:
             raise RuntimeError("result: wanted at least one step done, got none")
         densities = self.system.known_densities or self.system.densities.tolist()
         score = self.vote.current(self.system.masks, densities, self.energies.tolist())
-        return PruneResult(
-            mask=self.mask_of(score, self.config.sparsity),
+        mask = self.mask_of(score, self.config.sparsity)
+        kind, more = result_kind(mask, self.coordinates)
+        return kind(
+            mask=mask,
             history=list(self.history),
             particles=self.system.masks if self.done else self.system.masks.clone(),
             score=score.clone() if self.vote.remembers else score,
@@ -233,4 +229,5 @@ class Run:
             energies=self.energies.clone(),
             waypoints=list(self.waypoints.taken),
             polarizer=self.polarizer,
+            **more,
         )

@@ -13,6 +13,7 @@ from torch import nn
 from ..config import SFPKConfig
 from ..execution import Execution
 from ..modeling.state import BATCH_NORMS
+from ..structure.axes import BUDGETS
 from .merging import steps_of_all, with_passes
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ def check_together(config: SFPKConfig, execution: Execution, model: nn.Module) -
             f"merge: wanted a fraction that leaves a step for one particle, of n_steps={config.n_steps}, "
             f"got {config.merge!r}"
         )
+    _check_granularity(config, execution)
     if execution.energy_mode == "vmap" and config.update == "gauss_seidel":
         raise ValueError(
             "energy_mode: wanted another than 'vmap' with update='gauss_seidel', where particles go one by one"
@@ -111,6 +113,32 @@ def check_together(config: SFPKConfig, execution: Execution, model: nn.Module) -
             f"microbatch: wanted None, or bn='running' beside it, got {execution.microbatch} with bn='batch': "
             "batch-norm would use the statistics of the micro-batch, and the mask depend on its size"
         )
+
+
+def _check_granularity(config: SFPKConfig, execution: Execution) -> None:
+    """Refuse what channels, heads and neurons do not have, and what single weights do not.
+
+    Raises:
+        ValueError: a setting that does not go with the granularity; the message names it.
+    """
+    structured = config.granularity != "weight"
+    if not structured:
+        wanted: dict[str, tuple[Any, ...]] = {"budget": ("weights",), "min_keep": (1,), "round_to": (1,)}
+    else:
+        wanted = {
+            "budget": BUDGETS,
+            "pattern": (None,),
+            "selection": ("exact",),
+            "kernel": ("rbf",),
+            "energy_mode": ("auto", "timed", "sequential"),
+            "offload": (None,),
+            "compile": (False,),
+        }
+    for name, allowed in wanted.items():
+        got = getattr(config if hasattr(config, name) else execution, name)
+        if got not in allowed:
+            words = ", ".join(map(repr, allowed))
+            raise ValueError(f"{name}: wanted {words} with granularity={config.granularity!r}, got {got!r}")
 
 
 def warn_of_poor(config: SFPKConfig) -> None:

@@ -20,6 +20,7 @@ def state_of(run: Run, copy: bool) -> dict[str, Any]:
     energies = run.energies
     return {
         "model": run.fingerprint,
+        "structure": run.structure,
         "config": checkpoint.settings(run.config, run.execution),
         "names": [tensor.name for tensor in run.coordinates.tensors],
         "step": run.system.step,
@@ -27,7 +28,7 @@ def state_of(run: Run, copy: bool) -> dict[str, Any]:
         "vote": run.vote.state_dict(copy=copy),
         "energies": None if energies is None else energies.clone(),
         "history": [dataclasses.asdict(record) for record in run.history],
-        "waypoints": run.waypoints.state_dict(),
+        "waypoints": run.waypoints.state_dict(run.coordinates),
         "alarms": run.alarms.state_dict(),
         "taken": run.taken,
         "scale": run.energy.scale.state_dict(),
@@ -45,7 +46,7 @@ def checked(run: Run, state: Any) -> Callable[[], None]:
     config, tensors, device = run.config, run.coordinates.tensors, run.theta.device
     state = checkpoint.of_this_version(state)
     names = [tensor.name for tensor in tensors]
-    checkpoint.check_same(state, config, run.execution, run.fingerprint, names)
+    checkpoint.check_same(state, config, run.execution, run.fingerprint, names, run.structure)
     particles = check.entries("state: particles", state["particles"], SystemState._fields)
     if config.settle and not check.same(particles["schedule"], run.system.schedule):
         raise ValueError(

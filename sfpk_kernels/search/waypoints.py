@@ -15,6 +15,7 @@ from ..coordinates.flat import Coordinates
 from ..masks.maskset import MaskSet
 from ..ops import pack_mask, unpack_mask
 from . import state_checks as check
+from .parts import flat_of, masks_of
 from .schedule import steps_within
 
 
@@ -77,10 +78,10 @@ class Waypoints:
         """They belong to the run."""
         self.taken, self._due = [*self.taken, *passed], self._due[len(passed) :]
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """The masks taken, one bit a weight."""
+    def state_dict(self, coordinates: Coordinates) -> list[dict[str, Any]]:
+        """The masks taken, one bit a coordinate."""
         return [
-            {"sparsity": w.sparsity, "step": w.step, "bits": pack_mask(w.mask.flat()), "score": w.score}
+            {"sparsity": w.sparsity, "step": w.step, "bits": pack_mask(flat_of(w.mask, coordinates)), "score": w.score}
             for w in self.taken
         ]
 
@@ -110,7 +111,7 @@ class Waypoints:
                 raise ValueError(f"{where}.step: wanted that in which the schedule passes {sparsity:g}, got {at}")
             d = coordinates.d
             bits = check.tensor(f"{where}.bits", item["bits"], (-(-d // 8),), torch.uint8).cpu()
-            mask = MaskSet.from_flat(unpack_mask(bits, d), coordinates)
+            mask = masks_of(unpack_mask(bits, d), coordinates)
             score = item["score"]
             if score is not None:
                 score = check.tensor(f"{where}.score", score, (d,), *dtypes).to("cpu", copy=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 KINDS = ("channel", "neuron", "head")
 ROLES = ("gate", "producer", "follower")
+BUDGETS = ("params", "macs", "channels")
 
 
 @dataclass(frozen=True)

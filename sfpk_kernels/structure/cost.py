@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,10 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..coordinates.flat import unwrapped
 from ..utils.modes import within
-from .axes import Structure
+from .axes import BUDGETS, Structure
 from .outputs import called
-
-BUDGETS = ("params", "macs", "channels")
 
 
 class Costs:
@@ -85,6 +84,7 @@ class Costs:
         found = int((products * self._constants[:, BUDGETS.index(budget)]).sum())
         return found if budget == "params" else found + self._constant + int(self._per_coordinate[keep].sum())
 
+    @cached_property
     def alike(self) -> Tensor:  # (C,) int64
         """A number per coordinate, the same for those of a group that cost the same whatever else is kept."""
         entries = [[] for _ in range(self._structure.size)]  # type: list[list[int]]

@@ -50,12 +50,16 @@ def gate_gradient(
     Sums are accumulated in fp64.
     """
     products = {
-        entry.tensor: tensors[entry.tensor].detach().double() * gradients[entry.tensor].detach().double()
-        for entry in structure.gates
+        entry.tensor: _wide(tensors[entry.tensor]).mul(_wide(gradients[entry.tensor])) for entry in structure.gates
     }
     found = coordinate_sums(structure, products, ("gate",))
     wide = any(tensors[name].dtype == torch.float64 for name in products)
     return found if wide else found.float()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """fp32 at least."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..utils.arguments import check_least
-from .axes import CoordinateGroup, Structure
-from .cost import BUDGETS, Costs
+from .axes import BUDGETS, CoordinateGroup, Structure
+from .cost import Costs
 
 
 def select(
@@ -59,7 +59,24 @@ def select(
             f"sparsity: wanted at most {1 - least / costs.dense[budget]:.4f} of the {budget}, which leaves "
             f"min_keep={min_keep} of every group and no layer dead, got {sparsity}"
         )
-    low, high = 0, structure.size
+    return _within(ranking, costs, budget, limit)
+
+
+def select_within(
+    structure: Structure,
+    costs: Costs,
+    score: Tensor,  # (C,)
+    limit: int,
+    budget: str,
+    min_keep: int = 1,
+    round_to: int = 1,
+) -> Tensor:  # (C,) bool
+    """:func:`select` for a cost, unchecked; the fewest coordinates that may stay where even they cost more."""
+    return _within(_Ranking(structure, score.detach().cpu().double(), min_keep, round_to), costs, budget, limit)
+
+
+def _within(ranking: _Ranking, costs: Costs, budget: str, limit: int) -> Tensor:
+    low, high = 0, ranking.structure.size
     while low < high:
         middle = (low + high + 1) // 2
         if costs.cost(ranking.keep(middle), budget) <= limit:
@@ -110,7 +127,7 @@ def add_best(keep: Tensor, best: Tensor, count: int) -> None:
 
 def _filled(ranking: _Ranking, costs: Costs, keep: Tensor, budget: str, limit: int) -> Tensor:
     """More of the best coordinates, as long as they fit; what does not fit now never will."""
-    alike = costs.alike()
+    alike = costs.alike
     closed: set[int] = set()
     for coordinate in ranking.order.tolist():
         if bool(keep[coordinate]) or int(alike[coordinate]) in closed:

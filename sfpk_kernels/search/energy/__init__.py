@@ -52,6 +52,8 @@ class ParticleEnergy:
         compiled: run the loss through ``torch.compile``.
     """
 
+    one_by_one_runner: type[OneByOne] = OneByOne
+
     def __init__(
         self,
         model: nn.Module,
@@ -168,7 +170,7 @@ class ParticleEnergy:
     def one_by_one(self) -> Iterator[None]:
         """The model ready for :meth:`single`."""
         try:
-            runner = self._runner(Graphed if self.mode == "cudagraph" else OneByOne)
+            runner = self._runner(Graphed if self.mode == "cudagraph" else self.one_by_one_runner)
         except CannotRunError as error:
             raise RuntimeError(f"energy_mode={self.mode!r} cannot run this model: {error}") from error
         with runner.ready():

@@ -75,7 +75,7 @@ def choose(
         together: whether vmap is allowed.
         trial_bytes: bytes that the trial of a batched pass may take with ``"timed"``.
     """
-    single = _time_one_by_one(OneByOne(problem, LossScale(problem.precision == "fp16")), batch)
+    single = time_one_by_one(OneByOne(problem, LossScale(problem.precision == "fp16")), batch)
     seconds, transient = {"sequential": single[0]}, {"sequential": single[1]}
     timed, reason, why_not = mode == "timed", "as asked for", ""
     wanted = [mode]
@@ -92,7 +92,7 @@ def choose(
             if name == "vmap":
                 seconds[name], transient[name] = _time_batched(problem, batch, chunk, single, trial_bytes, timed)
             elif name == "cudagraph":
-                seconds[name], transient[name] = _time_one_by_one(Graphed(problem, LossScale(False)), batch)
+                seconds[name], transient[name] = time_one_by_one(Graphed(problem, LossScale(False)), batch)
         except CannotRunError as error:
             if mode not in UNDECIDED:
                 raise RuntimeError(f"energy_mode={name!r} cannot run this model: {error}") from error
@@ -113,7 +113,7 @@ def choose(
     return Choice(best, reason + why_not, seconds, transient)
 
 
-def _time_one_by_one(runner: OneByOne, batch: Any) -> tuple[float, int]:
+def time_one_by_one(runner: OneByOne, batch: Any) -> tuple[float, int]:
     """Seconds of a pass, and its peak bytes beyond weights and gradient row."""
     row = torch.empty_like(runner.problem.theta, device=runner.problem.device)
     with runner.ready():

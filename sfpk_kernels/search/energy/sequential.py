@@ -101,6 +101,16 @@ class OneByOne:
         parts = problem.coordinates.split(row)
         for leaf, part in zip(self.leaves, parts, strict=True):
             leaf.grad = part if part.dtype == leaf.dtype else None
+        total = self.accumulate(batch)
+        with torch.no_grad():
+            for leaf, part in zip(self.leaves, parts, strict=True):
+                if part.dtype != leaf.dtype and leaf.grad is not None:
+                    part.add_(leaf.grad)
+        return total
+
+    def accumulate(self, batch: Any) -> Tensor:
+        """The loss; gradients of its micro-batches, times the loss scale, are added up in the leaves."""
+        problem = self.problem
         total: Tensor | None = None
         for micro, share in problem.parts(batch):
             with problem.autocast():
@@ -113,8 +123,4 @@ class OneByOne:
                 loss = loss.detach() * share if share != 1.0 else loss.detach()
                 total = loss if total is None else total + loss
         assert total is not None
-        with torch.no_grad():
-            for leaf, part in zip(self.leaves, parts, strict=True):
-                if part.dtype != leaf.dtype and leaf.grad is not None:
-                    part.add_(leaf.grad)
         return total

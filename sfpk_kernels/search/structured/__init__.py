@@ -1,0 +1,1 @@
+"""The search over channels, heads and neurons: coordinates, polarizer, energy and result of such a run."""

@@ -1,0 +1,112 @@
+"""Energies of particles over channels, heads and neurons: gates on what consumers read, ∂L/∂keep as the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...coordinates.flat import named_parameters
+from ...modeling.state import seeded
+from ...structure import gate_gradient, gated_weights, kept_statistics
+from ..energy import Choice, LossFn, ParticleEnergy
+from ..energy._problem import Problem
+from ..energy._scale import LossScale
+from ..energy._swap import stand_ins
+from ..energy.choice import time_one_by_one
+from ..energy.sequential import OneByOne
+from ..polarizer import Polarized
+from .coordinates import StructuredCoordinates
+
+
+@dataclass(frozen=True)
+class GatedProblem(Problem):
+    """With the weights that consumers have in the dense model, as they were when the run began."""
+
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Gated(OneByOne):
+    """One particle at a time: consumers' weights are stood in for by gated ones, with a gradient of their own."""
+
+    def __init__(self, problem: Problem, scale: LossScale):
+        assert isinstance(problem, GatedProblem)
+        assert isinstance(problem.coordinates, StructuredCoordinates)
+        self.problem, self.scale = problem, scale
+        self._structure = problem.coordinates.structure
+        parameters = named_parameters(problem.model)
+        self._dense = problem.dense
+        self._gated = {name: nn.Parameter(torch.empty_like(weight)) for name, weight in self._dense.items()}
+        self.leaves = list(self._gated.values())
+        self._places = stand_ins(problem.model, {id(parameters[name]): gated for name, gated in self._gated.items()})
+        self._loss = problem.loss_fn
+        self._row = None
+        self._keep = torch.ones(self._structure.size, dtype=torch.bool)
+
+    @torch.no_grad()
+    def fill(self, keep: Polarized) -> None:
+        """Write the weights whose removed columns are 0 where the model reads."""
+        self._keep = keep.values[0]
+        for name, weight in gated_weights(self._structure, self._dense, self._keep).items():
+            self._gated[name].copy_(weight)
+
+    def load_dense(self) -> None:
+        """Keep everything."""
+        self.fill(Polarized(torch.ones(1, self._structure.size, dtype=torch.bool)))
+
+    def differentiate(self, batch: Any, row: Tensor) -> Tensor:
+        """Forward and backward at the gates as they are; ∂L/∂keep, times the loss scale, into ``row``."""
+        for leaf in self.leaves:
+            leaf.grad = None
+        with kept_statistics(self.problem.model, self._structure, self._keep):
+            loss = self.accumulate(batch)
+        gradients = {
+            name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in self._gated.items()
+        }
+        row.copy_(gate_gradient(self._structure, self._dense, gradients))
+        return loss
+
+
+class StructuredEnergy(ParticleEnergy):
+    """Loss L_i and gradient ∂L_i/∂keep at the gates of each particle, one after the other.
+
+    Args:
+        model: the dense model.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        coordinates: of ``model``.
+        theta: ones (C,).
+        precision: ``"bf16"`` or ``"fp16"``, as in :class:`ParticleEnergy`.
+        microbatch: samples per forward/backward.
+    """
+
+    one_by_one_runner = Gated
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        coordinates: StructuredCoordinates,
+        theta: Tensor,
+        *,
+        precision: str | None = None,
+        microbatch: int | None = None,
+    ):
+        super().__init__(
+            model, loss_fn, coordinates, theta, mode="sequential", precision=precision, microbatch=microbatch
+        )
+
+        parameters = named_parameters(model)
+        dense = {gate.tensor: parameters[gate.tensor].detach().clone() for gate in coordinates.structure.gates}
+        self.problem = GatedProblem(
+            model, loss_fn, coordinates, theta, precision=precision, microbatch=microbatch, dense=dense
+        )
+
+    def choose(self, batch: Any, n: int, together: bool = True, trial_bytes: int | None = None) -> Choice:
+        """Measure one pass; particles always go one by one."""
+        with seeded(0, self.problem.device):
+            seconds, transient = time_one_by_one(self._runner(Gated), batch)
+        self.choice = Choice("sequential", "gates", {"sequential": seconds}, {"sequential": transient})
+        return self.choice
