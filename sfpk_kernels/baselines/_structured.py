@@ -124,7 +124,7 @@ def allocated(
             found[group.span] = part / mean if mean > 0 else part
         else:
             rank = torch.empty_like(part)
-            rank[part.argsort(descending=True, stable=True)] = torch.arange(group.size, dtype=rank.dtype)
+            rank[part.argsort(descending=True, stable=True)] = torch.arange(group.size, dtype=rank.dtype, device="cpu")
             found[group.span] = 1 - (rank + 0.5) / group.size
     return found
 

@@ -104,7 +104,7 @@ def structured_snip(
     coordinates = problem.coordinates()
     theta = coordinates.flatten(model)
     dense = torch.ones_like(theta, dtype=torch.bool)
-    score, count = torch.zeros(problem.structure.size, dtype=torch.float64), 0
+    score, count = torch.zeros(problem.structure.size, dtype=torch.float64, device="cpu"), 0
     with gradients(model, loss_fn, coordinates, theta) as gradient:
         for batch in batches(loader, max_batches, coordinates.device):
             change = theta.double() * gradient(dense, batch)

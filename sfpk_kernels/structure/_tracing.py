@@ -73,7 +73,7 @@ class Traced:
                 warnings.simplefilter("ignore")
                 graph.build_dependency(
                     model,
-                    torch.zeros(()),  # not looked at
+                    torch.zeros((), dtype=torch.float32, device="cpu"),  # not looked at
                     forward_fn=forward,
                     output_transform=self._leaving,
                     unwrapped_parameters=[(one, 1 if one.dim() > 1 else 0) for one in self.inputs],

@@ -113,7 +113,7 @@ class _Collected:
         """The neurons between two layers of an MLP, or of a gated one between three."""
         width = layers[-1].inputs
         if all(layer.outputs == width for layer in layers[:-1]):
-            index = torch.arange(width)
+            index = torch.arange(width, dtype=torch.int64, device="cpu")
             self._add(name, producers, reader, layers, "neuron", [index] * len(producers), width, index)
 
     def heads(self, name: str, producers: Sequence[str], reader: str, layers: list[_Layer], numbers: nn.Module) -> bool:
@@ -132,7 +132,7 @@ class _Collected:
             fits = layers[0].outputs == width and layers[1].outputs == layers[2].outputs == keys * size
         if not fits or keys < 1 or queries % keys:
             return False
-        key = torch.arange(keys)
+        key = torch.arange(keys, dtype=torch.int64, device="cpu")
         query = key.repeat_interleave(queries // keys)
         wide, narrow = query.repeat_interleave(size), key.repeat_interleave(size)
         indices = [wide.repeat(3)] if len(producers) == 1 else [wide, narrow, narrow]

@@ -83,7 +83,7 @@ class Structure:
             first += group.size
         dims: set[tuple[str, int]] = set()
         gated: set[str] = set()
-        read = torch.zeros(first, dtype=torch.bool)
+        read = torch.zeros(first, dtype=torch.bool, device="cpu")
         for entry in self.entries:
             where = f"entries: {entry.tensor}, dim {entry.dim}"
             if entry.role not in ROLES:

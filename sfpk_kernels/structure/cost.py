@@ -51,18 +51,29 @@ class Costs:
                     constant *= size
             factors.append((constant, uses.get(name, 0), inside))
         widest = max((len(inside) for _, _, inside in factors), default=0)
-        self._constants = torch.tensor([[constant, constant * times] for constant, times, _ in factors])  # (T, 2)
+        self._constants = torch.tensor(
+            [[constant, constant * times] for constant, times, _ in factors], dtype=torch.int64, device="cpu"
+        )  # (T, 2)
         # Number 0 is the factor 1.
-        self._factors = torch.tensor([inside + [0] * (widest - len(inside)) for _, _, inside in factors])
-        self._fixed = torch.tensor([1, *(int((entry.index < 0).sum()) for entry in structure.entries)])
+        self._factors = torch.tensor(
+            [inside + [0] * (widest - len(inside)) for _, _, inside in factors], dtype=torch.int64, device="cpu"
+        )
+        self._fixed = torch.tensor(
+            [1, *(int((entry.index < 0).sum()) for entry in structure.entries)], dtype=torch.int64, device="cpu"
+        )
         self._entry = torch.cat(
-            [torch.full((int((e.index >= 0).sum()),), i + 1) for i, e in enumerate(structure.entries)]
+            [
+                torch.full((int((e.index >= 0).sum()),), i + 1, dtype=torch.int64, device="cpu")
+                for i, e in enumerate(structure.entries)
+            ]
         )
         self._coordinate = torch.cat([entry.index[entry.index >= 0] for entry in structure.entries])
         self._per_coordinate, self._constant = _per_head(structure, model, uses, macs), 0
-        dense = self.cost(torch.ones(structure.size, dtype=torch.bool), "macs")
+        dense = self.cost(torch.ones(structure.size, dtype=torch.bool, device="cpu"), "macs")
         self._constant = max(macs[""] - dense, 0)  # products that stay whatever is kept
-        self.dense = {budget: self.cost(torch.ones(structure.size, dtype=torch.bool), budget) for budget in BUDGETS}
+        self.dense = {
+            budget: self.cost(torch.ones(structure.size, dtype=torch.bool, device="cpu"), budget) for budget in BUDGETS
+        }
 
     def cost(
         self,
@@ -91,7 +102,9 @@ class Costs:
         for entry, coordinate in zip(self._entry.tolist(), self._coordinate.tolist(), strict=True):
             entries[coordinate].append(entry)
         numbers: dict[tuple[int, ...], int] = {}
-        return torch.tensor([numbers.setdefault(tuple(one), len(numbers)) for one in entries])
+        return torch.tensor(
+            [numbers.setdefault(tuple(one), len(numbers)) for one in entries], dtype=torch.int64, device="cpu"
+        )
 
 
 def multiplications(
@@ -142,7 +155,7 @@ def _per_head(
     structure: Structure, model: nn.Module, uses: Mapping[str, int], macs: Mapping[str, int]
 ) -> Tensor:  # (C,) int64
     """What each head multiplies beside its weights: queries with keys, and the result with values."""
-    found = torch.zeros(structure.size, dtype=torch.int64)
+    found = torch.zeros(structure.size, dtype=torch.int64, device="cpu")
     for group in structure.groups:
         if group.kind == "head":
             inside = group.name.rpartition(".")[0]

@@ -190,8 +190,8 @@ class _Known:
 
 
 def _index(pairs: list[tuple[int, int]], size: int, name: str) -> Tensor:
-    found = torch.full((size,), -1, dtype=torch.int64)
-    positions, coordinates = torch.tensor(pairs, dtype=torch.int64).unbind(1)
+    found = torch.full((size,), -1, dtype=torch.int64, device="cpu")
+    positions, coordinates = torch.tensor(pairs, dtype=torch.int64, device="cpu").unbind(1)
     found[positions] = coordinates
     if not torch.equal(found[positions], coordinates):
         raise ValueError(f"model: a position of {name} belongs to two coordinates at once")

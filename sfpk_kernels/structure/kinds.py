@@ -16,7 +16,7 @@ def only(structure: Structure, kind: str) -> Structure:
     Raises:
         ValueError: there are none.
     """
-    number = torch.full((structure.size,), -1, dtype=torch.int64)
+    number = torch.full((structure.size,), -1, dtype=torch.int64, device="cpu")
     groups: list[CoordinateGroup] = []
     protected = dict(structure.protected)
     first = 0
@@ -24,7 +24,7 @@ def only(structure: Structure, kind: str) -> Structure:
         if group.kind != kind:
             protected[group.name] = f"its {group.kind}s stay, those that may go are {kind}s"
             continue
-        number[group.span] = torch.arange(first, first + group.size)
+        number[group.span] = torch.arange(first, first + group.size, dtype=torch.int64, device="cpu")
         groups.append(replace(group, first=first))
         first += group.size
     if not groups:

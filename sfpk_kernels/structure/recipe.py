@@ -81,7 +81,7 @@ class ShrinkRecipe:
         memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         smaller = copy.deepcopy(model, memo)
         removed = {
-            name: {dim: torch.tensor(one, dtype=torch.int64) for dim, one in dims.items()}
+            name: {dim: torch.tensor(one, dtype=torch.int64, device="cpu") for dim, one in dims.items()}
             for name, dims in self.slices.items()
             if any(len(one) < self.sizes[name][dim] for dim, one in dims.items())
         }

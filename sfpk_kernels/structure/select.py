@@ -93,9 +93,12 @@ class _Ranking:
         self.structure, self.round_to = structure, round_to
         self.order = score.argsort(descending=True, stable=True)
         self.place = torch.empty_like(self.order)
-        self.place[self.order] = torch.arange(structure.size)
-        self.by_group = [self._sorted(torch.arange(g.first, g.first + g.size)) for g in structure.groups]
-        self.floor = torch.zeros(structure.size, dtype=torch.bool)
+        self.place[self.order] = torch.arange(structure.size, dtype=torch.int64, device="cpu")
+        self.by_group = [
+            self._sorted(torch.arange(g.first, g.first + g.size, dtype=torch.int64, device="cpu"))
+            for g in structure.groups
+        ]
+        self.floor = torch.zeros(structure.size, dtype=torch.bool, device="cpu")
         for best in self.by_group:
             self.floor[best[:min_keep]] = True
         for layer in structure.layers:

@@ -66,19 +66,25 @@ def random_keep(
     generator: torch.Generator,
 ) -> Tensor:  # (C,) bool
     """Removes so many of every group at random, at least one where two or more are there, and leaves no layer dead."""
-    keep = torch.ones(structure.size, dtype=torch.bool)
+    keep = torch.ones(structure.size, dtype=torch.bool, device="cpu")
     for group in structure.groups:
         if group.size > 1:
             count = min(max(round(share * group.size), 1), group.size - 1)
-            keep[group.first + torch.randperm(group.size, generator=generator)[:count]] = False
+            keep[
+                group.first + torch.randperm(group.size, generator=generator, dtype=torch.int64, device="cpu")[:count]
+            ] = False
     for coordinates in structure.layers:
         if not bool(keep[coordinates].any()):
-            keep[coordinates[int(torch.randint(len(coordinates), (), generator=generator))]] = True
+            keep[
+                coordinates[
+                    int(torch.randint(len(coordinates), (), generator=generator, dtype=torch.int64, device="cpu"))
+                ]
+            ] = True
     return keep
 
 
 def _only(structure: Structure, group: CoordinateGroup, share: float, generator: torch.Generator) -> Tensor:
-    keep = torch.ones(structure.size, dtype=torch.bool)
+    keep = torch.ones(structure.size, dtype=torch.bool, device="cpu")
     keep[group.span] = random_keep(structure, share, generator)[group.span]
     return keep
 
@@ -116,7 +122,7 @@ def _randomized(model: nn.Module, generator: torch.Generator) -> nn.Module:
     spare = spare.to(torch.float32) if any(_half(p) for p in spare.parameters()) else spare
 
     def draw(tensor: Tensor, low: float, high: float) -> None:
-        values = torch.rand(tensor.shape, generator=generator) * (high - low) + low
+        values = torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu") * (high - low) + low
         tensor.copy_(values.to(tensor.device, tensor.dtype))
 
     with torch.no_grad():

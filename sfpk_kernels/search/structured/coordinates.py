@@ -105,7 +105,7 @@ class StructuredCoordinates(Coordinates):
     ) -> MaskSet:
         """Masks of the dense model's weights: False in every row and column that goes."""
         keep = keep.cpu()
-        masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in self._shapes.items()}
+        masks = {name: torch.ones(shape, dtype=torch.bool, device="cpu") for name, shape in self._shapes.items()}
         for entry in self.structure.entries:
             if entry.tensor in masks:
                 mask = masks[entry.tensor]
@@ -114,7 +114,7 @@ class StructuredCoordinates(Coordinates):
 
     def keep_of(self, masks: MaskSet) -> Tensor:  # (C,) bool
         """What :meth:`masks_of` made these masks of: a column stays as long as anything in it does."""
-        keep = torch.zeros(self.d, dtype=torch.bool)
+        keep = torch.zeros(self.d, dtype=torch.bool, device="cpu")
         for gate in self.structure.gates:
             left = masks[gate.tensor].movedim(gate.dim, 0).flatten(1).any(1)
             inside = gate.index >= 0

@@ -44,7 +44,7 @@ class Gated(OneByOne):
         self._places = stand_ins(problem.model, {id(parameters[name]): gated for name, gated in self._gated.items()})
         self._loss = problem.loss_fn
         self._row = None
-        self._keep = torch.ones(self._structure.size, dtype=torch.bool)
+        self._keep = torch.ones(self._structure.size, dtype=torch.bool, device="cpu")
 
     @torch.no_grad()
     def fill(self, keep: Polarized) -> None:
@@ -55,7 +55,7 @@ class Gated(OneByOne):
 
     def load_dense(self) -> None:
         """Keep everything."""
-        self.fill(Polarized(torch.ones(1, self._structure.size, dtype=torch.bool)))
+        self.fill(Polarized(torch.ones(1, self._structure.size, dtype=torch.bool, device="cpu")))
 
     def differentiate(self, batch: Any, row: Tensor) -> Tensor:
         """Forward and backward at the gates as they are; ∂L/∂keep, times the loss scale, into ``row``."""
