@@ -118,7 +118,7 @@ def _title(task: Task) -> str:
 
 
 def _removed(task: Task) -> str:
-    return f"{_title(task)}, {100 * task.telling:g} % removed"
+    return f"{_title(task)}\n{100 * task.telling:g} % removed"  # two lines: the names are long
 
 
 def _weight(number: int) -> dict[str, float]:
