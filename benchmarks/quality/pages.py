@@ -38,10 +38,10 @@ measures what is missing there. {rows:,} measurements, one thread of a CPU, torc
 A *pass* is one forward and backward pass over one mini-batch: every method is given as many, whatever it does with
 them. In one shot no weight that is kept changes. A seed is another trained network and another order of the data (where
 weights are published ones: of the data alone); machines with other vector units train others of the same seed, and only
-values of one network are paired, as far as what it measured dense tells. Values are means ± standard deviations over the seeds; **bold** is the best of a
-column and what is within one standard error of it, paired over the seeds. All keep the same number of weights
-but Wanda, which counts output by output, and `sfpk, authors`, whose thresholds keep what they do. Tasks marked † played
-no part in choosing any default.
+values of one network are paired, as far as what it measured dense tells. Values are means ± standard deviations over
+the seeds; **bold** is the best of a column and what is within one standard error of it, paired over the seeds. All keep
+the same number of weights but Wanda, which counts output by output, and `sfpk, authors`, whose thresholds keep what
+they do. Tasks marked † played no part in choosing any default.
 """
 
 
