@@ -27,11 +27,12 @@ def run(model: nn.Module, batch: Any, forward_fn: Forward) -> Any:
 
 
 def count_flops(
-    model: nn.Module, masks: MaskSet, batch: Any, forward_fn: Forward
-) -> tuple[int, float, tuple[str, ...]]:
+    model: nn.Module, masks: MaskSet | None, batch: Any, forward_fn: Forward
+) -> tuple[int, float | None, tuple[str, ...]]:
     """FLOPs as torch counts them, the share that multiplies kept weights, and types of layers torch does not count.
 
-    What a module with masked weights computes counts by their density there; everything else in full.
+    What a module with masked weights computes counts by their density there; everything else in full. Without masks
+    there is no such share.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode  # here, because it imports Triton
@@ -50,6 +51,8 @@ def count_flops(
     total, root = sum(counts.get("Global", {}).values()), type(model).__name__
     recurrent = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.RNNBase)]
     uncounted = tuple(sorted({type(m).__name__ for n, m in recurrent if not counts.get(f"{root}.{n}" if n else root)}))
+    if masks is None:
+        return total, None, uncounted
     if total == 0:
         return 0, 1.0, uncounted
     densities = {id(model.get_parameter(name)): density for name, density in masks.layer_densities().items()}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...coordinates.flat import Coordinates
@@ -93,6 +94,7 @@ def result_kind(mask: MaskSet, coordinates: Coordinates) -> tuple[type[PruneResu
     if not isinstance(coordinates, StructuredCoordinates):
         return PruneResult, {}
     keep, costs = coordinates.keep_of(mask), coordinates.costs
-    after = {name: costs.cost(keep, name) for name in BUDGETS}
-    more = {"keep": keep, "structure": coordinates.structure, "costs_before": dict(costs.dense), "costs_after": after}
+    before = {**costs.dense, "bytes": costs.bytes(torch.ones_like(keep))}
+    after = {**{name: costs.cost(keep, name) for name in BUDGETS}, "bytes": costs.bytes(keep)}
+    more = {"keep": keep, "structure": coordinates.structure, "costs_before": before, "costs_after": after}
     return StructuredResult, more
