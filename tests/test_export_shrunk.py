@@ -62,7 +62,8 @@ def test_a_fresh_dense_model_becomes_the_shrunk_one(run, tmp_path):
     assert (report.parameters, report.kept, report.prunable) == (
         result.costs_after["params"], result.costs_after["params"], result.costs_before["params"],
     )  # fmt: skip
-    assert report.flops == 2 * 4 // 2 * result.costs_after["macs"]  # counted with two images in a call
+    # Two of each multiply-accumulate, of four images; costs are those of the two images of the run's example.
+    assert report.flops == 2 * (4 // 2) * result.costs_after["macs"]
     assert report.verified == "every tensor, and the outputs on the example, exactly"
     assert f"{report.kept:,} of the dense model's {report.prunable:,}" in str(report)
     assert "zeros counted" not in str(report)
@@ -96,11 +97,11 @@ FRESH = """
 import sys, torch
 from safetensors.torch import load_file
 from sfpk_kernels import load_exported
-from tests.test_export_shrunk import residual
+from tests.structured_nets import Residual
 
-assert "torch_pruning" not in sys.modules
 path, inputs, outputs = sys.argv[1:]
-torch.save(load_exported(residual(), path)(load_file(inputs)["x"]), outputs)
+torch.save(load_exported(Residual().eval(), path)(load_file(inputs)["x"]), outputs)
+assert "torch_pruning" not in sys.modules
 """
 
 
@@ -108,18 +109,11 @@ def test_in_a_fresh_process_every_bit_is_the_same(run, file, tmp_path):
     model, result = run
     x = torch.randn(4, 3, 8, 8)
     save_file({"x": x}, tmp_path / "x")
-    code = FRESH.replace("from tests.test_export_shrunk import residual", SOURCE)
     subprocess.run(
-        [sys.executable, "-c", code, str(file), str(tmp_path / "x"), str(tmp_path / "y")],
+        [sys.executable, "-c", FRESH, str(file), str(tmp_path / "x"), str(tmp_path / "y")],
         check=True, cwd=ROOT, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert torch.equal(torch.load(tmp_path / "y"), result.shrink(model)(x))
-
-
-SOURCE = """
-from tests.structured_nets import Residual
-residual = lambda: Residual().eval()
-"""
 
 
 @pytest.mark.parametrize("name", ["squeeze-excite", "concat", "unet", "two groups", "convnext", "mlp", "signal"])
