@@ -15,8 +15,10 @@ from torch import nn
 
 from sfpk_kernels import export, load_exported, prune, recalibrate_batchnorm
 from sfpk_kernels.baselines import structured_magnitude
-from sfpk_kernels.structure import ShrinkRecipe, find_structure
+from sfpk_kernels.export import loading
+from sfpk_kernels.structure import ShrinkRecipe, find_structure, recipe, surgery
 
+from .interruptions import every_moment
 from .settings import population
 from .snapshot import Snapshot
 from .structured_nets import Residual, make
@@ -81,7 +83,9 @@ def test_what_was_done_to_the_smaller_model_is_what_comes_back(run, tmp_path):
     recalibrate_batchnorm(smaller, images())
     with torch.no_grad():
         smaller.a.weight.mul_(1.5)
+    before = Snapshot(smaller)
     export(smaller, tmp_path / "m", kind="shrunk", recipe=result, example=(x,), runs=1)
+    before.check()
     other = load_exported(residual(), tmp_path / "m")
     assert torch.equal(other(x), smaller.eval()(x))
     assert not torch.equal(other(x), result.shrink(model)(x))
@@ -196,6 +200,27 @@ def test_a_damaged_file_changes_nothing(file, tmp_path):
         with pytest.raises(ValueError, match="path: wanted an exported model, got .*bad', which is damaged"):
             load_exported(other, tmp_path / "bad")
         before.check()
+
+
+def test_interrupted_a_model_is_the_dense_or_the_shrunk_one(run, file):
+    x, shrunk = torch.randn(2, 3, 8, 8), run[1].shrink(run[0])
+    used, count = [], 0
+
+    def work():
+        used[:] = [model := residual(), Snapshot(model)]
+        load_exported(model, file)
+
+    for error in every_moment(work, [loading.__file__, recipe.__file__, surgery.__file__], step=11):
+        assert isinstance(error, KeyboardInterrupt)
+        model, before = used
+        count += 1
+        if model.stem.weight.shape == shrunk.stem.weight.shape:
+            assert torch.equal(model(x), shrunk(x))
+        else:
+            before.check()
+            assert (model.stem.out_channels, model.norm.num_features, model.a.in_channels) == (8, 8, 8)
+            assert torch.equal(model(x), residual()(x))
+    assert count > 50
 
 
 def test_an_error_leaves_no_file_and_what_was_there(run, file, tmp_path):

@@ -65,5 +65,7 @@ def _digest(recipe: str, state: Mapping[str, Tensor]) -> str:
         pieces = {"": tensor} if not is_sparse(tensor) else parts(tensor)
         for part, piece in pieces.items():
             digest.update(json.dumps([name, part, str(piece.dtype), list(piece.shape)]).encode())
-            digest.update(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            # A copy: memory that numpy has seen is another to torch, which no longer resizes it.
+            copied = piece.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            digest.update(copied.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

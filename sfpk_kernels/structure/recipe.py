@@ -83,18 +83,30 @@ class ShrinkRecipe:
         removed = {
             name: {dim: torch.tensor(one, dtype=torch.int64, device="cpu") for dim, one in dims.items()}
             for name, dims in self.slices.items()
-            if any(len(one) < self.sizes[name][dim] for dim, one in dims.items())
+            if {dim: len(one) for dim, one in dims.items()} != self.sizes[name]
         }
         slice_tensors(smaller, removed)
         set_sizes(smaller, self.slices, self.attributes)
         return smaller
 
     def move(self, smaller: nn.Module, model: nn.Module) -> None:
-        """Turn the dense model into what :meth:`shrink` made of it: the same tensors, not copies; unchecked."""
-        for old, new in zip(model.modules(), smaller.modules(), strict=True):
-            old._parameters.update(new._parameters)
-            old._buffers.update(new._buffers)
-        set_sizes(model, self.slices, self.attributes)
+        """Turn the dense model into what :meth:`shrink` made of it: the same tensors, not copies; unchecked.
+
+        Interrupted, it is the dense model again.
+        """
+        pairs = list(zip(model.modules(), smaller.modules(), strict=True))
+        before = [(old, dict(vars(old)), dict(old._parameters), dict(old._buffers)) for old, _ in pairs]
+        try:
+            for old, new in pairs:
+                old._parameters.update(new._parameters)
+                old._buffers.update(new._buffers)
+            set_sizes(model, self.slices, self.attributes)
+        except BaseException:
+            for module, attributes, parameters, buffers in before:
+                vars(module).update(attributes)
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
+            raise
 
     def state_of(self, model: nn.Module) -> str:
         """``"dense"`` where :meth:`shrink` takes the model, ``"shrunk"`` where it is as small as what that returns.
