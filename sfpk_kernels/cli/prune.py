@@ -64,7 +64,7 @@ def add_command(commands: Any) -> None:
     files.add_argument("--out", type=Path, default=Path("sfpk-out"), metavar="DIR", help="default: sfpk-out")
     files.add_argument("--shrunk", action="store_true",
                        help="with --granularity: write shrunk.safetensors, too, the smaller model, its batch-norm "
-                       "re-estimated (--bn-batches); sfpk_kernels.load_exported makes a dense one of it")  # fmt: skip
+                       "re-estimated (--bn-batches); sfpk_kernels.load_exported turns a dense one into it")  # fmt: skip
     files.add_argument("--latency", action="store_true",
                        help="with --granularity: measure a call of the dense and of the smaller model, at batch sizes "
                        "1 and 16, for the report")  # fmt: skip
