@@ -8,8 +8,9 @@ from ._version import __version__
 from .config import SFPKConfig
 from .coordinates.flat import Coordinates
 from .execution import Execution
-from .export.dense_files import load_exported
 from .export.export import ExportReport, export
+from .export.loading import load_exported
+from .export.measure import Latency
 from .export.semi_structured import SemiStructured, to_semi_structured
 from .masks.maskset import MaskSet
 from .modeling.batches import default_loss
@@ -34,6 +35,7 @@ __all__ = [
     "FinetuneResult",
     "GradualPruner",
     "GradualResult",
+    "Latency",
     "LayerRepair",
     "MaskSet",
     "Plan",

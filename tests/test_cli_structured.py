@@ -1,12 +1,13 @@
 """``sfpk prune --granularity``: inputs from the first batch, a recipe beside the masks."""
 
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from sfpk_kernels import MaskSet, SFPKConfig, prune
+from sfpk_kernels import MaskSet, SFPKConfig, load_exported, prune
 from sfpk_kernels.cli import main
 from sfpk_kernels.structure import ShrinkRecipe
 
@@ -33,6 +34,25 @@ def dicts():
     return Named(), lambda model, batch: model(**batch)["loss"], [{"x": torch.randn(4, 6), "y": torch.randn(4, 1)}] * 3
 
 
+def normed():
+    torch.manual_seed(0)
+    batches = [(torch.randn(16, 6) + 1, torch.randint(4, (16,))) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 4))
+    return model, None, batches
+
+
+class OfFour(Named):
+    def forward(self, x, y):
+        if len(x) != 4:
+            raise ValueError("four rows")
+        return super().forward(x, y)
+
+
+def of_four():
+    _, loss_fn, batches = dicts()
+    return OfFour(), loss_fn, batches
+
+
 def iterator():
     model, loss_fn, batches = dicts()
     return model, loss_fn, iter(batches)
@@ -57,6 +77,34 @@ def test_a_run(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_the_smaller_model_and_its_times(tmp_path, capsys):
+    arguments = ["prune", f"{__name__}:normed", "--sparsity", "0.5", *STRUCTURED, "--shrunk", "--latency"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^parameters +160 +\d\d", said, re.M)  # dense: 6·12 + 12 + 2·12 + 12·4 + 4
+    assert re.search(r"^0 +neuron +\d +12 ", said, re.M)
+    assert re.search(r"^batch 1: .* ms dense, .* ms shrunk", said, re.M)
+    assert str(tmp_path / "shrunk.safetensors") in said
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["batch"] for row in report["latency"]] == [1, 16]
+    model, _, batches = normed()
+    smaller = load_exported(model, tmp_path / "shrunk.safetensors")
+    assert sum(p.numel() for p in smaller.parameters()) == report["summary"]["costs_after"]["params"]
+    x = torch.cat([x for x, _ in batches])
+    # Its own batches' statistics, not those that the dense model came with.
+    torch.testing.assert_close(smaller[1].running_mean, smaller[0](x).mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_times_that_cannot_be_measured_are_said_and_lose_nothing(tmp_path, capsys, caplog):
+    arguments = ["prune", f"{__name__}:of_four", "--sparsity", "0.5", *STRUCTURED, "--latency", "--json"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    assert "latency was not measured: ValueError: four rows" in caplog.text
+    assert "latency" not in json.loads(capsys.readouterr().out)
+    assert (tmp_path / "report.json").is_file()
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_batches_of_named_inputs(tmp_path, capsys):
     task = f"{__name__}:dicts"
     assert main(["prune", task, "--sparsity", "0.5", *STRUCTURED, "--out", str(tmp_path), "--json"]) == 0
@@ -72,6 +120,9 @@ def test_batches_of_named_inputs(tmp_path, capsys):
         ([*HALF, "--offload", "cpu"], "--offload: wanted None"),
         ([*HALF, "--include-biases"], "--include-biases: wanted False"),
         ([*HALF, "--granularity", "weight"], "--budget: wanted 'weights' with granularity='weight'"),
+        (["tests.cli_task:small", "--sparsity", "0.5", "--shrunk"], "--shrunk: wanted with --granularity channel"),
+        (["tests.cli_task:small", "--sparsity", "0.5", "--latency"], "--latency: wanted with --granularity channel"),
+        ([*HALF[:3], "--method", "magnitude", "--shrunk"], "--shrunk: wanted without --method magnitude"),
         ([*HALF, "--sparsity", "0.99"], "--sparsity: wanted at most"),
         ([f"{__name__}:iterator", *HALF[1:]], "TASK: loader: wanted one that can be read again with --granularity"),
         (["tests.cli_task:empty", *HALF[1:]], "TASK: loader: wanted batches, got an empty iterable"),

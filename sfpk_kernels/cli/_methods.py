@@ -23,7 +23,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }  # functions of sfpk_kernels.baselines, and the options beside the sparsity that each takes  # fmt: skip
 _WITHOUT_LOADER = ("magnitude", "random", "synflow")
 _OWN = ("allocation", "passes")
-_OF_A_RUN = ("preset", "config", "plan", "waypoints", "save_every", "resume")
+_OF_A_RUN = ("preset", "config", "plan", "waypoints", "save_every", "resume", "shrunk", "latency")
 
 
 def add_options(prune: argparse.ArgumentParser) -> None:
@@ -107,7 +107,7 @@ def run_method(
         task, mask, dense, options.bn_batches, lambda **found: write_method(result, options.out, **found)
     )
     outcome = {**result.summary(), "files": [str(path), *files], **evaluation}
-    return 0, said(mask, outcome, options.json, options.quiet)
+    return 0, said(str(mask), outcome, options.json, options.quiet)
 
 
 def _mask(task: Task, name: str, settings: dict[str, Any]) -> MaskSet:

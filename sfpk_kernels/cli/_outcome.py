@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import nn
+
 from ..masks.maskset import MaskSet
 from ..modeling.batchnorm import recalibrate_batchnorm
 from ._task import Task, WrongTask
@@ -59,7 +61,7 @@ def evaluated(
     try:
         if dense is not None:
             mask.apply_(task.model)
-            _recalibrate(task, bn_batches)
+            recalibrate(task.model, task, bn_batches)
             evaluation["pruned_eval"] = task.evaluate()
     finally:
         try:
@@ -69,13 +71,13 @@ def evaluated(
     return evaluation, files
 
 
-def said(mask: MaskSet, outcome: dict[str, Any], json: bool, quiet: bool) -> str:
-    """The outcome as it was asked for."""
+def said(head: str, outcome: dict[str, Any], json: bool, quiet: bool) -> str:
+    """The outcome as it was asked for; ``head``: what was found, in words."""
     if json:
         return to_json(outcome)
     if quiet:
         return ""
-    lines = [str(mask)]
+    lines = [head]
     if "dense_eval" in outcome:
         before, after = (value if isinstance(value, dict) else {"eval": value}
                          for value in (outcome["dense_eval"], outcome["pruned_eval"]))  # fmt: skip
@@ -83,10 +85,10 @@ def said(mask: MaskSet, outcome: dict[str, Any], json: bool, quiet: bool) -> str
     return "\n".join([*lines, *outcome["files"]])
 
 
-def _recalibrate(task: Task, batches: int) -> None:
-    """Batch-norm statistics of the pruned model: the dense one's would spoil what eval_fn measures."""
+def recalibrate(model: nn.Module, task: Task, batches: int) -> None:
+    """Batch-norm statistics of a pruned model: the dense one's would spoil what eval_fn measures."""
     if batches:
         try:
-            recalibrate_batchnorm(task.model, task.loader, max_batches=batches)
+            recalibrate_batchnorm(model, task.loader, max_batches=batches)
         except TypeError as error:  # batches that only loss_fn understands
             logger.warning("batch-norm was not re-estimated: %s", error)

@@ -21,7 +21,7 @@ from ..utils.settings import kind_of, meaning_of
 from ._methods import SFPK, add_options, check_options, run_method, with_sparsity
 from ._outcome import WrongOption, as_options, evaluated, said
 from ._settings import read_settings
-from ._structured import inputs_of, write_recipe
+from ._structured import check_structured, described, inputs_of, latency_of, write_recipe, write_shrunk
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
 from ._words import FAILED, Aside, make_folder, refuse, say, to_json
 
@@ -62,6 +62,12 @@ def add_command(commands: Any) -> None:
     prune.add_argument("--quiet", action="store_true", help="no progress, no text (what TASK prints goes to stderr)")
     files = prune.add_argument_group("files")
     files.add_argument("--out", type=Path, default=Path("sfpk-out"), metavar="DIR", help="default: sfpk-out")
+    files.add_argument("--shrunk", action="store_true",
+                       help="with --granularity: write shrunk.safetensors, too, the smaller model, its batch-norm "
+                       "re-estimated (--bn-batches); sfpk_kernels.load_exported turns a dense one into it")  # fmt: skip
+    files.add_argument("--latency", action="store_true",
+                       help="with --granularity: measure a call of the dense and of the smaller model, at batch sizes "
+                       "1 and 16, for the report")  # fmt: skip
     files.add_argument("--save-every", type=int, metavar="STEPS", help="write DIR/run.sfpk after so many steps")
     files.add_argument("--resume", nargs="?", const=True, metavar="FILE",
                        help="go on from FILE (default: DIR/run.sfpk, if it exists)")  # fmt: skip
@@ -163,6 +169,7 @@ def _searching(options: argparse.Namespace, given: dict[str, Any]) -> Run:
         if field in (*given, "passes") or (field == "preset" and options.preset):
             raise WrongOption(f"--{field.replace('_', '-')}:{words}") from error
         raise WrongOption(f"--config: {options.config}: {error}") from error
+    check_structured(options, config)
     if isinstance(options.resume, str) and not Path(options.resume).is_file():
         raise WrongOption(f"--resume: wanted a file, got {options.resume!r}, which is none")
     return lambda task: _run(task, config, execution, options)
@@ -209,12 +216,17 @@ def _run(task: Task, config: SFPKConfig, execution: Execution, options: argparse
     files = [
         *_write_masks(result, options.out),
         *write_recipe(result, options.out),
+        *(write_shrunk(result, task, options.out, options.bn_batches) if options.shrunk else ()),
     ]  # first: whatever an evaluation does, they are there
+    latency = latency_of(result, task, which["example_inputs"]) if options.latency else []
     evaluation, written = evaluated(
-        task, result.mask, dense, options.bn_batches, lambda **found: result.report(options.out, **found)
-    )
+        task, result.mask, dense, options.bn_batches,
+        lambda **found: result.report(options.out, latency=latency, **found),
+    )  # fmt: skip
     outcome: dict[str, Any] = {**result.summary(), "files": [*files, *written], **evaluation}
-    return 0, said(result.mask, outcome, options.json, options.quiet)
+    if latency:
+        outcome["latency"] = [dataclasses.asdict(row) for row in latency]
+    return 0, said(described(result, latency), outcome, options.json, options.quiet)
 
 
 def _write_masks(result: Any, folder: Path) -> list[str]:

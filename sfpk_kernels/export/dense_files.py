@@ -1,4 +1,4 @@
-"""A model's state dict in a safetensors file: shared tensors once, sparse ones in their parts; and its way back."""
+"""A model's state dict in a safetensors file: shared tensors once, sparse ones in their parts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from ..coordinates.flat import unwrapped
-from ..modeling.state import autograd_allowed
 from ..utils.tensors import PARTS, is_sparse, parts
 
 _LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in PARTS}
@@ -58,59 +56,17 @@ def save_dense(model: nn.Module, path: Path, facts: Mapping[str, str]) -> None:
     save_model(cast(nn.Module, SimpleNamespace(state_dict=lambda: state)), str(path), metadata=metadata)
 
 
-@autograd_allowed()
-def load_exported(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Read a file of :func:`~sfpk_kernels.export` (``kind="dense"``) into a model, in place, and return it.
-
-    ``safetensors.torch.load_model`` reads these files, too, but for models with sparse buffers, or with one batch-norm
-    layer under several names.
-
-    Args:
-        model: of the structure that was exported, such as the dense model; its tensors may lie on any device.
-        path: the file.
+def read_dense(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict that was written, every name of shared tensors, on the CPU; and the metadata.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no such safetensors file, or one of another model: the message names what differs. The model is as
-            it was then.
+        KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError: a damaged file.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"path: wanted an exported model, got {os.fspath(path)!r}, which is no file")
-    model = unwrapped(model)
-    state, wanted = _read(path), model.state_dict()
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    other = sorted(
-        f"{name} {tuple(state[name].shape)} for {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & state.keys()
-        if state[name].shape != wanted[name].shape or state[name].layout != wanted[name].layout
-    )
-    differing = [
-        f"{what} {', '.join(names[:5])}"
-        for what, names in (("no", missing), ("also", unknown), ("other shapes or layouts:", other))
-        if names
-    ]
-    if differing:
-        raise ValueError(
-            f"path: wanted the tensors of this {type(model).__name__}, got a file with {'; '.join(differing)}"
-        )
-    model.load_state_dict(state)
-    return model
-
-
-def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict that was written, every name of shared tensors, on the CPU."""
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-        state.update({name: state[same] for name, same in metadata.items() if same in state and name not in state})
-        for name, facts in json.loads(metadata.get("sfpk_sparse", "{}")).items():
-            pieces = {
-                part.strip("_"): state.pop(f"{name}.{part.strip('_')}") for part in PARTS[_LAYOUTS[facts["layout"]]]
-            }
-            state[name] = _assembled(facts, pieces)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"path: wanted an exported model, got {os.fspath(path)!r}, which is damaged: {error}"
-        ) from error
-    return state
+    with safe_open(os.fspath(path), framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    state.update({name: state[same] for name, same in metadata.items() if same in state and name not in state})
+    for name, facts in json.loads(metadata.get("sfpk_sparse", "{}")).items():
+        pieces = {part.strip("_"): state.pop(f"{name}.{part.strip('_')}") for part in PARTS[_LAYOUTS[facts["layout"]]]}
+        state[name] = _assembled(facts, pieces)
+    return state, metadata

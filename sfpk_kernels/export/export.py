@@ -23,11 +23,13 @@ from ..utils.memory import format_bytes
 from ..utils.tensors import is_sparse
 from .dense_files import save_dense
 from .measure import Forward, count_flops, median_latency
+from .shrunk_files import recipe_of, save_shrunk
 from .verify import copy_of, verify_file
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("dense", "masks")
+KINDS = ("dense", "masks", "shrunk")
+_FORMAT = {"format": "pt"}  # what loaders of the safetensors family look for
 _OTHERS = (".bin", ".ckpt", ".onnx", ".pkl", ".pt", ".pt2", ".pth")  # names of other formats
 
 
@@ -36,15 +38,15 @@ class ExportReport:
     """What was written, and what the exported model is like."""
 
     path: str
-    kind: str  # "dense" or "masks"
+    kind: str  # "dense", "masks" or "shrunk"
     bytes_on_disk: int
-    parameters: int  # of the model, tied ones once
+    parameters: int  # of the model, tied ones once; of a shrunk one what is left
     nonzero: int  # of them
-    prunable: int  # weights under masks
+    prunable: int  # weights under masks; of a shrunk model the dense one's parameters
     kept: int  # of them
     verified: str | None  # what was compared after reading back; None: nothing
     flops: int | None  # of one forward pass on the example, zeros counted; None without an example
-    flops_nonzero: float | None  # share of them in [0, 1] that multiply kept weights
+    flops_nonzero: float | None  # share of them in [0, 1] that multiply kept weights; None also for a shrunk model
     latency: float | None  # seconds of one forward pass on the example, median
     runs: int  # behind the median
     device: str
@@ -52,7 +54,7 @@ class ExportReport:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the prunable weights that is removed."""
+        """Fraction of the prunable weights, of a shrunk model of all parameters, that is removed."""
         return 1.0 - self.kept / self.prunable
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,12 +64,16 @@ class ExportReport:
     def __str__(self) -> str:
         unknown = "not measured: no example batch"
         where = f"median of {self.runs} ({self.device})"
-        zeros = ", ".join(["zeros counted", *(f"{layer} not counted" for layer in self.uncounted)])
+        shrunk = self.kind == "shrunk"
+        notes = [*([] if shrunk else ["zeros counted"]), *(f"{layer} not counted" for layer in self.uncounted)]
+        counted = ", ".join(["per forward pass", *notes])
+        held = f"{self.parameters:,}, {self.nonzero:,} of them not zero"
+        masked = f"{self.prunable:,}, {self.kept:,} kept (sparsity {self.sparsity:.4f})"
+        left = f"{self.kept:,} of the dense model's {self.prunable:,} ({self.sparsity:.1%} less)"
         rows = [
-            ("parameters", f"{self.parameters:,}, {self.nonzero:,} of them not zero"),
-            ("prunable", f"{self.prunable:,}, {self.kept:,} kept (sparsity {self.sparsity:.4f})"),
+            *([("parameters", left)] if shrunk else [("parameters", held), ("prunable", masked)]),
             ("on disk", format_bytes(self.bytes_on_disk)),
-            ("FLOPs", unknown if self.flops is None else f"{self.flops:,} per forward pass, {zeros}"),
+            ("FLOPs", unknown if self.flops is None else f"{self.flops:,} {counted}"),
             ("latency", unknown if self.latency is None else f"{_time(self.latency)}, {where}"),
             ("verified", self.verified or "no"),
         ]  # fmt: skip
@@ -85,6 +91,7 @@ def export(
     *,
     kind: str = "dense",
     masks: MaskSet | None = None,
+    recipe: Any = None,
     example: Any = None,
     forward_fn: Forward = forward,
     metadata: Mapping[str, Any] | None = None,
@@ -104,28 +111,27 @@ def export(
         kind: ``"dense"``: the state dict, removed weights as zeros; tensors shared under several names are written once
             (``safetensors.torch.load_model`` loads it), sparse buffers in their parts (:func:`load_exported` loads
             it). ``"masks"``: the masks alone (:meth:`MaskSet.load`), 1 bit per
-            prunable weight, to be applied to the dense model.
+            prunable weight, to be applied to the dense model. ``"shrunk"``: the state dict of a smaller model and the
+            recipe by which :func:`load_exported` makes a freshly built dense one as small.
         masks: what is removed; a weight of the model that they remove is written as 0. ``None``: the zeros in the
             model's prunable weights.
+        recipe: with ``kind="shrunk"``, in the place of masks: the result of a run with another granularity than
+            ``"weight"``, that of a structured baseline, or a :class:`~sfpk_kernels.structure.ShrinkRecipe`. The model
+            is the dense one or, after retraining or re-estimating batch-norm, the smaller one.
         example: a batch; without one there are no outputs, FLOPs and latency.
         forward_fn: runs a model on a batch; by default ``model(x)`` for (x, …), ``model(**batch)`` for dicts.
         metadata: JSON values by name to keep in the file.
         runs: forward passes behind the median latency, ≥ 1.
 
     Raises:
-        TypeError: masks that are no MaskSet.
-        ValueError: an unknown kind (``"shrunk"`` among them: it takes structured pruning), a path that is named as
-            another format (``.pt``, ``.onnx``, …), masks of another model, a state dict with other things than tensors,
-            or with tensors that share memory without being the same one.
+        TypeError: masks that are no MaskSet, a recipe that is none nor a structured result.
+        ValueError: an unknown kind, masks or a recipe with a kind that takes none, a path that is named as another
+            format (``.pt``, ``.onnx``, …), masks or a recipe of another model, a state dict with other things than
+            tensors, or with tensors that share memory without being the same one.
         FileNotFoundError: no such folder.
         RuntimeError: what was read back differs, or the model cannot be copied to compare it. After an error, one of
             the model on the example among them, no file is written.
     """
-    if kind == "shrunk":
-        raise ValueError(
-            "kind: wanted 'dense' or 'masks', got 'shrunk': smaller tensors take structured pruning (whole channels or "
-            "heads), which this version does not have"
-        )
     if kind not in KINDS:
         raise ValueError(f"kind: wanted one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     if Path(path).suffix.lower() in _OTHERS:
@@ -134,34 +140,34 @@ def export(
         raise ValueError(f"runs: wanted an integer ≥ 1, got {runs!r}")
     if masks is not None and not isinstance(masks, MaskSet):
         raise TypeError(f"masks: wanted a MaskSet or None, got {type(masks).__name__}")
+    if kind == "shrunk" and masks is not None:
+        raise ValueError("masks: wanted None with kind='shrunk', which takes recipe=, got masks")
+    if kind != "shrunk" and recipe is not None:
+        raise ValueError(f"recipe: wanted None with kind={kind!r}, got {type(recipe).__name__}: kind='shrunk' takes it")
     model = unwrapped(model)
-    masks = MaskSet.from_model(model) if masks is None else masks
-    masks.check(model)
-    if metadata is not None:
-        masks = masks.with_metadata(metadata)
-    if kind == "dense":
+    kept = _Shrunk(model, recipe, metadata) if kind == "shrunk" else _Masked(model, masks, metadata)
+    if kind != "masks":
         _check_state(model)
-    cure = "apply the masks first, masks.apply_(model), and pass verify=False"
     with lock():  # no other thread's pruner has other weights in it
-        pruned = model if _holds(masks, model) else masks.apply_(copy_of(model, cure))
+        pruned = kept.pruned(model)
     device = next(model.parameters()).device
     batch = None if example is None else move_to(example, device)
     with lock(), atomic_write(path) as temporary:
-        if kind == "dense":
-            _save_dense(pruned, masks, temporary)
-        else:
-            masks.save(temporary)
-        verified = verify_file(pruned, model, masks, kind, temporary, batch, forward_fn) if verify else None
+        kept.save(pruned, temporary, kind)
+        held = kept.masks if kind == "masks" else None
+        verified = verify_file(pruned, model, held, temporary, batch, forward_fn) if verify else None
         # Measured before the file takes its place: an example that the model cannot run leaves none.
-        flops, share, uncounted = (None, None, ()) if batch is None else count_flops(pruned, masks, batch, forward_fn)
+        counted = (None, None, ()) if batch is None else count_flops(pruned, kept.masks, batch, forward_fn)
+        flops, share, uncounted = counted
+        prunable, left = kept.counts(pruned)
         report = ExportReport(
             path=os.fspath(path),
             kind=kind,
             bytes_on_disk=temporary.stat().st_size,
             parameters=sum(parameter.numel() for parameter in pruned.parameters()),
             nonzero=sum(int(parameter.detach().count_nonzero()) for parameter in pruned.parameters()),
-            prunable=masks.prunable,
-            kept=masks.kept,
+            prunable=prunable,
+            kept=left,
             verified=verified,
             flops=flops,
             flops_nonzero=share,
@@ -174,11 +180,64 @@ def export(
     return report
 
 
-@torch.no_grad()
-def _holds(masks: MaskSet, model: nn.Module) -> bool:
-    """Whether every removed weight is 0 already."""
-    parameters = named_parameters(model)
-    return not any(bool(parameters[n][(~masks[n]).to(parameters[n].device)].count_nonzero()) for n in masks)
+class _Masked:
+    """Zeros, or the masks that say where."""
+
+    def __init__(self, model: nn.Module, masks: MaskSet | None, metadata: Mapping[str, Any] | None):
+        masks = MaskSet.from_model(model) if masks is None else masks
+        masks.check(model)
+        self.masks = masks if metadata is None else masks.with_metadata(metadata)
+
+    def pruned(self, model: nn.Module) -> nn.Module:
+        cure = "apply the masks first, masks.apply_(model), and pass verify=False"
+        return model if self._holds(model) else self.masks.apply_(copy_of(model, cure))
+
+    def save(self, pruned: nn.Module, path: Path, kind: str) -> None:
+        masks = self.masks
+        if kind == "masks":
+            masks.save(path)
+            return
+        facts = {
+            "fingerprint": masks.fingerprint(), "kept": masks.kept, "prunable": masks.prunable,
+            "sparsity": masks.sparsity, "metadata": masks.metadata,
+        }  # fmt: skip
+        save_dense(pruned, path, {**_FORMAT, "sfpk": json.dumps(facts)})
+
+    def counts(self, pruned: nn.Module) -> tuple[int, int]:
+        return self.masks.prunable, self.masks.kept
+
+    @torch.no_grad()
+    def _holds(self, model: nn.Module) -> bool:
+        """Whether every removed weight is 0 already."""
+        parameters, masks = named_parameters(model), self.masks
+        return not any(bool(parameters[n][(~masks[n]).to(parameters[n].device)].count_nonzero()) for n in masks)
+
+
+class _Shrunk:
+    """Smaller tensors, and the recipe of their sizes."""
+
+    masks = None
+
+    def __init__(self, model: nn.Module, recipe: Any, metadata: Mapping[str, Any] | None):
+        self._recipe = recipe_of(recipe)
+        self._dense = self._recipe.state_of(model) == "dense"
+        self._facts = {**_FORMAT, "sfpk": json.dumps({"metadata": dict(metadata or {})})}
+
+    def pruned(self, model: nn.Module) -> nn.Module:
+        if not self._dense:
+            return model
+        try:
+            return self._recipe.shrink(model)
+        except (RuntimeError, TypeError) as error:
+            raise RuntimeError(f"export: the model cannot be copied ({error}): pass the smaller one") from error
+
+    def save(self, pruned: nn.Module, path: Path, kind: str) -> None:
+        save_shrunk(pruned, self._recipe, path, self._facts)
+
+    def counts(self, pruned: nn.Module) -> tuple[int, int]:
+        sizes = {name: parameter.shape for name, parameter in pruned.named_parameters()}
+        dense = sum(self._recipe.dense_numel(name, shape) for name, shape in sizes.items())
+        return dense, sum(shape.numel() for shape in sizes.values())
 
 
 def _check_state(model: nn.Module) -> None:
@@ -215,17 +274,6 @@ def _end(tensor: Tensor) -> int:
         return tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def _save_dense(pruned: nn.Module, masks: MaskSet, path: Path) -> None:
-    facts = {
-        "format": "pt",  # what loaders of the safetensors family look for
-        "sfpk": json.dumps({
-            "fingerprint": masks.fingerprint(), "kept": masks.kept, "prunable": masks.prunable,
-            "sparsity": masks.sparsity, "metadata": masks.metadata,
-        }),
-    }  # fmt: skip
-    save_dense(pruned, path, facts)
 
 
 def _time(seconds: float) -> str:

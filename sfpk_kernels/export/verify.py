@@ -13,16 +13,19 @@ from torch.utils import _pytree as pytree
 
 from ..masks.maskset import MaskSet
 from ..utils.tensors import is_sparse, parts
-from .dense_files import load_exported
+from .loading import load_exported
 from .measure import Forward, run
 
 
 def verify_file(
-    pruned: nn.Module, model: nn.Module, masks: MaskSet, kind: str, path: Path, batch: Any, forward_fn: Forward
+    pruned: nn.Module, model: nn.Module, masks: MaskSet | None, path: Path, batch: Any, forward_fn: Forward
 ) -> str:
-    """Read the file back and compare; says what was compared."""
+    """Read the file back into a copy of ``model`` and compare with ``pruned``; says what was compared.
+
+    ``masks``: those that the file holds; None for one that holds a model.
+    """
     again = copy_of(model, "verify=False writes it without reading it back")
-    if kind == "dense":
+    if masks is None:
         _wipe(again)
         load_exported(again, path)
     else:

@@ -10,9 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..export.measure import Latency
 from ..utils.files import atomic_write, check_place, remove_regular
 from ..utils.plain import plain
-from .charts import plot_baselines, plot_layers, plot_loss, plot_loss_versus_sparsity, plot_methods, plot_particles
+from .charts import (
+    plot_baselines,
+    plot_groups,
+    plot_layers,
+    plot_loss,
+    plot_loss_versus_sparsity,
+    plot_methods,
+    plot_particles,
+)
 from .contents import (
     FORMAT,
     PARTS,
@@ -21,6 +30,7 @@ from .contents import (
     Reported,
     checked_evaluation,
     checked_fraction,
+    checked_latency,
     checked_row,
     collect,
     collect_method,
@@ -30,7 +40,8 @@ from .page import page
 __all__ = ["MethodResult", "plot_loss_versus_sparsity", "plot_methods", "render", "write", "write_method"]
 
 _PICTURES = {
-    "loss.png": plot_loss, "particles.png": plot_particles, "layers.png": plot_layers, "baselines.png": plot_baselines
+    "loss.png": plot_loss, "particles.png": plot_particles, "layers.png": plot_layers, "baselines.png": plot_baselines,
+    "groups.png": plot_groups,
 }  # fmt: skip
 
 
@@ -42,6 +53,7 @@ def write(
     *,
     dense_eval: Evaluation | None = None,
     pruned_eval: Evaluation | None = None,
+    latency: Sequence[Latency] = (),
 ) -> Path:
     """Write ``report.json``, its pictures and ``report.html`` into a folder, made if absent.
 
@@ -57,13 +69,16 @@ def write(
         dense_accuracy: of the unpruned model, in [0, 1]; beside the baselines.
         dense_eval: what an evaluation of yours says of the model before pruning, a number or numbers by name.
         pruned_eval: the same of the model with this result's mask. What is not given is not shown.
+        latency: measured seconds of the dense and of the smaller model, what
+            :meth:`sfpk_kernels.StructuredResult.latency` returns.
 
     Returns:
         The page's path.
 
     Raises:
         ImportError: no matplotlib (``pip install matplotlib``).
-        TypeError: a row of ``baselines`` that JSON cannot hold, or an evaluation that is not made of numbers.
+        TypeError: a row of ``baselines`` that JSON cannot hold, an evaluation that is not made of numbers, or a latency
+            that is none.
         ValueError: a row of ``baselines`` without what it needs, or a number that is no fraction.
         NotADirectoryError: ``folder`` is a file.
         OSError: something cannot be written; FileExistsError or IsADirectoryError, before anything is, where one of the
@@ -73,7 +88,8 @@ def write(
     if dense_accuracy is not None:
         dense_accuracy = checked_fraction("dense_accuracy", dense_accuracy)
     evaluation = _evaluation(dense_eval, pruned_eval)
-    return _write(folder, lambda: collect(result, rows, dense_accuracy, evaluation), "result.report({})")
+    timed = checked_latency(latency)
+    return _write(folder, lambda: collect(result, rows, dense_accuracy, evaluation, timed), "result.report({})")
 
 
 def write_method(
@@ -185,6 +201,8 @@ def _draw(folder: Path, report: Mapping[str, Any]) -> Path:
         if name == "particles.png" and report["config"]["n_particles"] == 1:
             continue
         if name == "baselines.png" and not report["baselines"]:
+            continue
+        if name == "groups.png" and not report["summary"].get("groups"):
             continue
         picture = io.BytesIO()
         draw(picture, report)

@@ -162,11 +162,8 @@ def plot_layers(target: IO[bytes], report: Mapping[str, Any]) -> None:
     """Share of each tensor's weights that is kept (the paper's Figure 4), of the final mask and of those on the way."""
     final = report["layer_densities"]
     names = list(final)
-    short = shortened_apart(names, _TICK)
     places = range(len(names))
-    shown = list(places) if len(names) <= _NAMED else []
-    longest = max((len(short[i]) for i in shown), default=0)  # characters of 7 points, at 60 degrees
-    figure, axes = _figure(1, (max(9.5, 3.5 + 0.18 * len(shown)), 3.8 + 0.05 * longest))
+    figure, axes = _named_bars(names, "prunable tensors, numbered in the model's order")
     axes.bar(places, [100 * final[name] for name in names], color="0.75", edgecolor="0.3", linewidth=0.6,
              label=f"{100 * report['summary']['sparsity']:.4g} % removed")  # fmt: skip
     for number, waypoint in enumerate(report["waypoints"]):
@@ -181,13 +178,25 @@ def plot_layers(target: IO[bytes], report: Mapping[str, Any]) -> None:
         axes.plot(dead, [0.015] * len(dead), "x", color="black", markersize=7, markeredgewidth=2, zorder=5,
                   transform=axes.get_xaxis_transform(), label="nothing kept")  # fmt: skip
     axes.axhline(100 * (1 - report["summary"]["sparsity"]), color="black", linewidth=0.8, label="all weights together")
-    if shown:
-        axes.set_xticks(shown, [short[i] for i in shown], rotation=60, ha="right", fontsize=7)
-    else:
-        numbers = _numbers(len(names))
-        axes.set_xticks([number - 1 for number in numbers], [str(number) for number in numbers])
-    axes.set(ylabel="weights kept (%)", title="Density by layer",
-             xlabel="" if shown else f"{len(names)} prunable tensors, numbered in the model's order")  # fmt: skip
+    axes.set(ylabel="weights kept (%)", title="Density by layer")
+    axes.legend(**_RIGHT)
+    axes.grid(alpha=0.3, axis="y")
+    figure.savefig(target, dpi=130)
+
+
+def plot_groups(target: IO[bytes], report: Mapping[str, Any]) -> None:
+    """Share of each group's channels, heads or neurons that is kept; a colour per kind."""
+    groups = report["summary"]["groups"]
+    figure, axes = _named_bars(list(groups), "groups, numbered as in the table")
+    hatches = ("", "//", "..")
+    for number, kind in enumerate(dict.fromkeys(one["kind"] for one in groups.values())):
+        own = {i: one for i, one in enumerate(groups.values()) if one["kind"] == kind}
+        axes.bar(list(own), [100 * one["kept"] / one["size"] for one in own.values()], color=_COLOURS[number],
+                 alpha=0.6, hatch=hatches[number % len(hatches)], edgecolor="0.3", linewidth=0.6,
+                 label=f"{kind}s")  # fmt: skip
+    kept, size = (sum(one[name] for one in groups.values()) for name in ("kept", "size"))
+    axes.axhline(100 * kept / size, color="black", linewidth=0.8, label="all together")
+    axes.set(ylabel="kept (%)", title="Kept by group", ylim=(0, 103))
     axes.legend(**_RIGHT)
     axes.grid(alpha=0.3, axis="y")
     figure.savefig(target, dpi=130)
@@ -201,6 +210,21 @@ def plot_baselines(target: IO[bytes], report: Mapping[str, Any]) -> None:
     _accuracies(axes, report["baselines"], report["dense_accuracy"])
     axes.set_title("Accuracy by method")
     figure.savefig(target, dpi=130)
+
+
+def _named_bars(names: Sequence[str], what: str) -> tuple[Any, Any]:
+    """A figure with a place per name, from 0 on: named where there is room, else numbered, as ``what`` says."""
+    short = shortened_apart(names, _TICK)
+    shown = list(range(len(names))) if len(names) <= _NAMED else []
+    longest = max((len(short[i]) for i in shown), default=0)  # characters of 7 points, at 60 degrees
+    figure, axes = _figure(1, (max(9.5, 3.5 + 0.18 * len(shown)), 3.8 + 0.05 * longest))
+    if shown:
+        axes.set_xticks(shown, [short[i] for i in shown], rotation=60, ha="right", fontsize=7)
+    else:
+        numbers = _numbers(len(names))
+        axes.set_xticks([number - 1 for number in numbers], [str(number) for number in numbers])
+        axes.set_xlabel(f"{len(names)} {what}")
+    return figure, axes
 
 
 def _losses(

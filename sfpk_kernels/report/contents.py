@@ -14,6 +14,7 @@ from .._version import __version__
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
 from ..execution import Execution
+from ..export.measure import Latency
 from ..masks.maskset import MaskSet
 from ..search.planning import Plan
 from ..search.records import StepRecord
@@ -24,7 +25,7 @@ FORMAT = "sfpk-report-1"
 PARTS = {
     "version", "summary", "config", "plan", "curve", "knee", "waypoints", "layer_densities", "layer_sizes", "history",
     "baselines", "dense_accuracy",
-}  # that every report has; "model", "evaluation", "execution" came later; "method" stands for a run  # fmt: skip
+}  # that every report has; "model", "evaluation", "execution", "latency" came later; "method" is no run's  # fmt: skip
 
 Evaluation = float | Mapping[str, float]  # what an eval_fn says of a model: a number, or numbers by name
 
@@ -126,8 +127,9 @@ def collect(
     baselines: Sequence[Mapping[str, Any]],
     dense_accuracy: float | None,
     evaluation: Mapping[str, Mapping[str, float]],
+    latency: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """All of a report; the last three checked by the functions below."""
+    """All of a report; the last four checked by the functions below."""
     derived = ("energy", "energy_std", "energy_min", "mean_overlap", "effective_particles")
     return {
         "format": FORMAT,
@@ -157,6 +159,7 @@ def collect(
         "baselines": [dict(row) for row in baselines],
         "dense_accuracy": dense_accuracy,
         "evaluation": {which: dict(values) for which, values in evaluation.items()},
+        "latency": [dict(row) for row in latency],
     }
 
 
@@ -227,6 +230,18 @@ def checked_evaluation(what: str, value: Any) -> dict[str, float]:
         if not isinstance(name, str) or isinstance(number, bool) or not isinstance(number, numbers.Real):
             raise TypeError(f"{what}: wanted a number or a dict of numbers by name, got {value!r}")
     return {name: float(number) for name, number in found.items()}
+
+
+def checked_latency(rows: Any) -> list[dict[str, Any]]:
+    """Rows of plain numbers and text.
+
+    Raises:
+        TypeError: something else than a list of :class:`Latency`.
+    """
+    for row in rows if isinstance(rows, Sequence) else [rows]:
+        if not isinstance(row, Latency):
+            raise TypeError(f"latency: wanted rows of StructuredResult.latency, got {type(row).__name__}")
+    return [{**dataclasses.asdict(row), "speedup": row.speedup} for row in rows]
 
 
 def _scalar(value: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 
 from ..config import SFPKConfig
 from ..execution import Execution
+from ..search.structured.words import COSTS
+from ..utils.memory import format_bytes
 from ..utils.settings import meanings
 from . import words
 from .contents import before_the_merge
@@ -19,8 +21,10 @@ _TITLES = {
     "particles.png": "How far apart the particles are",
     "layers.png": "Density by layer",
     "baselines.png": "Accuracy by method",
+    "groups.png": "Kept by group",
 }
-_WIDE = ("particles.png", "layers.png")
+_WIDE = ("particles.png", "layers.png", "groups.png")
+_SECTIONS = ("layers.png", "groups.png")  # pictures that stand beside a table
 
 
 def page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
@@ -31,9 +35,11 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         facts([*_counts(report), *(_of_method(report) if "method" in report else _of_run(report))]),
         f'<h2>Alarms</h2>\n<p class="words">{escape(words.ALARMS)}</p>\n{alarms}' if alarms else "",
         _evaluation(report.get("evaluation", {})),
-        *(_figure(name, content, report) for name, content in pictures.items() if name != "layers.png"),
+        *(_figure(name, content, report) for name, content in pictures.items() if name not in _SECTIONS),
         _methods(report["baselines"], report["dense_accuracy"]),
         _waypoints(report["waypoints"]),
+        _latency(report.get("latency", [])),
+        _groups(report, pictures),
         _layers(report, pictures),
         _left_alone(report.get("model")),
         _settings({**report["config"], **report.get("execution", {})}),
@@ -54,6 +60,11 @@ def _counts(report: Mapping[str, Any]) -> list[Fact]:
         Fact("weights kept", f"{kept:,} of {prunable:,} prunable", words.KEPT),
         Fact("sparsity", f"{100 * summary['sparsity']:.4f} % removed", words.SPARSITY),
     ]
+    costs = summary.get("costs_after", {})  # of structured runs
+    for name, left in costs.items():
+        before = summary["costs_before"][name]
+        shown = [format_bytes(one) if name == "bytes" else f"{one:,}" for one in (left, before)]
+        found.append(Fact(COSTS[name], f"{shown[0]} of {shown[1]} left ({_share(left, before)})", words.COSTS[name]))
     model = report.get("model")
     if model is not None:  # reports of earlier versions do not say
         total = model["parameters"]
@@ -160,6 +171,32 @@ def _layers(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     picture = _figure("layers.png", pictures["layers.png"], report)
     listed = table("Prunable tensors", ("no.", "tensor", "weights", "kept"), rows)
     return _section("Layers", words.LAYERS, f"{picture}\n{listed}")
+
+
+def _groups(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    """Of structured runs: what each group keeps."""
+    groups = report["summary"].get("groups")
+    if not groups:
+        return ""
+    rows = [
+        (number, Name(name), one["kind"], one["kept"], one["size"], Number(_share(one["kept"], one["size"])))
+        for number, (name, one) in enumerate(groups.items(), start=1)
+    ]
+    listed = table("Kept by group", ("no.", "group", "kind", "kept", "of", "share"), rows)
+    return _section("Groups", words.GROUPS, f"{_figure('groups.png', pictures['groups.png'], report)}\n{listed}")
+
+
+def _latency(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Seconds before and after, by batch size."""
+    if not rows:
+        return ""
+    found = [
+        (row["batch"], Number(f"{1e3 * row['dense']:.3g} ms"), Number(f"{1e3 * row['shrunk']:.3g} ms"),
+         Number(f"{row['speedup']:.2f} ×"), row["runs"], row["threads"], row["device"])
+        for row in rows
+    ]  # fmt: skip
+    header = ("batch", "dense", "shrunk", "times as fast", "runs", "threads", "device")
+    return _section("Latency", words.LATENCY, table("Latency before and after", header, found))
 
 
 def _left_alone(model: Mapping[str, Any] | None) -> str:

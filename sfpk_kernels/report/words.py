@@ -46,6 +46,21 @@ EVALUATION = (
     "Of the same model before pruning (dense) and with the mask above (pruned), as an evaluation outside of the run "
     "measured it and handed it to the report."
 )
+COSTS = {
+    "params": "Of the smaller model, of those of the dense one; tied ones once.",
+    "macs": "Multiply-accumulates of one call with the example inputs: convolutions, products of matrices, attention.",
+    "bytes": "Of parameters and buffers in memory.",
+    "channels": "What may be taken out: channels of convolutions, heads of attention, neurons of Linear layers; those "
+    "that are added, concatenated or normalized together count once.",
+}
+GROUPS = (
+    "A group is what one module computes, named by it; they are numbered as in result.structure. The smaller model has "
+    "what is kept, and nothing else."
+)
+LATENCY = (
+    "Measured: one call in eval mode without gradients, medians of both models taken by turns. Another machine, or "
+    "this one busy with other things, has other times."
+)
 WAYPOINTS = "Masks that the same run took when it passed these sparsities; each removes exactly its share."
 LAYERS = (
     "Tensors are numbered in the model's order. Density is the share of a tensor's weights that is kept; the sparsity "
@@ -93,5 +108,8 @@ def of_picture(name: str, report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if name == "layers.png":
         return [("weights kept", "of each prunable tensor, in the final mask (bars) and in those taken on the way "
                  "(points); the line is the share kept of all together")]  # fmt: skip
+    if name == "groups.png":
+        return [("kept", "of what each group may lose: its channels, heads or neurons; the line is the share kept of "
+                 "all together")]  # fmt: skip
     methods = dict.fromkeys(row["method"] for row in report["baselines"])
     return [(method, _METHODS[method]) for method in methods if method in _METHODS]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
 from ..execution import Execution
+from ..export.measure import Latency
 from ..masks.maskset import MaskSet
 from ..utils.smoothing import running_median
 from .diagnostics import dying, layer_names
@@ -226,11 +227,13 @@ class PruneResult:
         *,
         dense_eval: float | Mapping[str, float] | None = None,
         pruned_eval: float | Mapping[str, float] | None = None,
+        latency: Sequence[Latency] = (),
     ) -> Path:
         """Write report.json, report.html and pictures; see :func:`sfpk_kernels.report.write`."""
         from ..report import write  # here, not above: a report reads a result, and a result does without reports
 
-        return write(self, folder, baselines, dense_accuracy, dense_eval=dense_eval, pruned_eval=pruned_eval)
+        evaluations = {"dense_eval": dense_eval, "pruned_eval": pruned_eval}
+        return write(self, folder, baselines, dense_accuracy, **evaluations, latency=latency)
 
     def summary(self) -> Mapping[str, Any]:
         """The outcome in a few plain numbers."""

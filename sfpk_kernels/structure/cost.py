@@ -41,22 +41,25 @@ class Costs:
         self._structure = structure
         places = {(entry.tensor, entry.dim): i + 1 for i, entry in enumerate(structure.entries)}
         uses, macs = multiplications(model, args, kwargs)
-        factors: list[tuple[int, int, list[int]]] = []  # (elements per kept position, times used, entries)
-        for name, parameter in model.named_parameters():
-            shape, inside, constant = tuple(parameter.shape), [], 1
-            for dim, size in enumerate(shape):
+        factors: list[tuple[list[int], list[int]]] = []  # (what each kept position counts, entries)
+        buffers = dict(model.named_buffers())
+        for name, tensor in [*model.named_parameters(), *buffers.items()]:
+            inside, constant = [], 1
+            for dim, size in enumerate(tensor.shape):
                 if (name, dim) in places:
                     inside.append(places[name, dim])
                 else:
                     constant *= size
-            factors.append((constant, uses.get(name, 0), inside))
-        widest = max((len(inside) for _, _, inside in factors), default=0)
+            counted = 0 if name in buffers else constant
+            columns = [counted, counted * uses.get(name, 0), constant * tensor.element_size()]
+            factors.append((columns, inside))
+        widest = max((len(inside) for _, inside in factors), default=0)
         self._constants = torch.tensor(
-            [[constant, constant * times] for constant, times, _ in factors], dtype=torch.int64, device="cpu"
-        )  # (T, 2)
+            [columns for columns, _ in factors], dtype=torch.int64, device="cpu"
+        )  # (T, 3): elements, multiply-accumulates, bytes
         # Number 0 is the factor 1.
         self._factors = torch.tensor(
-            [inside + [0] * (widest - len(inside)) for _, _, inside in factors], dtype=torch.int64, device="cpu"
+            [inside + [0] * (widest - len(inside)) for _, inside in factors], dtype=torch.int64, device="cpu"
         )
         self._fixed = torch.tensor(
             [1, *(int((entry.index < 0).sum()) for entry in structure.entries)], dtype=torch.int64, device="cpu"
@@ -90,10 +93,20 @@ class Costs:
         keep = keep.cpu()
         if budget == "channels":
             return int(keep.sum())
-        counts = self._fixed.index_add(0, self._entry, keep[self._coordinate].long())
-        products = counts[self._factors].prod(1)
-        found = int((products * self._constants[:, BUDGETS.index(budget)]).sum())
+        found = self._sum(keep, BUDGETS.index(budget))
         return found if budget == "params" else found + self._constant + int(self._per_coordinate[keep].sum())
+
+    def bytes(
+        self,
+        keep: Tensor,  # (C,) bool
+    ) -> int:
+        """What parameters and buffers take in memory with that kept, exactly; sparse buffers as if dense."""
+        return self._sum(keep.cpu(), 2)
+
+    def _sum(self, keep: Tensor, column: int) -> int:
+        """Σ over the tensors: what a kept position counts, times how many are kept in each dim."""
+        counts = self._fixed.index_add(0, self._entry, keep[self._coordinate].long())
+        return int((counts[self._factors].prod(1) * self._constants[:, column]).sum())
 
     @cached_property
     def alike(self) -> Tensor:  # (C,) int64

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -60,13 +62,11 @@ class ShrinkRecipe:
         """
         check_model(model)
         model = unwrapped(model)
-        tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-        for name, dims in self.sizes.items():
-            for dim, size in dims.items():
-                got = tuple(tensors[name].shape) if name in tensors else "none"
-                if got == "none" or dim >= len(got) or got[dim] != size:
-                    raise ValueError(f"model: wanted {name} with {size} positions along dim {dim}, got shape {got}")
+        differs = self._differs(model, self.sizes) or self._lacks(model)
+        if differs is not None:
+            raise ValueError(differs)
         smaller = self.share(model)
+        # What was sliced is its own already.
         copies: dict[int, Any] = {}  # one of each, so that what is tied stays tied
         of_model = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         for module in smaller.modules():
@@ -83,11 +83,73 @@ class ShrinkRecipe:
         removed = {
             name: {dim: torch.tensor(one, dtype=torch.int64, device="cpu") for dim, one in dims.items()}
             for name, dims in self.slices.items()
-            if any(len(one) < self.sizes[name][dim] for dim, one in dims.items())
+            if {dim: len(one) for dim, one in dims.items()} != self.sizes[name]
         }
         slice_tensors(smaller, removed)
         set_sizes(smaller, self.slices, self.attributes)
         return smaller
+
+    def move(self, smaller: nn.Module, model: nn.Module) -> None:
+        """Turn the dense model into what :meth:`shrink` made of it: the same tensors, not copies; unchecked.
+
+        Interrupted, it is the dense model again.
+        """
+        pairs = list(zip(model.modules(), smaller.modules(), strict=True))
+        before = [(old, dict(vars(old)), dict(old._parameters), dict(old._buffers)) for old, _ in pairs]
+        try:
+            for old, new in pairs:
+                old._parameters.update(new._parameters)
+                old._buffers.update(new._buffers)
+            set_sizes(model, self.slices, self.attributes)
+        except BaseException:
+            for module, attributes, parameters, buffers in before:
+                vars(module).update(attributes)
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
+            raise
+
+    def state_of(self, model: nn.Module) -> str:
+        """``"dense"`` where :meth:`shrink` takes the model, ``"shrunk"`` where it is as small as what that returns.
+
+        A recipe that removes nothing finds a dense one.
+
+        Raises:
+            TypeError: no module.
+            ValueError: neither; the message names the first tensor or module that differs from a dense one.
+        """
+        check_model(model)
+        model = unwrapped(model)
+        differs = self._differs(model, self.sizes) or self._lacks(model)
+        if differs is None:
+            return "dense"
+        left = {name: {dim: len(kept) for dim, kept in dims.items()} for name, dims in self.slices.items()}
+        if self._differs(model, left) is None and self._lacks(model) is None:
+            return "shrunk"
+        raise ValueError(f"{differs}; nor is it as small as the recipe makes one")
+
+    def dense_numel(self, name: str, shape: Sequence[int]) -> int:
+        """Elements that a tensor of the smaller model has in the dense one."""
+        dims, sizes = self.slices.get(name, {}), self.sizes.get(name, {})
+        return math.prod(sizes[dim] if dim in dims else size for dim, size in enumerate(shape))
+
+    def _differs(self, model: nn.Module, sizes: Mapping[str, Mapping[int, int]]) -> str | None:
+        """Where a model's tensors have other sizes, in words; None: nowhere."""
+        tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        for name, dims in sizes.items():
+            for dim, size in dims.items():
+                got = tuple(tensors[name].shape) if name in tensors else "none"
+                if got == "none" or dim >= len(got) or got[dim] != size:
+                    return f"model: wanted {name} with {size} positions along dim {dim}, got shape {got}"
+        return None
+
+    def _lacks(self, model: nn.Module) -> str | None:
+        """Which module, or number that one keeps, is not there, in words; None: all are."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, values in self.attributes.items():
+            for attribute in values:
+                if not isinstance(getattr(modules.get(name), attribute, None), int | tuple | list):
+                    return f"model: wanted a module {name} that keeps a number {attribute}, got none"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and lists, with text as keys."""
@@ -98,16 +160,44 @@ class ShrinkRecipe:
         """The recipe back from :meth:`to_dict`.
 
         Raises:
-            ValueError: something else.
+            ValueError: something else, positions among it that are not ascending or outside of their tensor.
         """
         try:
             by_dim = [
                 {name: {int(dim): one for dim, one in dims.items()} for name, dims in values[part].items()}
                 for part in ("slices", "sizes")
             ]
-            return cls(dict(values["groups"]), by_dim[0], by_dim[1], dict(values["attributes"]))
+            attributes = {name: dict(one) for name, one in values["attributes"].items()}
+            found = cls(dict(values["groups"]), by_dim[0], by_dim[1], attributes)
+            found._check()
+            return found
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"values: wanted what to_dict() wrote, got {str(values)[:80]}") from error
+
+    def _check(self) -> None:
+        """That it can be followed: it may come out of a file.
+
+        Raises:
+            TypeError, ValueError, KeyError: it cannot.
+        """
+        numbers = [size for dims in self.sizes.values() for size in dims.values()]
+        numbers += [value for one in self.attributes.values() for value in one.values()]
+        lists = list(self.groups.values())
+        if self.slices.keys() != self.sizes.keys():
+            raise ValueError("slices and sizes of other tensors")
+        for name, dims in self.slices.items():
+            if dims.keys() != self.sizes[name].keys() or min(dims, default=0) < 0:
+                raise ValueError(f"{name}: slices and sizes of other dims")
+            for dim, positions in dims.items():
+                if not positions or positions[-1] >= self.sizes[name][dim]:
+                    raise ValueError(f"{name}: positions outside of dim {dim}")
+                lists.append(positions)
+        for positions in lists:
+            numbers += positions
+            if any(a >= b for a, b in pairwise([-1, *positions])):
+                raise ValueError("positions that do not ascend")
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise TypeError("numbers that are no counts")
 
 
 def shrink(

@@ -64,6 +64,6 @@ def _set(module: nn.Module) -> None:
     for kind, widths in _WIDTHS.items():
         if isinstance(module, kind):
             tensors = [*module._parameters.values(), *module._buffers.values()]
-            length = next((t.shape[0] for t in tensors if t is not None and t.dim() == 1), None)
-            for width in widths if length is not None else ():
-                setattr(module, width, length)
+            lengths = [t.shape[0] for t in tensors if t is not None and t.dim() == 1]
+            for width in widths if lengths else ():
+                setattr(module, width, lengths[0])

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ...coordinates.flat import Coordinates
+from ...coordinates.flat import Coordinates, unwrapped
+from ...export.measure import Latency, compare_latency
 from ...masks.maskset import MaskSet
+from ...modeling.batches import move_to
+from ...modeling.turns import lock
 from ...structure import ShrinkRecipe, Structure
 from ...structure.axes import BUDGETS, kept
+from ...structure.find import split_inputs
+from ...utils.arguments import check_least
 from ..result import PruneResult
 from .coordinates import StructuredCoordinates
+from .words import outcome
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +37,17 @@ class StructuredResult(PruneResult):
 
     keep: Tensor  # (C,) bool, on the CPU
     structure: Structure
-    costs_before: dict[str, int]  # params, macs and channels of the dense model
+    costs_before: dict[str, int]  # params, macs, channels and bytes (of parameters and buffers) of the dense model
     costs_after: dict[str, int]  # of what is kept
 
     def __repr__(self) -> str:
         left = ", ".join(f"{name} {self.costs_after[name]:,} of {self.costs_before[name]:,}" for name in BUDGETS)
         return f"StructuredResult({left}, {len(self.particles)} particles, {len(self.history)} steps)"
+
+    def __str__(self) -> str:
+        """Costs before and after, and what each group keeps, as tables."""
+        groups = {name: (one["kind"], one["kept"], one["size"]) for name, one in self._groups().items()}
+        return f"{self!r}\n\n{outcome(self.costs_before, self.costs_after, groups)}"
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Apply the mask to ``model``; a warning says which norms see other statistics than in the smaller one."""
@@ -71,13 +83,52 @@ class StructuredResult(PruneResult):
         """What stays, in plain lists: enough to shrink a fresh copy of the architecture and load weights into it."""
         return ShrinkRecipe.of(self.structure, self.keep if sparsity is None else self.keep_at(sparsity))
 
+    def latency(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        batches: Sequence[int] = (1, 16),
+        *,
+        sparsity: float | None = None,
+        runs: int = 20,
+    ) -> list[Latency]:
+        """Measured seconds of a call, dense and shrunk, by turns, on the model's device; for reports, too.
+
+        Args:
+            model: the dense one; it stays as it is.
+            example_inputs: as for :func:`~sfpk_kernels.prune`; rows along dim 0 are repeated.
+            batches: so many rows in a call.
+            sparsity: as in :meth:`shrink`.
+            runs: calls behind each median, ≥ 1.
+
+        Raises:
+            TypeError, ValueError: another model, inputs of another kind, sizes or runs below 1.
+        """
+        check_least("runs", runs, 1)
+        for batch in batches:
+            check_least("batches", batch, 1)
+        model = unwrapped(model)
+        smaller = self.shrink(model, sparsity)
+        args, kwargs = split_inputs(move_to(example_inputs, next(model.parameters()).device))
+        with lock():  # no other thread's pruner has other weights in it
+            return compare_latency(model, smaller, args, kwargs, batches, runs)
+
     def kept_of_groups(self) -> dict[str, tuple[int, int]]:
         """(kept, all) coordinates of each group."""
         return {group.name: (int(self.keep[group.span].sum()), group.size) for group in self.structure.groups}
 
     def summary(self) -> Mapping[str, Any]:
         """The outcome in a few plain numbers; sparsity, kept and prunable count weights."""
-        return {**super().summary(), "costs_before": dict(self.costs_before), "costs_after": dict(self.costs_after)}
+        costs = {"costs_before": dict(self.costs_before), "costs_after": dict(self.costs_after)}
+        return {**super().summary(), **costs, "groups": self._groups()}
+
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        """Kind, kept and size by name."""
+        kept = self.kept_of_groups()
+        return {
+            group.name: {"kind": group.kind, "kept": kept[group.name][0], "size": group.size}
+            for group in self.structure.groups
+        }
 
     @property
     def _of(self) -> StructuredCoordinates:
@@ -93,6 +144,7 @@ def result_kind(mask: MaskSet, coordinates: Coordinates) -> tuple[type[PruneResu
     if not isinstance(coordinates, StructuredCoordinates):
         return PruneResult, {}
     keep, costs = coordinates.keep_of(mask), coordinates.costs
-    after = {name: costs.cost(keep, name) for name in BUDGETS}
-    more = {"keep": keep, "structure": coordinates.structure, "costs_before": dict(costs.dense), "costs_after": after}
+    before = {**costs.dense, "bytes": costs.bytes(torch.ones_like(keep))}
+    after = {**{name: costs.cost(keep, name) for name in BUDGETS}, "bytes": costs.bytes(keep)}
+    more = {"keep": keep, "structure": coordinates.structure, "costs_before": before, "costs_after": after}
     return StructuredResult, more
