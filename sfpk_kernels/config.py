@@ -123,9 +123,10 @@ class SFPKConfig(Settings):
         accepts=lambda x: x > 0,
     )
     averaging: float = setting(
-        0.005,
-        "fraction of the run in [0, 1) over which gradients are averaged, exponentially, before a particle moves along "
-        "them; nothing is averaged, and nothing kept for it, where that is one step or less (K ≤ 200).",
+        0.03,
+        "the longest horizon, as a fraction of the run in [0, 1), over which a particle's gradients are averaged "
+        "before it moves along them; how much they are follows from how far new ones point against the average. "
+        "Nothing is averaged, and nothing kept for it, where that is one step or less (K ≤ 33).",
         wanted="in [0, 1)",
         accepts=lambda x: 0 <= x < 1,
     )

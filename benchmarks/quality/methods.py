@@ -181,7 +181,7 @@ METHODS: dict[str, Method] = {
     "sfpk, by the radius": without(step_length="radius", hold=1.0),
     "sfpk, half the angle": without(step_scale=0.5),
     "sfpk, twice the angle": without(step_scale=2.0),
-    "sfpk, no averaging": without(averaging=0.0),  # as the default below 200 passes
+    "sfpk, no averaging": without(averaging=0.0),
     "sfpk, score without sign": without(signed_score=False),
     "sfpk, no hold": without(hold=1.0),
     "sfpk, no retraction": without(retract=False),

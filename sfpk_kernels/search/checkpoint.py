@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import WITHOUT, SFPKConfig
 from ..execution import ENERGY_MODES, Execution
 from . import state_checks as check
+from .averaging import most
 from .merging import energies_of, particles_after, passes
 from .planning import Plan
 from .records import StepRecord
@@ -55,9 +56,11 @@ def settings_of_this_version(settings: Any, kept: str | None = None) -> Any:
 
 def records_of_this_version(records: Any, settings: Any) -> Any:
     """Records of steps with every field of this version; ``settings`` of their run as the file has them."""
-    if not isinstance(records, list | tuple) or not isinstance(settings, dict) or "step_scale" in settings:
+    if not isinstance(records, list | tuple) or not isinstance(settings, dict):
         return records
-    return [{"effective_dimensions": [], **value} if isinstance(value, Mapping) else value for value in records]
+    came_with = {"effective_dimensions": "step_scale", "agreements": "averaging"}
+    missing: dict[str, Any] = {name: [] for name, setting in came_with.items() if setting not in settings}
+    return [{**missing, **value} if isinstance(value, Mapping) else value for value in records]
 
 
 def of_this_version(state: Any) -> Any:
@@ -169,6 +172,7 @@ def record(name: str, value: Any, number: int, config: SFPKConfig, tensors: int)
         ],
         layer_densities=check.reals(f"{name}.layer_densities", value["layer_densities"], tensors, 0.0, 1.0),
         effective_dimensions=_shares(f"{name}.effective_dimensions", value["effective_dimensions"], number, config),
+        agreements=_agreements(f"{name}.agreements", value["agreements"], number, config),
         skipped=[check.integer(f"{name}.skipped[{i}]", item, 0, n - 1) for i, item in enumerate(skipped)],
         alarms=check.texts(f"{name}.alarms", value["alarms"]),
     )
@@ -182,6 +186,15 @@ def _shares(name: str, value: Any, number: int, config: SFPKConfig) -> list[floa
     if any(share == 0.0 or share > 1.0 + 1e-6 for share in shares):
         raise ValueError(f"{name}: wanted shares in (0, 1], got {shares}")
     return shares
+
+
+def _agreements(name: str, value: Any, number: int, config: SFPKConfig) -> list[float]:
+    """Cosines, where gradients are averaged."""
+    wanted = particles_after(config, number - 1) if most(config) > 0 else 0
+    found = check.reals(name, value, wanted, finite=False)
+    if any(abs(cosine) > 1.0 + 1e-6 for cosine in found):
+        raise ValueError(f"{name}: wanted cosines in [-1, 1], got {found}")
+    return found
 
 
 def history(name: str, value: Any, config: SFPKConfig, tensors: int, steps: int | None = None) -> list[StepRecord]:

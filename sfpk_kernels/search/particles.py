@@ -72,9 +72,8 @@ class ParticleSystem:
         self.masks = torch.ones(config.n_particles, d, **self._options)
         # What rounding took from bf16 particles.
         self._residual = torch.zeros_like(self.masks) if dtype == torch.bfloat16 else None
-        self._decay = averaging.decay(config)
         # Of gradients, in their dtype.
-        self._average = theta.new_zeros(config.n_particles, d) if self._decay > 0 else None
+        self._average = theta.new_zeros(config.n_particles, d) if averaging.most(config) > 0 else None
         self.step = self.moves = 0
         self._config = config
         self._backend = where_present(execution.backend)
@@ -167,6 +166,7 @@ class ParticleSystem:
         weight_grads: Tensor,  # (n, d) ∂L/∂W; (1, d) with row; averaged in place where config.averaging says so
         row: int | None = None,
         angle: float | None = None,
+        staying: float = 0.0,  # β: what stays of the averages of gradients, where there are any
     ) -> TransitionStats:
         """Steps 3 to 7 of the method: repulsion, transition, retraction, consensus; by the radius without ``angle``.
 
@@ -181,7 +181,7 @@ class ParticleSystem:
         self.moves += moving  # before the call, which may end anywhere
         rows = slice(None) if row is None else slice(row, row + 1)
         if self._average is not None:
-            averaging.blend_(weight_grads, self._average[rows], self._decay)
+            averaging.blend_(weight_grads, self._average[rows], staying)
         stats = transition_(
             self.masks,
             weight_grads,
@@ -208,6 +208,11 @@ class ParticleSystem:
         if self._average is not None:
             averaging.keep_(self._average[rows], weight_grads, stats.cosines[rows], skips)
         return stats
+
+    @property
+    def averages(self) -> Tensor | None:
+        """(n, d) of the gradients ∂L/∂W behind the last step; None where nothing is averaged."""
+        return self._average
 
     def end_step(self, densities: list[float]) -> None:
         """All have moved, to these densities."""

@@ -19,7 +19,7 @@ from ..modeling.batches import BatchStream
 from ..modeling.state import autograd_allowed, check_no_inference_tensors, guarded, seeded
 from ..utils.arguments import called, check_loader, check_loss_fn
 from ..utils.memory import available_bytes, format_bytes
-from .averaging import decay
+from .averaging import most
 from .energy import Choice, LossFn, ParticleEnergy
 from .merging import passes
 from .parts import coordinates_of, energy_of
@@ -239,7 +239,7 @@ def _state(coordinates: Coordinates, config: SFPKConfig) -> dict[str, int]:
         "particles": config.n_particles * d * particle,
         "dense weights, saliency": d * size * (1 + len(score_kinds(config) - {"mask"})),
         "gradients": d * size * (config.n_particles if config.update == "jacobi" else 1),
-        "averages of gradients": d * size * config.n_particles * (decay(config) > 0),
+        "averages of gradients": d * size * config.n_particles * (most(config) > 0),
         "binary masks": d * config.n_particles * (config.pattern is not None),
     }
 
@@ -278,7 +278,7 @@ def _alternatives(coordinates: Coordinates, config: SFPKConfig, execution: Execu
         alone = {mode: size for mode, size in choice.transient.items() if mode != "vmap"}
         one_by_one = dataclasses.replace(choice, mode="sequential", transient=alone)
         ways["energy_mode='sequential'"] = {}
-    if decay(config) > 0:
+    if most(config) > 0:
         ways["averaging=0"] = {"averaging": 0.0}
     lean = {"update": "gauss_seidel"}
     if config.update == "jacobi":
@@ -286,7 +286,7 @@ def _alternatives(coordinates: Coordinates, config: SFPKConfig, execution: Execu
     if config.particle_dtype != "float16":
         least = {**lean, "particle_dtype": "float16"}
         ways["update='gauss_seidel', particle_dtype='float16'"] = least
-        if decay(config) > 0:
+        if most(config) > 0:
             ways["update='gauss_seidel', particle_dtype='float16', averaging=0"] = {**least, "averaging": 0.0}
     if config.n_particles > 1:
         half = config.n_particles // 2

@@ -15,6 +15,7 @@ from ..modeling.batches import move_to
 from ..modeling.state import autograd_allowed, seeded
 from ..modeling.turns import alone, end_contexts, lock
 from ..utils.arguments import called, check_loss_fn
+from .averaging import staying
 from .energy import LossFn
 from .loop import Loop
 from .nonfinite import standing_still
@@ -146,7 +147,8 @@ class SFPKPruner(Loop):
         if run.plan is None:
             run.make_plan(batches[0])
         started = time.perf_counter()
-        reached, dimensions = run.look_for_gradients(), run.look_at_dimensions()
+        reached, dimensions, agreements = run.look_for_gradients(), run.look_at_dimensions(), run.look_at_agreements()
+        beta = staying(self.config, run.history)
         with self._attempt:
             densities = system.densities
             # 1. polarize
@@ -155,8 +157,9 @@ class SFPKPruner(Loop):
             # 2. energies, each particle on its own batch; 3.-7. repulsion, transition, retraction, consensus
             with seeded(run.seed_of(number), self.coordinates.device):
                 energies, stats = move_particles(
-                    self.config, run.energy, system, keep, batches, lambda: run.angle(dimensions), reached, dimensions
-                )
+                    self.config, run.energy, system, keep, batches, lambda: run.angle(dimensions, beta), reached,
+                    [one for one in (dimensions, agreements) if one is not None], beta,
+                )  # fmt: skip
             # All that the host wants to know of the step, in the one wait for the device.
             read = read_together(
                 start_density=densities.mean(),
@@ -167,6 +170,7 @@ class SFPKPruner(Loop):
                 **observed._asdict(),
                 **({} if reached is None or reached.flags is None else {"reached": reached.flags}),
                 **({} if dimensions is None else {"effective_dimensions": dimensions.shares}),
+                **({} if agreements is None else {"agreements": agreements.values}),
             )
             missing = [] if reached is None else reached.missing(read.pop("reached"), number)
             skips = self.config.nonfinite == "skip_particle"

@@ -27,6 +27,9 @@ class StepRecord:
     effective_dimensions: list[float] = field(
         default_factory=list
     )  # share of the coordinates that carry a gradient, by particle, where step_length asks for it; NaN: no gradient
+    agreements: list[float] = field(
+        default_factory=list
+    )  # cosine of each particle's gradient and the average behind it, where gradients are averaged; NaN: one is zero
     skipped: list[int] = field(default_factory=list)  # particles that stood still: loss or gradient not finite
     alarms: list[str] = field(default_factory=list)
 

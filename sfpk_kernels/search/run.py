@@ -18,6 +18,7 @@ from ..masks.maskset import MaskSet
 from ..modeling.state import check_no_inference_tensors, guarded, mode_note
 from ..modeling.turns import end_contexts
 from ..modeling.whole_model import Registered
+from .averaging import Agreements
 from .diagnostics import Alarms, Diagnostics, layer_names
 from .energy import LossFn
 from .fingerprint import model_fingerprint
@@ -159,9 +160,14 @@ class Run:
             return Reached(self.coordinates, needed=done == 1 or self.config.n_steps == 1)
         return None
 
-    def angle(self, dimensions: Dimensions | None) -> float | None:
+    def angle(self, dimensions: Dimensions | None, staying: float) -> float | None:
         """By which particles turn in the next step, where the radius does not say it."""
-        return self._step_length.angle(self.system.step, self.system.schedule[0], dimensions)
+        return self._step_length.angle(self.system.step, self.system.schedule[0], dimensions, staying)
+
+    def look_at_agreements(self) -> Agreements | None:
+        """Where gradients are averaged."""
+        averages = self.system.averages
+        return None if averages is None else Agreements(self.theta, averages)
 
     def look_at_dimensions(self) -> Dimensions | None:
         """In the steps whose gradients say how long later moves are."""

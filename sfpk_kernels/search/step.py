@@ -6,7 +6,7 @@ Nothing here waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,16 @@ from .energy import ParticleEnergy
 from .nonfinite import not_finite, spoil_
 from .particles import ParticleSystem
 from .polarizer import Polarized
-from .step_length import Dimensions
 from .unreached import Reached
 
 Angle = Callable[[], float | None]  # of a move, asked for once its gradient is there; None where the radius says it
+
+
+class Observer(Protocol):
+    """Looks at the gradients of a step before particles move along them."""
+
+    def observe(self, grads: Tensor) -> None:  # (rows, d) ∂L/∂W
+        """Those of the next particles."""
 
 
 def by_radius() -> float | None:
@@ -36,13 +42,14 @@ def move_particles(
     batches: Sequence[Any],  # one per particle
     angle: Angle = by_radius,
     reached: Reached | None = None,
-    dimensions: Dimensions | None = None,
+    observers: Sequence[Observer] = (),
+    staying: float = 0.0,  # β: what stays of the average of gradients
 ) -> tuple[Tensor, TransitionStats]:  # energies (n,) fp64
-    """In the order that ``config.update`` says; ``reached`` and ``dimensions`` look at the gradients."""
+    """In the order that ``config.update`` says; ``reached`` and ``observers`` look at the gradients."""
     if config.update == "jacobi":
-        return jacobi(energy, system, keep, batches, angle, reached, dimensions)
+        return jacobi(energy, system, keep, batches, angle, reached, observers, staying)
     skips = config.nonfinite == "skip_particle"
-    return gauss_seidel(energy, system, keep, batches, skips, angle, reached, dimensions)
+    return gauss_seidel(energy, system, keep, batches, skips, angle, reached, observers, staying)
 
 
 def jacobi(
@@ -52,7 +59,8 @@ def jacobi(
     batches: Sequence[Any],  # one per particle
     angle: Angle = by_radius,
     reached: Reached | None = None,
-    dimensions: Dimensions | None = None,
+    observers: Sequence[Observer] = (),
+    staying: float = 0.0,  # β: what stays of the average of gradients
 ) -> tuple[Tensor, TransitionStats]:  # energies (n,) fp64
     """All particles move at once, from where all of them were; none where ``reached`` refuses the gradients."""
     energies, grads = energy(keep, batches)
@@ -60,10 +68,10 @@ def jacobi(
     if reached is not None:
         reached.observe(grads)
         bad = bad | reached.refused()
-    if dimensions is not None:
-        dimensions.observe(grads)
+    for observer in observers:
+        observer.observe(grads)
     spoil_(grads, bad)
-    return energies, system.move_(grads, angle=angle())
+    return energies, system.move_(grads, angle=angle(), staying=staying)
 
 
 def gauss_seidel(
@@ -74,7 +82,8 @@ def gauss_seidel(
     skips: bool,  # config.nonfinite == "skip_particle"
     angle: Angle = by_radius,
     reached: Reached | None = None,
-    dimensions: Dimensions | None = None,
+    observers: Sequence[Observer] = (),
+    staying: float = 0.0,  # β: what stays of the average of gradients
 ) -> tuple[Tensor, TransitionStats]:
     """One particle after the other, each from where the ones before it have gone: one gradient in memory.
 
@@ -90,10 +99,10 @@ def gauss_seidel(
             energies[i] = energy.single(i, keep.rows(row), batches[i], grad[0])
             if reached is not None:
                 reached.observe(grad)
-            if dimensions is not None:
-                dimensions.observe(grad)
+            for observer in observers:
+                observer.observe(grad)
             spoil_(grad, not_finite(energies[row]) if skips else bad | not_finite(energies[row]))
-            stats = system.move_(grad, row=i, angle=angle())
+            stats = system.move_(grad, row=i, angle=angle(), staying=staying)
             cosines[i] = stats.cosines[i]
             bad = bad | cosines[row].isnan()
     return energies, stats._replace(cosines=cosines)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import SFPKConfig
 from .averaging import shortening
+from .pieces import pieces
 from .reading import read_together
 from .records import StepRecord
 
@@ -18,8 +19,6 @@ from .records import StepRecord
 _ANGLE, _ANGLE_POWER = 0.035, 1.5
 _SHARE, _SHARE_POWER = 0.33, 2.0
 _START = 0.15  # fraction of the run in which gradients are looked at, and moves grow to their length
-_PART = {"cpu": 1 << 18}  # elements in one piece: what stays in the cache
-_PART_ELSEWHERE = 1 << 22
 
 
 class StepLength:
@@ -52,13 +51,14 @@ class StepLength:
         step: int,  # k: steps done, 0 … K - 1
         start: float,  # ρ_0
         now: Dimensions | None = None,  # of this step's gradients, as far as they are known
+        staying: float = 0.0,  # β of this step
     ) -> float | None:
         """α_k; None where the radius says it."""
         config = self._config
         if config.step_length == "radius":
             return None
         fall = math.log(start / config.target_density)
-        left = config.step_scale * shortening(config) * (1.0 - step / config.n_steps)
+        left = config.step_scale * shortening(staying) * (1.0 - step / config.n_steps)
         if config.step_length == "angle":
             return _ANGLE * fall**_ANGLE_POWER * left
         share = _mean(record.effective_dimensions for record in self._history[: self._looked_at])
@@ -114,8 +114,7 @@ def effective_share(grads: Tensor, theta: Tensor) -> Tensor:
     """
     squares = torch.zeros(len(grads), dtype=torch.float64, device=grads.device)
     fourth = torch.zeros_like(squares)
-    size = max(1, _PART.get(grads.device.type, _PART_ELSEWHERE) // len(grads))
-    for part, weights in zip(grads.split(size, dim=1), theta.split(size), strict=True):
+    for part, weights in pieces(grads, theta):
         square = (part.double() * weights).square_()  # in fp64: fourth powers of small numbers
         squares += square.sum(dim=1)
         fourth += square.square_().sum(dim=1)
