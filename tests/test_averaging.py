@@ -9,14 +9,15 @@ import torch
 from sfpk_kernels import Execution, SFPKConfig, SFPKPruner
 from sfpk_kernels import plan as plan_of
 from sfpk_kernels.search import checkpoint
-from sfpk_kernels.search.averaging import decay, shortening
+from sfpk_kernels.search.averaging import Agreements, cosines, most, shortening, staying
 from sfpk_kernels.search.particles import ParticleSystem
+from sfpk_kernels.search.records import StepRecord
 from sfpk_kernels.search.schedule import density_schedule
 from sfpk_kernels.search.step_length import StepLength
 
 from .settings import both
 from .test_merge import advance, batches_of
-from .test_step_length import by_angle, plain_run, setting
+from .test_step_length import plain_run, setting
 
 D, K = 50, 10
 
@@ -32,14 +33,67 @@ def system_of(config):
 
 @pytest.mark.parametrize(
     ("steps", "averaging", "beta"),
-    [(1000, 0.005, 0.8), (5000, 0.005, 0.96), (300, 0.005, 1 / 3), (200, 0.005, 0.0), (60, 0.005, 0.0), (9, 0.0, 0.0)],
+    [(1000, 0.03, 29 / 30), (300, 0.03, 8 / 9), (60, 0.03, 4 / 9), (33, 0.03, 0.0), (9, 0.0, 0.0)],
 )
-def test_the_horizon_grows_with_the_run(steps, averaging, beta):
+def test_the_longest_horizon_grows_with_the_run(steps, averaging, beta):
     config = quick(n_steps=steps, averaging=averaging)
-    assert decay(config) == pytest.approx(beta)
-    assert shortening(config) == pytest.approx(((1 - beta) / (1 + beta)) ** 0.6)
-    length, plain = (StepLength(config.replace(step_length="angle", averaging=a), []) for a in (averaging, 0.0))
-    assert length.angle(3, 1.0) == pytest.approx(plain.angle(3, 1.0) * shortening(config))
+    assert most(config) == pytest.approx(beta)
+    assert SFPKConfig(0.8).averaging == 0.03
+
+
+def of(*agreements):
+    return [StepRecord(1, 0.5, [0.5], [1.0], [0.1], 0.1, agreements=list(each)) for each in agreements]
+
+
+@pytest.mark.parametrize(
+    ("agreements", "beta"),
+    [
+        ([], 0.0),
+        ([[]], 0.0),  # steps of a run that averaged nothing
+        ([[math.nan, math.nan]], 0.0),
+        ([[-0.1, -0.3]], 0.4),
+        ([[0.5, 0.3]], 0.0),  # gradients that agree
+        ([[-0.2, -0.2], [-0.6, math.nan]], 0.8),  # of 40 steps the last six count, of a step all particles
+        ([[0.9, 0.9], *[[-0.3, -0.3]] * 6], 0.6),
+        ([[-0.9, -0.9]] * 3, 11 / 12),  # no more than the longest horizon, of 12 steps
+    ],
+)
+def test_averages_stay_as_far_as_gradients_point_against_them(agreements, beta):
+    assert staying(quick(n_steps=40, averaging=0.3), of(*agreements)) == pytest.approx(beta)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.8])
+def test_moves_are_shortened_as_averages_are(beta):
+    assert shortening(beta) == pytest.approx(((1 - beta) / (1 + beta)) ** 0.6)
+    length = StepLength(quick(step_length="angle"), [])
+    assert length.angle(3, 1.0, staying=beta) == pytest.approx(length.angle(3, 1.0) * shortening(beta))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_agreements_by_hand(dtype, monkeypatch):
+    """In pieces of five elements, of gradients whose squares fp32 cannot hold."""
+    monkeypatch.setattr("sfpk_kernels.search.pieces._PART", {"cpu": 15})
+    make = torch.Generator().manual_seed(0)
+    grads, averages = (torch.randn(3, 23, generator=make, dtype=torch.float64).to(dtype) for _ in range(2))
+    if dtype == torch.float32:
+        grads *= 1e-25
+    theta = torch.rand(23, generator=make).to(dtype)
+    found = cosines(grads, averages, theta)
+    wanted = torch.cosine_similarity(1e20 * grads.double() * theta, averages.double() * theta)
+    torch.testing.assert_close(found, wanted)
+    averages[0] = 0
+    grads[1, 2] = float("nan")
+    assert cosines(grads, averages, theta).isfinite().tolist() == [False, False, True]
+
+
+def test_agreements_of_one_particle_after_the_other():
+    make = torch.Generator().manual_seed(0)
+    grads, averages, theta = (torch.randn(*shape, generator=make) for shape in ((3, D), (3, D), (D,)))
+    together, one_by_one = (Agreements(theta, averages) for _ in range(2))
+    together.observe(grads)
+    for row in grads.split(1):
+        one_by_one.observe(row)
+    assert torch.equal(together.values, one_by_one.values)
 
 
 def test_what_is_common_to_all_gradients_stays_and_noise_is_shortened_as_said():
@@ -50,7 +104,7 @@ def test_what_is_common_to_all_gradients_stays_and_noise_is_shortened_as_said():
         average.lerp_(row, 1 - beta)
     ratio = float(average.norm()) / math.sqrt(200)
     assert ratio == pytest.approx(math.sqrt((1 - beta) / (1 + beta)), rel=0.2)
-    assert shortening(quick(n_steps=1000, averaging=0.005)) < ratio
+    assert shortening(beta) < ratio
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -58,13 +112,13 @@ def test_what_is_common_to_all_gradients_stays_and_noise_is_shortened_as_said():
 def test_particles_move_along_the_recurrence(update, dtype):
     """Bit for bit as by averages made outside."""
     averaged, plain = (system_of(quick(averaging=a, update=update, particle_dtype=dtype)) for a in (0.5, 0.0))
-    mean, beta = torch.zeros(3, D), decay(quick())
+    mean, beta = torch.zeros(3, D), 0.8
     for seed in range(4):
         grads = torch.randn(3, D, generator=torch.Generator().manual_seed(seed))
         mean = torch.stack([g.lerp(m, beta) for g, m in zip(grads, mean, strict=True)])
         for row in [None] if update == "jacobi" else range(3):
             rows = slice(None) if row is None else slice(row, row + 1)
-            stats = averaged.move_(grads[rows].clone(), row=row, angle=0.2)
+            stats = averaged.move_(grads[rows].clone(), row=row, angle=0.2, staying=beta)
             other = plain.move_(mean[rows].clone(), row=row, angle=0.2)
             assert torch.equal(stats.cosines, other.cosines)
         for system in (averaged, plain):
@@ -75,16 +129,17 @@ def test_particles_move_along_the_recurrence(update, dtype):
 
 
 def test_a_run_follows_the_plain_loop():
-    model, data, config = setting(averaging=0.5)
-    beta = decay(config)
-    assert beta > 0.6
-    short = shortening(config)
+    """In which gradients point against their average now and then: some steps average, others do not."""
+    model, data, config = setting(14, averaging=0.3)
     m, _ = plain_run(
-        model, data, density_schedule("cubic", 0.4, 6), lambda m, saliency: m.abs() * saliency,
-        lambda *given: short * by_angle(*given), beta=beta,
-    )  # fmt: skip
+        model, data, density_schedule("cubic", 0.4, 14), lambda m, saliency: m.abs() * saliency, most=most(config)
+    )
     result = SFPKPruner(model, config=config).run(data)
     torch.testing.assert_close(result.particles[0].double(), m, rtol=1e-5, atol=1e-6)
+    used = [staying(config, result.history[:k]) for k in range(14)]
+    assert {beta > 0 for beta in used} == {True, False}
+    assert math.isnan(result.history[0].agreements[0])
+    assert all(math.isfinite(record.agreements[0]) for record in result.history[1:])
 
 
 @pytest.mark.parametrize("update", ["jacobi", "gauss_seidel"])
@@ -107,8 +162,9 @@ def test_a_particle_that_stands_still_keeps_its_average():
     grads = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
     system.end_step(system.move_(grads.clone(), angle=0.1).densities.tolist())
     before = system.state_dict()["average"]
+    grads = grads.flip(1)
     grads[1, 7] = float("inf")
-    system.move_(grads.clone(), angle=0.1)
+    system.move_(grads.clone(), angle=0.1, staying=0.5)
     after = system.state_dict()["average"]
     assert torch.equal(after[1], before[1])
     assert not torch.equal(after[0], before[0])
@@ -184,3 +240,16 @@ def test_averages_where_there_should_be_none(mlp, vectors):
     state["particles"]["average"] = torch.zeros_like(state["particles"]["masks"])
     with pytest.raises(ValueError, match="average: wanted None where nothing is averaged"):
         pruner.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("agreements", "words"),
+    [([0.1, 0.2], "wanted 3"), ([0.1, 0.2, 1.5], r"wanted cosines in \[-1, 1\]"), ([0.1, 0.2, "a"], "wanted a number")],
+)
+def test_damaged_agreements_are_named(mlp, vectors, agreements, words):
+    pruner = SFPKPruner(mlp, config=quick())
+    advance(pruner, vectors, 2)
+    state = pruner.state_dict()
+    state["history"][1]["agreements"] = agreements
+    with pytest.raises((TypeError, ValueError), match=rf"history\[1\].agreements.*{words}"):
+        SFPKPruner(mlp, config=quick()).load_state_dict(state)

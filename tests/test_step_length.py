@@ -8,7 +8,7 @@ from torch import nn
 
 from sfpk_kernels import Coordinates, SFPKConfig, SFPKPruner
 from sfpk_kernels.ops import transition_
-from sfpk_kernels.search import step_length
+from sfpk_kernels.search import pieces
 from sfpk_kernels.search.records import StepRecord
 from sfpk_kernels.search.schedule import density_schedule
 from sfpk_kernels.search.step_length import StepLength, effective_share
@@ -154,17 +154,17 @@ def by_effective_dimension(k, steps, target, shares):
     return 0.33 * math.log(1 / target) ** 2 * math.prod(seen) ** (0.5 / len(seen)) * (1 - k / steps) * grown
 
 
-def plain_run(model, data, density, score, length=by_angle, m=None, first=0, last=None, beta=0.0):
+def plain_run(model, data, density, score, length=by_angle, m=None, first=0, last=None, most=0.0):
     """One particle in fp64: polarize, gradient by the masked weights, move; and the normalized saliency.
 
-    From all ones, or from what it was after ``first`` steps.
+    From all ones, or from what it was after ``first`` steps. Gradients are averaged where ``most`` is above 0.
     """
     steps, target = len(density) - 1, density[-1]
     theta = Coordinates(model).flatten(model).double()
     parts = [p.detach().abs() / p.detach().abs().mean() for p in (model[0].weight, model[2].weight)]
     saliency = torch.cat([part.flatten() for part in parts]).double()
     m, shares = torch.ones(80, dtype=torch.float64) if m is None else m, []
-    average = torch.zeros(80, dtype=torch.float64)
+    average, agreements = torch.zeros(80, dtype=torch.float64), []
     for k, (x, y) in list(enumerate(data[:steps]))[first:last]:
         kept = torch.zeros(80, dtype=torch.float64)
         kept[score(m, saliency).argsort(descending=True, stable=True)[: round(density[k] * 80)]] = 1
@@ -173,7 +173,11 @@ def plain_run(model, data, density, score, length=by_angle, m=None, first=0, las
         loss = nn.functional.cross_entropy(hidden @ w[48:].view(4, 8).T + model[2].bias.double(), y)
         (gradient,) = torch.autograd.grad(loss, w)
         shares.append(float((gradient * theta).square().sum() ** 2 / (80 * (gradient * theta).pow(4).sum())))
-        angle = length(k, steps, target, shares)
+        looked_at = agreements[-round(0.15 * steps) or -1 :]
+        beta = min(most, max(0.0, -2 * sum(looked_at) / len(looked_at))) if looked_at else 0.0
+        angle = length(k, steps, target, shares) * ((1 - beta) / (1 + beta)) ** 0.6
+        if average.any():
+            agreements.append(float(torch.cosine_similarity(gradient * theta, average * theta, dim=0)))
         average = beta * average + (1 - beta) * gradient
         m = moved_by_hand(m, average * theta, angle, density[k + 1])
     return m, saliency
@@ -218,7 +222,7 @@ def step_record(shares):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_effective_dimensions_by_hand(dtype, monkeypatch):
-    monkeypatch.setitem(step_length._PART, "cpu", 16)  # many parts
+    monkeypatch.setitem(pieces._PART, "cpu", 16)  # many parts
     grads, theta = torch.zeros(5, 100, dtype=dtype), torch.full((100,), 0.5, dtype=dtype)
     grads[0] = 3e-5  # all alike; its fourth power is below what fp32 holds
     grads[1, :25] = -2.0
