@@ -163,7 +163,7 @@ def test_ignored_layers_keep_their_outputs():
     assert by_module.groups == by_name.groups
     with pytest.raises(ValueError, match="ignored_layers: 'fc' matches no parameter"):
         find_structure(model, x, ignored_layers=["fc"])
-    with pytest.raises(ValueError, match="wanted channels or neurons that can be removed, found none; .*4.fc: leaves"):
+    with pytest.raises(ValueError, match="wanted channels, heads or neurons that can be removed, found none; .*4.fc: leaves"):
         find_structure(model, x, ignored_layers=[nn.Conv2d])
 
 

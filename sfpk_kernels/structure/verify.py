@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..coordinates.flat import unwrapped
 from .axes import CoordinateGroup, Structure
 from .gates import gated_call
+from .kinds import without
 from .outputs import called, tensors_in
 from .recipe import ShrinkRecipe
 
@@ -51,6 +52,20 @@ def verify(
     wrong = Comparison(model, args, kwargs, seed).wrong(structure, share, single_groups=single_groups)
     if wrong is not None:
         raise ValueError(f"model: {wrong}")
+
+
+def proven(
+    model: nn.Module, structure: Structure, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Structure:
+    """The groups that can be removed right, as :func:`verify` finds them; the others become protected.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    comparison = Comparison(model, args, kwargs)
+    while (wrong := comparison.wrong(structure)) is not None:
+        structure = without(structure, {group.name: f"cannot be removed, {wrong.how}" for group in wrong.groups})
+    return structure
 
 
 @dataclass(frozen=True)
