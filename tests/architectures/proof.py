@@ -133,7 +133,8 @@ def finest(structure, costs, score, keep, budget, multiple, sparsity):
         assert count % multiple == 0 or count == group.size
         removed = (~keep[group.span]).nonzero().flatten() + group.first
         best = removed[score[removed].argsort(descending=True)]
-        for first in range(0, len(best) if multiple == 1 else min(len(best), 1)):
+        places = range(0, len(best), max(len(best) // 8, 1)) if multiple == 1 else range(min(len(best), 1))
+        for first in places:
             more = keep.clone()
             more[best[first : first + multiple]] = True
             assert costs.cost(more, budget) > limit, f"room for more of {group.name}"
