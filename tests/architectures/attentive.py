@@ -177,3 +177,16 @@ def mlp(width=40):
     for i, norm in ((12, nn.BatchNorm1d), (width, nn.LayerNorm), (width, nn.RMSNorm)):
         layers += [nn.Linear(i, width), norm(width), nn.GELU()]
     return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+class Gated(nn.Module):
+    """Gated linear units over channels and over rows, as in convolutional language models and SwiGLU."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 2 * width, 3), nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.third, self.unit, self.head = nn.Linear(width, 2 * width), nn.GLU(), nn.Linear(width, 10)
+
+    def forward(self, x):
+        x = F.glu(self.second(F.glu(self.first(x), 1)), 1).mean(2).transpose(1, 2)
+        return self.head(self.unit(self.third(x)).mean(1))
