@@ -8,7 +8,7 @@ from typing import Any
 
 from .coordinates.pattern import WANTED, check_pattern, is_pattern, sparsity_of
 from .execution import EXECUTION_FIELDS
-from .structure.axes import BUDGETS
+from .structure.axes import BUDGETS, ON_REFUSAL
 from .utils.settings import Settings, described, known_fields, setting
 
 # Ten particles whose moves follow the density, as in all presets but the default.
@@ -67,6 +67,7 @@ WITHOUT: dict[str, Any] = {
     "budget": "weights",
     "min_keep": 1,
     "round_to": 1,
+    "on_refusal": "raise",
 }
 
 POLARIZERS = ("mask_normalized", "mask_weight", "mask")
@@ -204,6 +205,12 @@ class SFPKConfig(Settings):
     )
     round_to: int = setting(
         1, "with channels, heads or neurons: of every group a multiple of it stays, or all.", least=1
+    )
+    on_refusal: str = setting(
+        "raise",
+        'with channels, heads or neurons: ``"raise"`` an error that names what cannot be removed right, or '
+        '``"protect"`` it: it stays whole, and ``structure.protected`` says why.',
+        choices=ON_REFUSAL,
     )
     retract: bool = setting(True, "rescale every particle onto the schedule after each move.")
     consensus: float = setting(

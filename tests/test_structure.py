@@ -18,6 +18,7 @@ from sfpk_kernels.structure import (
     shrink,
     verify,
 )
+from sfpk_kernels.structure.verify import proven
 
 from .snapshot import Snapshot
 from .structured_nets import NETS, Residual, make, mlp, plain
@@ -163,7 +164,9 @@ def test_ignored_layers_keep_their_outputs():
     assert by_module.groups == by_name.groups
     with pytest.raises(ValueError, match="ignored_layers: 'fc' matches no parameter"):
         find_structure(model, x, ignored_layers=["fc"])
-    with pytest.raises(ValueError, match="wanted channels or neurons that can be removed, found none; .*4.fc: leaves"):
+    with pytest.raises(
+        ValueError, match="wanted channels, heads or neurons that can be removed, found none; .*4.fc: leaves"
+    ):
         find_structure(model, x, ignored_layers=[nn.Conv2d])
 
 
@@ -223,6 +226,88 @@ def test_a_table_that_is_wrong_is_refused():
         Structure((group,), (Entry("0.weight", 0, torch.tensor([4]), "producer"),))
     with pytest.raises(ValueError, match="one after the other from 0"):
         Structure((CoordinateGroup("0", "neuron", 1, 4),), ())
+
+
+def chain(depth, wrong=()):
+    """Linear layers, and their structure in which the readers of some are told in the wrong order."""
+    torch.manual_seed(1)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(depth)), nn.Linear(6, 2))
+    structure = find_structure(model, torch.randn(4, 6), check=False)
+    readers = {f"{place + 1}.0.weight" for place in wrong}
+    entries = [
+        Entry(e.tensor, e.dim, e.index.roll(1) if e.role == "gate" and e.tensor in readers else e.index, e.role)
+        for e in structure.entries
+    ]
+    return model, Structure(structure.groups, tuple(entries)), torch.randn(4, 6)
+
+
+@pytest.mark.parametrize("wrong", [0, 6, 13, 14])
+def test_the_guilty_one_of_many_is_named(wrong):
+    model, structure, x = chain(16, [wrong])
+    with pytest.raises(ValueError, match=rf"model: removing some neurons of {wrong}\.0 cannot be done right"):
+        verify(model, structure, (x,))
+
+
+def test_comparisons_grow_with_the_root_of_the_groups():
+    """16 groups: all at once, then four times four of them; the model itself is called once before."""
+    model, structure, x = chain(16)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    verify(model, structure, (x,))
+    assert len(calls) == 1 + 2 * (1 + 4)
+    calls.clear()
+    verify(model, structure, (x,), single_groups=False)
+    assert len(calls) == 1 + 2
+
+
+class Compensated(nn.Module):
+    """Reads two layers only where they are equally wide: removed from one alone, it raises."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        a, b = self.a(x), self.b(x)
+        if a.shape != b.shape:
+            raise RuntimeError("widths differ")
+        return self.c(a) + self.d(b)
+
+
+def test_what_all_groups_at_once_would_hide():
+    """Widths agree while both lose as many: only alone does one of them show that they belong together."""
+    model, x = Compensated(), torch.randn(3, 4)
+    structure = find_structure(model, x, check=False)
+    assert len(structure.groups) == 2
+    verify(model, structure, (x,), single_groups=False)
+    with pytest.raises(ValueError, match="removing some neurons of a cannot be done right, the smaller model raises"):
+        verify(model, structure, (x,))
+    with pytest.raises(
+        ValueError, match="wanted channels, heads or neurons that can be removed, found none; .* a: cannot"
+    ):
+        find_structure(model, x, on_refusal="protect")
+
+
+def test_protect_keeps_whole_what_is_wrong_and_says_so():
+    model, structure, x = chain(9, [2, 5])
+    left = proven(model, structure, (x,))
+    assert [group.name for group in left.groups] == [f"{i}.0" for i in range(9) if i not in (2, 5)]
+    assert all("cannot be removed, outputs" in left.protected[f"{i}.0"] for i in (2, 5))
+    verify(model, left, (x,))
+
+
+def test_protect_beside_groups_refused_by_name():
+    """GroupNorm behind one convolution; all others go as they would without it."""
+    body = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 5, 1), nn.ReLU()]
+    model = nn.Sequential(*body, nn.Conv2d(5, 2, 1))
+    x = torch.randn(2, 3, 9, 9)
+    with pytest.raises(ValueError, match=r"outputs of 2 cannot be removed one by one, as they reach 3 \(GroupNorm\)"):
+        find_structure(model, x)
+    structure = find_structure(model, x, on_refusal="protect")
+    assert [(group.name, group.size) for group in structure.groups] == [("0", 8), ("4", 5)]
+    assert structure.protected["2"].startswith("cannot be removed one by one, it reaches 3 (GroupNorm)")
+    with pytest.raises(ValueError, match="on_refusal: wanted one of raise, protect, got 'skip'"):
+        find_structure(model, x, on_refusal="skip")
 
 
 def test_zeros_of_a_fresh_model_hide_nothing():

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models
 from sfpk_kernels.structure import Costs, find_structure, gated_call, select, shrink
 
+from .architectures.proof import alive, random_keep
 from .snapshot import Snapshot
 
 pytest.importorskip("torch_pruning")
@@ -90,37 +90,9 @@ NETS = {  # what is built, kinds of coordinates
 }  # fmt: skip
 
 
-def alive(model, inputs):
-    """Weights and norms as large as in a trained net, statistics of batch-norm as met: no output is constant."""
-    generator = torch.Generator().manual_seed(5)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                inside = parameter.shape[0] if "c_" in name else parameter[0].numel()  # Conv1D of GPT-2 is (in, out)
-                parameter.copy_(values * (1.5 / inside) ** 0.5)
-            else:
-                parameter.copy_(1 + 0.2 * values if "weight" in name or "lambda" in name else 0.2 * values)
-        model.eval()
-        for norm in norms:
-            norm.train().momentum = 1.0
-        call(model, inputs)
-    return model.eval()
-
-
 def call(model, inputs):
     found = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     return found if isinstance(found, torch.Tensor) else found.logits
-
-
-def random_keep(structure, share, generator):
-    """Bernoulli, of every group and every layer one at least."""
-    keep = torch.rand(structure.size, generator=generator) >= share
-    for layer in [*(torch.arange(g.first, g.first + g.size) for g in structure.groups), *structure.layers]:
-        if not keep[layer].any():
-            keep[layer[0]] = True
-    return keep
 
 
 @pytest.mark.slow

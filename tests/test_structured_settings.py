@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from sfpk_kernels import GradualPruner, SFPKPruner, plan, prune
+from sfpk_kernels.baselines import structured_magnitude
 
+from .architectures.refused import GroupNormed
 from .settings import both
 from .snapshot import Snapshot
-from .structured_runs import mlp, structured
+from .structured_runs import counted, images, mlp, structured
 from .test_structure_adapters import vit
 
 pytest.importorskip("torch_pruning")
@@ -33,6 +35,10 @@ WEIGHTS = {"granularity": "weight", "budget": "weights"}
         ({**WEIGHTS, "budget": "macs"}, "budget: wanted 'weights' with granularity='weight', got 'macs'"),
         ({**WEIGHTS, "min_keep": 2}, "min_keep: wanted 1 with granularity='weight', got 2"),
         ({**WEIGHTS, "round_to": 8}, "round_to: wanted 1 with granularity='weight', got 8"),
+        (
+            {**WEIGHTS, "on_refusal": "protect"},
+            "on_refusal: wanted 'raise' with granularity='weight', got 'protect'",
+        ),
         (WEIGHTS, "example_inputs: wanted None with granularity='weight'"),
     ],
     ids=str,
@@ -80,3 +86,21 @@ def test_an_error_in_the_loss_leaves_the_model_as_it_was():
         prune(model, [x], config=structured(0.1), example_inputs=x, loss_fn=loss_fn)
     before.check()
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_what_cannot_go_stays_while_the_rest_meets_the_budget():
+    torch.manual_seed(3)
+    model, batches = GroupNormed(8), images()
+    x, before = batches[0][0], Snapshot(model)
+    with pytest.raises(ValueError, match=r"model: the outputs of first .* norm \(GroupNorm\)"):
+        SFPKPruner(model, config=structured(0.2), example_inputs=x)
+    result = prune(model, batches, config=structured(0.2, n_steps=3, on_refusal="protect"), example_inputs=x)
+    assert "first" in result.structure.protected
+    assert "first" not in result.kept_of_groups()
+    smaller = result.shrink(model)
+    assert smaller.first.out_channels == 8
+    assert counted(smaller, x)[1] <= 0.8 * counted(model, x)[1]
+    torch.testing.assert_close(smaller.eval()(x), result.apply_(copy.deepcopy(model)).eval()(x))
+    magnitude = structured_magnitude(model, 0.2, example_inputs=x, on_refusal="protect")
+    assert "first" in magnitude.structure.protected
+    before.check()

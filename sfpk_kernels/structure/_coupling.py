@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from typing import Any
 
 from torch import nn
@@ -21,7 +21,9 @@ def grouped_whole(conv: nn.modules.conv._ConvNd) -> bool:
 def couple(traced: Traced, deadline: float) -> list[list[Position]]:
     """The components that hold an output of a convolution, Linear or Embedding.
 
-    Every position reached is asked for all it belongs to: a path through chunk and add loses none.
+    Every position reached is asked for all it belongs to: a path through chunk and add loses none. One that its module
+    does not have, where a reshape was taken for another, leads no further; from then on nor does one past the widest
+    layer: round a cycle there would be ever more.
 
     Raises:
         TimeoutError: it was later than the deadline.
@@ -31,13 +33,20 @@ def couple(traced: Traced, deadline: float) -> list[list[Position]]:
         links[link.source].append(link)
     union = _Union()
     reached: dict[Side, set[int]] = defaultdict(set)
-    waiting: list[tuple[Side, list[int]]] = []
+    waiting: deque[tuple[Side, list[int]]] = deque()
+    sizes = [_sizes(node) for node in traced.nodes]
+    widest = max((size for one in sizes for size in one.values()), default=0)
+    misread: set[Side] = set()
 
     def reach(side: Side, positions: list[int]) -> None:
         new = [p for p in dict.fromkeys(positions) if p not in reached[side]]
-        if new:
-            reached[side].update(new)
-            waiting.append((side, new))
+        reached[side].update(new)
+        size = sizes[side[0]].get(side[1])
+        inside = [p for p in new if size is None or p < size]
+        if len(inside) < len(new):
+            misread.add(side)
+        if inside:
+            waiting.append((side, inside))
 
     for number, node in enumerate(traced.nodes):
         channels = out_positions(node.module)
@@ -46,7 +55,9 @@ def couple(traced: Traced, deadline: float) -> list[list[Position]]:
     while waiting:
         if time.monotonic() > deadline:
             raise TimeoutError
-        side, positions = waiting.pop()
+        side, positions = waiting.popleft()
+        if misread:
+            positions = [p for p in positions if p < widest]
         pairs = [((side, p), other) for p in positions for other in _within(traced, side, p)]
         for link in links[side]:
             pairs += [((side, p), (link.target, q)) for p, q in link.positions(positions)]
@@ -66,6 +77,22 @@ def out_positions(module: Any) -> int:
     if isinstance(module, nn.Linear):
         return module.out_features
     return module.embedding_dim if isinstance(module, nn.Embedding) else 0
+
+
+def _sizes(node: Any) -> dict[str, int]:
+    """How many positions the sides of a node have, where its module says so."""
+    module = node.module
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return {"in": module.in_channels, "out": module.out_channels}
+    if isinstance(module, nn.Linear):
+        return {"in": module.in_features, "out": module.out_features}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return {"out": module.num_features}
+    if isinstance(module, nn.LayerNorm):
+        return {"out": module.normalized_shape[-1]}
+    if isinstance(module, nn.Parameter) and module.dim():
+        return {"out": module.shape[int(node.pruning_dim) % module.dim()]}
+    return {"out": out_positions(module)} if out_positions(module) else {}
 
 
 def _within(traced: Traced, side: Side, position: int) -> list[Position]:

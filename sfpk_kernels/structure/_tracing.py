@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency.index_mapping import update_index_mapping
@@ -63,7 +65,8 @@ class Traced:
             handles = [module.register_forward_hook(self._mark) for module in marked]
             handles += [m.register_forward_hook(self._note) for m in model.modules() if isinstance(m, _READERS)]
             try:
-                return model(*positional, **named)
+                with _Unfused():
+                    return model(*positional, **named)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -201,6 +204,18 @@ class _Piece:
             return [_HybridIndex(idx=p.idx + start, root_idx=p.root_idx) for p in pairs if p.idx < self.size]
         inside = [p for p in pairs if start <= p.idx < start + self.size]
         return [_HybridIndex(idx=p.idx - start, root_idx=p.root_idx) for p in inside]
+
+
+class _Unfused(TorchFunctionMode):
+    """Gated linear units as the chunk and the product that they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_glu if func is F.glu else func)(*args, **(kwargs or {}))
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    value, gate = input.chunk(2, dim)
+    return value * gate.sigmoid()
 
 
 class _Graph(tp.DependencyGraph):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .axes import Attribute, CoordinateGroup, Entry, Structure
 
-# Queries, keys, values (or all three in one, one after the other), and what reads the heads; where the head's numbers
-# are kept: the module itself, or one inside it.
+# Queries, keys, values (or all three in one), and what reads the heads; where the head's numbers are kept: the module
+# itself, or one inside it.
 _ATTENTION: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("qkv",), "proj", ""),  # timm
     (("q_proj", "k_proj", "v_proj"), "o_proj", ""),  # Llama, Mistral, Qwen, Gemma
@@ -26,10 +26,19 @@ _ATTENTION: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("q_lin", "k_lin", "v_lin"), "out_lin", ""),  # DistilBERT
     (("query", "key", "value"), "dense", ""),  # ALBERT
     (("c_attn",), "c_proj", ""),  # GPT-2
+    (("query_key_value",), "dense", ""),  # GPT-NeoX, Bloom
+)
+_BY_HEAD = ("query_key_value",)  # queries, keys and values of one head, then of the next; else all queries come first
+# Attention whose heads stay, and why.
+_WHOLE: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("q", "k", "v"), "o", "its heads stay: those of all layers share a bias of positions"),  # T5, MPNet
+    (("qkv_proj",), "o_proj", "its heads stay: it takes their number from the configuration of all layers"),  # Phi-3
 )
 _MLP: tuple[tuple[tuple[str, ...], str], ...] = (
     (("fc1",), "fc2"),  # timm, CLIP, OPT, BART
     (("gate_proj", "up_proj"), "down_proj"),  # Llama
+    (("gate_up_proj",), "down_proj"),  # Phi-3: both in one, one after the other
+    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Bloom
     (("intermediate.dense",), "output.dense"),  # BERT, ViT
     (("linear1",), "linear2"),  # torch.nn.TransformerEncoderLayer
     (("lin1",), "lin2"),  # DistilBERT
@@ -39,6 +48,7 @@ _MLP: tuple[tuple[tuple[str, ...], str], ...] = (
     (("wi",), "wo"),  # T5
 )
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_SIZES = ("head_dim", "attention_head_size", "head_size")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 _WIDTHS = ("all_head_size", "attn_dim", "inner_dim", "split_size")
 _BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -61,14 +71,15 @@ def blocks(model: nn.Module, ignored: Collection[str] = ()) -> Structure | None:
             if layers is not None and numbers is not None and found.heads(name, producers, reader, layers, numbers):
                 known = True
                 break
+        else:
+            known |= found.whole(name, module)
         for producers, reader in _MLP:
             layers = _layers(module, (*producers, reader))
             if layers is not None:
                 found.neurons(name, producers, reader, layers)
     if not known or not found.groups:
         return None
-    protected = {name: "ignored_layers" if name in ignored else "tied weights" for name in found.skipped}
-    return Structure(tuple(found.groups), tuple(found.entries), (), tuple(found.attributes), protected)
+    return Structure(tuple(found.groups), tuple(found.entries), (), tuple(found.attributes), found.protected)
 
 
 @dataclass
@@ -104,23 +115,36 @@ class _Collected:
         self.groups: list[CoordinateGroup] = []
         self.entries: list[Entry] = []
         self.attributes: list[Attribute] = []
-        self.skipped: list[str] = []
+        self.protected: dict[str, str] = {}
         self._tied = _tied(model)
-        self._kept, self._read = ignored | self._tied, set[str]()
+        self._kept, self._read = dict.fromkeys(self._tied, "tied weights"), set[str]()
+        self._kept.update(dict.fromkeys(ignored, "ignored_layers"))
         self._model = model
 
     def neurons(self, name: str, producers: Sequence[str], reader: str, layers: list[_Layer]) -> None:
-        """The neurons between two layers of an MLP, or of a gated one between three."""
+        """The neurons between two layers of an MLP, of a gated one between three, or two with both parts in one."""
         width = layers[-1].inputs
-        if all(layer.outputs == width for layer in layers[:-1]):
+        times = 2 if producers[0] == "gate_up_proj" else 1
+        if all(layer.outputs == times * width for layer in layers[:-1]):
             index = torch.arange(width, dtype=torch.int64, device="cpu")
-            self._add(name, producers, reader, layers, "neuron", [index] * len(producers), width, index)
+            self._add(name, producers, reader, layers, "neuron", [index.repeat(times)] * len(producers), width, index)
+
+    def whole(self, name: str, module: nn.Module) -> bool:
+        """Whether it is an attention whose heads stay; what computes them is then protected."""
+        for producers, reader, reason in _WHOLE:
+            layers = _layers(module, (*producers, reader))
+            if layers is not None:
+                for one in producers:
+                    self.protected.setdefault(f"{name}.{one}" if name else one, reason)
+                return True
+        return False
 
     def heads(self, name: str, producers: Sequence[str], reader: str, layers: list[_Layer], numbers: nn.Module) -> bool:
         """The heads of an attention; whether it is one."""
         width = layers[-1].inputs
         counts = [getattr(numbers, one) for one in _HEADS if isinstance(getattr(numbers, one, None), int)]
-        size = getattr(numbers, "head_dim", getattr(numbers, "attention_head_size", None))
+        sizes = [getattr(numbers, one) for one in _SIZES if isinstance(getattr(numbers, one, None), int)]
+        size = sizes[0] if sizes else None
         size = width // counts[0] if size is None and counts else size
         if not isinstance(size, int) or size < 1 or width % size:
             return False
@@ -135,7 +159,9 @@ class _Collected:
         key = torch.arange(keys, dtype=torch.int64, device="cpu")
         query = key.repeat_interleave(queries // keys)
         wide, narrow = query.repeat_interleave(size), key.repeat_interleave(size)
-        indices = [wide.repeat(3)] if len(producers) == 1 else [wide, narrow, narrow]
+        indices = [wide, narrow, narrow]
+        if len(producers) == 1:
+            indices = [query.repeat_interleave(3 * size) if producers[0] in _BY_HEAD else wide.repeat(3)]
         first = self._add(name, producers, reader, layers, "head", indices, keys, wide)
         if first is not None:
             inside = self._of(numbers)
@@ -166,7 +192,7 @@ class _Collected:
         if paths[-1] in self._tied:
             kept.append(paths[-1])
         if kept or size < 2 or paths[-1] in self._read:
-            self.skipped += kept
+            self.protected.update({path: self._kept[path] for path in kept})
             return None
         self._read.add(paths[-1])
         first = sum(group.size for group in self.groups)

@@ -11,6 +11,7 @@ from torch import Tensor
 KINDS = ("channel", "neuron", "head")
 ROLES = ("gate", "producer", "follower")
 BUDGETS = ("params", "macs", "channels")
+ON_REFUSAL = ("raise", "protect")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from ..coordinates.flat import Ignored, ignored_names, unwrapped
 from ..coordinates.wrapped import check_structure
 from ..utils.arguments import check_model, check_positive
 from .adapters import blocks
-from .axes import Structure
+from .axes import ON_REFUSAL, Structure
 from .graph import trace
-from .verify import verify
+from .verify import proven, verify
 
 
 def find_structure(
@@ -23,6 +23,7 @@ def find_structure(
     ignored_layers: Iterable[Ignored] = (),
     time_limit: float = 30,
     check: bool = True,
+    on_refusal: str = "raise",
 ) -> Structure:
     """Which channels, neurons and heads of a model can be removed, and what goes with each of them.
 
@@ -35,6 +36,8 @@ def find_structure(
         ignored_layers: modules or names, as in :class:`Coordinates`, whose outputs all stay.
         time_limit: seconds for following the model's graph.
         check: compare masked and shrunk outputs under random removals (:func:`verify`).
+        on_refusal: ``"raise"`` an error for what cannot be shrunk right, or ``"protect"`` it: those groups stay whole,
+            and ``structure.protected`` says why.
 
     Raises:
         ImportError: torch-pruning is needed and not installed.
@@ -43,11 +46,16 @@ def find_structure(
     """
     check_model(model)
     check_positive("time_limit", time_limit)
+    if on_refusal not in ON_REFUSAL:
+        raise ValueError(f"on_refusal: wanted one of {', '.join(ON_REFUSAL)}, got {on_refusal!r}")
+    protect = on_refusal == "protect"
     model = unwrapped(model)
     check_structure(model)
     args, kwargs = split_inputs(example_inputs)
     ignored = {name.rpartition(".")[0] for name in ignored_names(model, ignored_layers)}
-    structure = blocks(model, ignored) or trace(model, args, kwargs, ignored, float(time_limit))
+    structure = blocks(model, ignored) or trace(model, args, kwargs, ignored, float(time_limit), protect)
+    if check and protect:
+        return proven(model, structure, args, kwargs)
     if check:
         verify(model, structure, args, kwargs)
     return structure

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..utils.extras import require
 from .axes import Attribute, CoordinateGroup, Entry, Norm, Structure
 from .governed import Governed, governed, why_not
+from .kinds import nothing
 
 if TYPE_CHECKING:
     from ._coupling import Position
@@ -27,8 +28,11 @@ def trace(
     kwargs: Mapping[str, Any],
     ignored: Collection[str] = (),
     time_limit: float = 30,
+    protect: bool = False,
 ) -> Structure:
     """The structure of a model, found by calling a copy of it once; outputs of ``ignored`` modules all stay.
+
+    With ``protect`` channels that cannot be removed right stay, too, instead of an error.
 
     Raises:
         ImportError: torch-pruning is not installed.
@@ -52,14 +56,14 @@ def trace(
             f"model: its graph could not be followed within time_limit={time_limit:g} s, as that of detection heads: "
             "pass the part that computes features alone, or a larger time_limit"
         ) from None
-    return _Table(spare, traced, set(ignored)).structure(components)
+    return _Table(spare, traced, set(ignored), protect).structure(components)
 
 
 class _Table:
     """Components → coordinates, their groups and what they govern."""
 
-    def __init__(self, model: nn.Module, traced: Traced, ignored: set[str]):
-        self._model, self._traced, self._ignored = model, traced, ignored
+    def __init__(self, model: nn.Module, traced: Traced, ignored: set[str], protect: bool):
+        self._model, self._traced, self._ignored, self._protect = model, traced, ignored, protect
         self._names = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self._order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         uses: dict[int, int] = defaultdict(int)
@@ -90,8 +94,7 @@ class _Table:
                     sizes[part.key] = part.size
             first += len(members)
         if not groups:
-            why = "".join(f"; {name or 'model'}: {reason}" for name, reason in self._protected.items())
-            raise ValueError(f"model: wanted channels or neurons that can be removed, found none{why}")
+            raise nothing(self._protected)
         entries: list[Entry] = []
         norms: list[Norm] = []
         attributes: list[Attribute] = []
@@ -128,11 +131,14 @@ class _Table:
         _, root, position = min(producers)
         if reason is None and trouble is None and not gated:
             reason = "no layer reads it"
+        if reason is None:
+            trouble = trouble or next(filter(None, (part.trouble_at(at) for part, at in parts)), None)
+            if trouble and self._protect:
+                reason = f"cannot be removed one by one, it reaches {trouble}"
         if reason is not None:
             for _, name, _ in producers:
                 self._protected.setdefault(name, reason)
             return None
-        trouble = trouble or next(filter(None, (part.trouble_at(at) for part, at in parts)), None)
         if trouble:
             raise ValueError(
                 f"model: the outputs of {root} cannot be removed one by one, as they reach {trouble}: keep them all, "

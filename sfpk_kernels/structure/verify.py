@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from ..coordinates.flat import unwrapped
 from .axes import CoordinateGroup, Structure
 from .gates import gated_call
+from .kinds import without
 from .outputs import called, tensors_in
 from .recipe import ShrinkRecipe
 
@@ -28,36 +31,124 @@ def verify(
     seed: int = 0,
     single_groups: bool = True,
 ) -> None:
-    """That masked and shrunk outputs are equal with ``share`` of every group removed, then of single groups.
+    """That masked and shrunk outputs are equal with ``share`` of every group removed, then of some groups at a time.
 
-    Compared are copies in eval mode, in fp32 at least, with random biases, norm weights and statistics, and random
-    weights where most are 0: the last layer of a residual branch, 0 in a fresh model, would hide an error. Costs two
-    calls per group.
+    Those of one comparison lie far apart in the model, so that what is around each of them is whole; every group is in
+    one of √n. What differs is halved until the group is found. Compared are copies in eval mode, in fp32 at least, with
+    random biases, norm weights and statistics, and random weights where most are 0: the last layer of a residual
+    branch, 0 in a fresh model, would hide an error. Costs two calls per comparison.
+
+    Args:
+        model: it stays as it is.
+        structure: of this model.
+        args, kwargs: what it is called with.
+        share: removed of each group, at random.
+        seed: of the random numbers.
+        single_groups: False: all groups at once only.
 
     Raises:
         ValueError: outputs differ by more than 1e-5 of their largest; the message names the module.
     """
-    generator = torch.Generator().manual_seed(seed)
-    spare = _randomized(unwrapped(model), generator)
-    args, kwargs = _widened(tuple(args)), _widened(dict(kwargs or {}))
-    with torch.no_grad():
-        dense = tensors_in(called(spare, args, kwargs))
-        if not all(bool(one.isfinite().all()) for one in dense):
+    wrong = Comparison(model, args, kwargs, seed).wrong(structure, share, single_groups=single_groups)
+    if wrong is not None:
+        raise ValueError(f"model: {wrong}")
+
+
+def proven(
+    model: nn.Module, structure: Structure, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Structure:
+    """The groups that can be removed right, as :func:`verify` finds them; the others become protected.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    comparison = Comparison(model, args, kwargs)
+    while (wrong := comparison.wrong(structure)) is not None:
+        structure = without(structure, {group.name: f"cannot be removed, {wrong.how}" for group in wrong.groups})
+    return structure
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """Groups that cannot be removed right: one alone, or several that can only together not be."""
+
+    groups: tuple[CoordinateGroup, ...]
+    how: str  # masked and shrunk differ
+
+    def __str__(self) -> str:
+        names = [group.name for group in self.groups]
+        if len(names) == 1:
+            what = f"some {self.groups[0].kind}s of {names[0]}"
+        else:
+            what = f"some outputs of {', '.join(names[:3])}{' …' if len(names) > 3 else ''} at once"
+        return f"removing {what} cannot be done right, {self.how}: keep them all, ignored_layers={names}"
+
+
+class Comparison:
+    """A model's masked and shrunk outputs, for structures of it.
+
+    Args:
+        model: it stays as it is.
+        args, kwargs: what it is called with.
+        seed: of the random numbers.
+
+    Raises:
+        ValueError: outputs that are not finite.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, seed: int = 0
+    ):
+        self._generator = torch.Generator().manual_seed(seed)
+        self._spare = _randomized(unwrapped(model), self._generator)
+        self._args, self._kwargs = _widened(tuple(args)), _widened(dict(kwargs or {}))
+        with torch.no_grad():
+            self._dense = tensors_in(called(self._spare, self._args, self._kwargs))
+        if not all(bool(one.isfinite().all()) for one in self._dense):
             raise ValueError("model: wanted finite outputs for the example inputs, got NaN or infinite ones")
-        everywhere = random_keep(structure, share, generator)
-        each = {group.name: _only(structure, group, share, generator) for group in structure.groups}
-        trouble = _difference(spare, structure, everywhere, args, kwargs, dense)
-        if trouble is None and not single_groups:
-            return
-        for group in structure.groups:
-            alone = _difference(spare, structure, each[group.name], args, kwargs, dense)
-            if alone is not None:
-                raise ValueError(
-                    f"model: removing some {group.kind}s of {group.name} cannot be done right, {alone}: keep them all, "
-                    f"ignored_layers=[{group.name!r}]"
-                )
-        if trouble is not None:
-            raise ValueError(f"model: removing channels of several groups at once cannot be done right, {trouble}")
+
+    @torch.no_grad()
+    def wrong(self, structure: Structure, share: float = 0.3, *, single_groups: bool = True) -> Wrong | None:
+        """The first groups found that cannot be removed right, or None: see :func:`verify`."""
+        everything = tuple(structure.groups)
+        count = math.isqrt(len(everything) - 1) + 1  # ⌈√n⌉
+        batches = [everything[first::count] for first in range(count)] if single_groups else []
+        for groups in (everything, *batches):
+            keep = random_keep(structure, share, self._generator)
+            how = self._difference(structure, _only(keep, groups))
+            if how is not None:
+                return self._guilty(structure, keep, groups, how)
+        return None
+
+    def _guilty(self, structure: Structure, keep: Tensor, groups: tuple[CoordinateGroup, ...], how: str) -> Wrong:
+        """A part of these groups that differs, none of whose halves does."""
+        while len(groups) > 1:
+            middle = len(groups) // 2
+            for half in (groups[:middle], groups[middle:]):
+                of_half = self._difference(structure, _only(keep, half))
+                if of_half is not None:
+                    groups, how = half, of_half
+                    break
+            else:
+                break
+        return Wrong(groups, how)
+
+    def _difference(self, structure: Structure, keep: Tensor) -> str | None:
+        """How masked and shrunk differ, in words, or None."""
+
+        def masked_model(*args: Any, **kwargs: Any) -> Any:
+            return gated_call(self._spare, structure, keep, args, kwargs)
+
+        which = "masked"
+        try:
+            masked = tensors_in(called(masked_model, self._args, self._kwargs))
+            which = "smaller"
+            smaller = ShrinkRecipe.of(structure, keep).share(self._spare)
+            shrunk = tensors_in(called(smaller, self._args, self._kwargs))
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, AttributeError) as error:
+            said = (str(error).splitlines() or [""])[0][:120]
+            return f"the {which} model raises {type(error).__name__}: {said}"
+        return _apart(self._dense, masked, shrunk)
 
 
 def random_keep(
@@ -83,28 +174,19 @@ def random_keep(
     return keep
 
 
-def _only(structure: Structure, group: CoordinateGroup, share: float, generator: torch.Generator) -> Tensor:
-    keep = torch.ones(structure.size, dtype=torch.bool, device="cpu")
-    keep[group.span] = random_keep(structure, share, generator)[group.span]
-    return keep
+def _only(
+    keep: Tensor,  # (C,) bool
+    groups: Sequence[CoordinateGroup],
+) -> Tensor:  # (C,) bool
+    """What it removes of these groups alone."""
+    found = torch.ones_like(keep, dtype=torch.bool, device="cpu")
+    for group in groups:
+        found[group.span] = keep[group.span]
+    return found
 
 
-def _difference(
-    model: nn.Module, structure: Structure, keep: Tensor, args: Any, kwargs: Any, dense: list[Tensor]
-) -> str | None:
-    """How masked and shrunk differ, in words, or None."""
-
-    def masked_model(*args: Any, **kwargs: Any) -> Any:
-        return gated_call(model, structure, keep, args, kwargs)
-
-    which = "masked"
-    try:
-        masked = tensors_in(called(masked_model, args, kwargs))
-        which = "smaller"
-        shrunk = tensors_in(called(ShrinkRecipe.of(structure, keep).share(model), args, kwargs))
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, AttributeError) as error:
-        said = (str(error).splitlines() or [""])[0][:120]
-        return f"the {which} model raises {type(error).__name__}: {said}"
+def _apart(dense: list[Tensor], masked: list[Tensor], shrunk: list[Tensor]) -> str | None:
+    """How the outputs of two models differ, in words, or None."""
     for before, one, other in zip(dense, masked, shrunk, strict=True):
         if one.shape != other.shape:
             return f"the smaller model has outputs of shape {tuple(other.shape)} instead of {tuple(one.shape)}"

@@ -26,7 +26,8 @@ class StructuredCoordinates(Coordinates):
 
     Args:
         model: the trained model; no reference to it is kept.
-        config: ``granularity`` says which kinds of groups may go; budget, ``min_keep`` and ``round_to`` how many.
+        config: ``granularity`` says which kinds of groups may go; budget, ``min_keep`` and ``round_to`` how many;
+            ``on_refusal`` what happens to those that cannot be removed right.
         example_inputs: what the model is called with, as for :func:`~sfpk_kernels.structure.find_structure`.
         ignored_layers: modules or names whose outputs all stay.
 
@@ -49,7 +50,7 @@ class StructuredCoordinates(Coordinates):
         self.device, self.dtype = everything.device, everything.dtype
         inputs = move_to(example_inputs, self.device)
         with seeded(config.seed, self.device):
-            structure = find_structure(model, inputs, ignored_layers=ignored_layers)
+            structure = find_structure(model, inputs, ignored_layers=ignored_layers, on_refusal=config.on_refusal)
             self.structure: Structure = (
                 structure if config.granularity == "group" else only(structure, config.granularity)
             )
