@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from .coordinates.pattern import WANTED, check_pattern, is_pattern, sparsity_of
 from .execution import EXECUTION_FIELDS
@@ -89,6 +89,8 @@ class SFPKConfig(Settings):
 
     How it is computed stands in :class:`~sfpk_kernels.Execution`.
     """
+
+    ends_at_pattern: ClassVar[bool] = True  # a pattern says the sparsity; False: it says the highest one
 
     sparsity: float = setting(
         dataclasses.MISSING,
@@ -298,8 +300,8 @@ class SFPKConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pattern(self.pattern, self.sparsity)
-        if self.pattern is not None:
+        check_pattern(self.pattern, self.sparsity, self.ends_at_pattern)
+        if self.pattern is not None and self.ends_at_pattern:
             object.__setattr__(self, "sparsity", sparsity_of(self.pattern))  # exactly, where it was rounded
 
     @classmethod

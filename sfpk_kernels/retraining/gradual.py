@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import SFPKConfig
 from ..coordinates.flat import Coordinates
+from ..coordinates.pattern import check_divides
 from ..execution import Execution
 from ..masks.maskset import MaskSet
 from ..modeling.state import seeded
@@ -104,11 +105,6 @@ class GradualPruner:
             raise TypeError(f"retrain: wanted epochs, a RetrainConfig or a function, got {retrain!r}")
         if config.settle:
             raise ValueError("config: wanted settle=False: every shot slows down towards its own density, got True")
-        if config.pattern is not None and shots != 1:
-            raise ValueError(
-                "config: wanted pattern=None, as the shots before the last have other sparsities than that of the "
-                f"pattern, got {config.pattern}: prune in one shot, then finetune_masked(…)"
-            )
         if config.granularity != "weight":
             raise ValueError(
                 f"config: wanted granularity='weight' in gradual pruning, got {config.granularity!r}: prune(…), then "
@@ -118,6 +114,7 @@ class GradualPruner:
         self.config, self.execution = config, execution
         self.coordinates = Coordinates(model, **coordinate_options)
         check_together(config, execution, model)
+        check_divides(self.coordinates.tensors, config.pattern)
         budget(config.sparsity, self.coordinates.d)
         self._steps: list[int] | None = None  # of the built-in retraining
         self._retrain_loader = loader if retrain_loader is None else retrain_loader
