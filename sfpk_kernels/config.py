@@ -67,6 +67,7 @@ WITHOUT: dict[str, Any] = {
     "budget": "weights",
     "min_keep": 1,
     "round_to": 1,
+    "layer_sparsity": None,
 }
 
 POLARIZERS = ("mask_normalized", "mask_weight", "mask")
@@ -90,7 +91,7 @@ class SFPKConfig(Settings):
     How it is computed stands in :class:`~sfpk_kernels.Execution`.
     """
 
-    ends_at_pattern: ClassVar[bool] = True  # a pattern says the sparsity; False: it says the highest one
+    partway: ClassVar[bool] = False  # whether the run ends before what pattern and layer_sparsity demand
 
     sparsity: float = setting(
         dataclasses.MISSING,
@@ -206,6 +207,12 @@ class SFPKConfig(Settings):
     round_to: int = setting(
         1, "with channels, heads or neurons: of every group a multiple of it stays, or all.", least=1
     )
+    layer_sparsity: Mapping[str, tuple[float, float]] | None = setting(
+        None,
+        "with channels, heads or neurons: the sparsity, ``(low, high)``, that a group of them may have, by the name of "
+        'its module, of one around it, or ``"re:…"``, an expression that names match from their beginning: '
+        '``{"re:layer4": (0.25, 1.0)}``. It holds on the way, too, and ``min_keep`` beside it.',
+    )
     retract: bool = setting(True, "rescale every particle onto the schedule after each move.")
     consensus: float = setting(
         0.3,
@@ -300,8 +307,8 @@ class SFPKConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pattern(self.pattern, self.sparsity, self.ends_at_pattern)
-        if self.pattern is not None and self.ends_at_pattern:
+        check_pattern(self.pattern, self.sparsity, not self.partway)
+        if self.pattern is not None and not self.partway:
             object.__setattr__(self, "sparsity", sparsity_of(self.pattern))  # exactly, where it was rounded
 
     @classmethod

@@ -13,7 +13,10 @@ from ..structure import Costs, ShrinkRecipe, Structure, coordinate_sums, find_st
 from ..structure import select as select_coordinates
 from ..structure.cost import BUDGETS
 from ..structure.find import split_inputs
+from ..structure.limits import limits_of
+from ..structure.select import check_ceilings
 from ..utils.arguments import check_least, check_model
+from ..utils.ranges import check_ranges
 from .select import check_sparsity
 
 ALLOCATIONS = ("global", "normalized", "uniform")
@@ -69,6 +72,7 @@ class StructuredProblem:
         self._floors = {name: options.pop(name, 1) for name in ("min_keep", "round_to")}
         for name, value in self._floors.items():
             check_least(name, value, 1)
+        self._floors["layer_sparsity"] = check_ranges("layer_sparsity", options.pop("layer_sparsity", None))
         args, kwargs = split_inputs(example_inputs)
         structure = options.pop("structure", None)
         if structure is None:
@@ -78,6 +82,9 @@ class StructuredProblem:
         self._model, self._sparsity, self._allocation, self._budget = model, sparsity, allocation, budget
         self.structure: Structure = structure
         self.costs = Costs(model, structure, args, kwargs)
+        limits = limits_of(structure, **self._floors)
+        if self._floors["layer_sparsity"] is not None:
+            check_ceilings(structure, self.costs, sparsity, budget, limits, self._floors["layer_sparsity"])
 
     def coordinates(self) -> Coordinates:
         """Single weights, those among them that belong to a coordinate of the structure."""

@@ -20,8 +20,8 @@ _OPTIONS = {
     "microbatch": "--microbatch", "allocation": "--allocation", "passes": "--passes", "seed": "--seed",
     "pattern": "--pattern", "granularity": "--granularity", "budget": "--budget", "min_keep": "--min-keep",
     "round_to": "--round-to", "selection": "--selection", "kernel": "--kernel", "offload": "--offload",
-    "compile": "--compile", "include_embeddings": "--include-embeddings", "include_biases": "--include-biases",
-    "include_norms": "--include-norms",
+    "layer_sparsity": "--layer-sparsity", "compile": "--compile", "include_norms": "--include-norms",
+    "include_embeddings": "--include-embeddings", "include_biases": "--include-biases",
 }  # by argument  # fmt: skip
 _NOTHING = "model: wanted at least one prunable tensor"
 

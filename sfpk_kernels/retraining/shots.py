@@ -95,9 +95,9 @@ def schedule_shots(
 
 
 class PartwayConfig(SFPKConfig):
-    """Settings of a search that ends before its pattern does: more is kept than N of every M."""
+    """Settings of a search that others go on from: it may keep more than N of every M, or less than a sparsity says."""
 
-    ends_at_pattern: ClassVar[bool] = False
+    partway: ClassVar[bool] = True
 
 
 def config_of_shot(config: SFPKConfig, shot: Shot, seed: int) -> SFPKConfig:
@@ -108,7 +108,7 @@ def config_of_shot(config: SFPKConfig, shot: Shot, seed: int) -> SFPKConfig:
     """
     last = shot.number == shot.shots  # without the rounding of 1 - (1 - s)
     left = steps_of_all(config) - _steps_before(config, shot.number - 1, shot.shots)  # of all particles
-    kind = SFPKConfig if last or config.pattern is None else PartwayConfig
+    kind = SFPKConfig if last else PartwayConfig
     changes = {
         "sparsity": config.sparsity if last else shot.sparsity,
         "n_steps": shot.n_steps,

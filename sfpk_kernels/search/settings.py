@@ -123,7 +123,12 @@ def _check_granularity(config: SFPKConfig, execution: Execution) -> None:
     """
     structured = config.granularity != "weight"
     if not structured:
-        wanted: dict[str, tuple[Any, ...]] = {"budget": ("weights",), "min_keep": (1,), "round_to": (1,)}
+        wanted: dict[str, tuple[Any, ...]] = {
+            "budget": ("weights",),
+            "min_keep": (1,),
+            "round_to": (1,),
+            "layer_sparsity": (None,),
+        }
     else:
         wanted = {
             "budget": BUDGETS,

@@ -19,6 +19,8 @@ from ...structure import Costs, Structure, coordinate_sums, find_structure, sele
 from ...structure.axes import kept
 from ...structure.find import split_inputs
 from ...structure.kinds import only
+from ...structure.limits import limits_of
+from ...structure.select import check_ceilings
 
 
 class StructuredCoordinates(Coordinates):
@@ -26,7 +28,8 @@ class StructuredCoordinates(Coordinates):
 
     Args:
         model: the trained model; no reference to it is kept.
-        config: ``granularity`` says which kinds of groups may go; budget, ``min_keep`` and ``round_to`` how many.
+        config: ``granularity`` says which kinds of groups may go; budget, ``min_keep``,
+            ``round_to`` and ``layer_sparsity`` how many.
         example_inputs: what the model is called with, as for :func:`~sfpk_kernels.structure.find_structure`.
         ignored_layers: modules or names whose outputs all stay.
 
@@ -37,6 +40,7 @@ class StructuredCoordinates(Coordinates):
     Attributes:
         structure: what may go, and with it what.
         costs: of the dense model and of what is left.
+        limits: how many of each group may stay.
         tensors: one "tensor" per group.
         d: C, the number of coordinates.
     """
@@ -54,7 +58,11 @@ class StructuredCoordinates(Coordinates):
                 structure if config.granularity == "group" else only(structure, config.granularity)
             )
             self.costs = Costs(model, self.structure, *split_inputs(inputs))
-        self.budget, self.floors = config.budget, {"min_keep": config.min_keep, "round_to": config.round_to}
+        self.budget = config.budget
+        self.floors: dict[str, Any] = {
+            "min_keep": config.min_keep, "round_to": config.round_to, "layer_sparsity": config.layer_sparsity
+        }  # fmt: skip
+        self.limits = limits_of(self.structure, **self.floors)
         self.tensors = [
             PrunableTensor(group.name, (), group.kind, (group.size,), group.first, group.size)
             for group in self.structure.groups
@@ -73,6 +81,10 @@ class StructuredCoordinates(Coordinates):
             if name not in self._shapes
         ]
         select(self.structure, self.costs, self.saliency(model), config.sparsity, config.budget, **self.floors)
+        if config.layer_sparsity is not None and not config.partway:
+            check_ceilings(
+                self.structure, self.costs, config.sparsity, config.budget, self.limits, config.layer_sparsity
+            )
 
     @property
     def copied(self) -> int:
