@@ -354,7 +354,7 @@ def test_the_demo_from_the_first_shot_to_a_smaller_model_that_trains_on(tmp_path
     from torch.utils.data import DataLoader, TensorDataset
 
     from sfpk_kernels import recalibrate_batchnorm
-    from sfpk_kernels.demo.task import TRAINING_BATCH, accuracy, load_digits, make_model, train
+    from sfpk_kernels.demo.task import TRAINING_BATCH, accuracy, build_model, load_digits, train
 
     digits = load_digits()
     data = TensorDataset(digits.train_x, digits.train_y)
@@ -369,7 +369,7 @@ def test_the_demo_from_the_first_shot_to_a_smaller_model_that_trains_on(tmp_path
     recalibrate_batchnorm(smaller, large)
     torch.save({"recipe": result.recipe().to_dict(), "weights": smaller.state_dict()}, tmp_path / "smaller")
     saved = torch.load(tmp_path / "smaller", weights_only=True)
-    again = ShrinkRecipe.from_dict(saved["recipe"]).shrink(make_model())
+    again = ShrinkRecipe.from_dict(saved["recipe"]).shrink(build_model())
     again.load_state_dict(saved["weights"])
     with torch.no_grad():
         assert torch.equal(again.eval()(digits.test_x), smaller.eval()(digits.test_x))
