@@ -359,11 +359,11 @@ def test_the_demo_from_the_first_shot_to_a_smaller_model_that_trains_on(tmp_path
     digits = load_digits()
     data = TensorDataset(digits.train_x, digits.train_y)
     batches, large = (DataLoader(data, size, shuffle=True, drop_last=True) for size in (64, TRAINING_BATCH))
-    model = train(digits, 0, 15)
+    model = train(digits, 0, 6)
     dense = accuracy(model, digits)
-    config = structured(0.9, budget="macs", n_steps=200)
+    config = structured(0.8, budget="macs", n_steps=40)
     result = go(
-        model, digits.train_x[:1], config, batches, shots=4, retraining=RetrainConfig(4), retrain_loader=large
+        model, digits.train_x[:1], config, batches, shots=4, retraining=RetrainConfig(3), retrain_loader=large
     ).run(save=tmp_path / "run")
     smaller = result.shrink(model)
     recalibrate_batchnorm(smaller, large)
@@ -374,10 +374,10 @@ def test_the_demo_from_the_first_shot_to_a_smaller_model_that_trains_on(tmp_path
     with torch.no_grad():
         assert torch.equal(again.eval()(digits.test_x), smaller.eval()(digits.test_x))
     pruned = accuracy(again, digits)
-    losses = retrain(again, batches, everything(again), RetrainConfig(6, lr=0.02))
+    losses = retrain(again, batches, everything(again), RetrainConfig(2, lr=0.02))
     assert sum(losses[-20:]) < sum(losses[:20]), (losses[:20], losses[-20:])
     found = accuracy(again, digits)
-    assert result.costs_after["macs"] <= 0.1 * result.costs_before["macs"] + 0.5
+    assert result.costs_after["macs"] <= 0.2 * result.costs_before["macs"] + 0.5
     assert found >= pruned - 0.01, (dense, pruned, found)
     assert found > 0.9, (dense, pruned, found)
 
