@@ -21,6 +21,7 @@ from .retraining.layer_repair import LayerRepair
 from .retraining.loop import RetrainConfig, retrain
 from .retraining.repair import RepairResult, repair
 from .retraining.shots import GradualResult
+from .retraining.structured_shots import StructuredGradualResult
 from .search.planning import Plan, plan
 from .search.prune import prune
 from .search.pruner import SFPKPruner
@@ -46,6 +47,7 @@ __all__ = [
     "SFPKPruner",
     "SemiStructured",
     "StepRecord",
+    "StructuredGradualResult",
     "StructuredResult",
     "__version__",
     "baselines",

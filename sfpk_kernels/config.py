@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from .coordinates.pattern import WANTED, check_pattern, is_pattern, sparsity_of
 from .execution import EXECUTION_FIELDS
@@ -68,6 +68,7 @@ WITHOUT: dict[str, Any] = {
     "min_keep": 1,
     "round_to": 1,
     "on_refusal": "raise",
+    "layer_sparsity": None,
 }
 
 POLARIZERS = ("mask_normalized", "mask_weight", "mask")
@@ -90,6 +91,8 @@ class SFPKConfig(Settings):
 
     How it is computed stands in :class:`~sfpk_kernels.Execution`.
     """
+
+    partway: ClassVar[bool] = False  # whether the run ends before what pattern and layer_sparsity demand
 
     sparsity: float = setting(
         dataclasses.MISSING,
@@ -212,6 +215,12 @@ class SFPKConfig(Settings):
         '``"protect"`` it: it stays whole, and ``structure.protected`` says why.',
         choices=ON_REFUSAL,
     )
+    layer_sparsity: Mapping[str, tuple[float, float]] | None = setting(
+        None,
+        "with channels, heads or neurons: the sparsity, ``(low, high)``, that a group of them may have, by the name of "
+        'its module, of one around it, or ``"re:…"``, an expression that names match from their beginning: '
+        '``{"re:layer4": (0.25, 1.0)}``. It holds on the way, too, and ``min_keep`` beside it.',
+    )
     retract: bool = setting(True, "rescale every particle onto the schedule after each move.")
     consensus: float = setting(
         0.3,
@@ -306,8 +315,8 @@ class SFPKConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pattern(self.pattern, self.sparsity)
-        if self.pattern is not None:
+        check_pattern(self.pattern, self.sparsity, not self.partway)
+        if self.pattern is not None and not self.partway:
             object.__setattr__(self, "sparsity", sparsity_of(self.pattern))  # exactly, where it was rounded
 
     @classmethod

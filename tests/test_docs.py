@@ -21,6 +21,7 @@ NEEDS = {
     "structure.md": "torch_pruning",
     "baselines.md": "torch_pruning",
     "structured.md": "torch_pruning",
+    "gradual.md": "torch_pruning",
 }
 API = {
     name: f"sfpk_kernels{name and '.'}{name}"

@@ -7,7 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from sfpk_kernels import Coordinates, Execution, GradualPruner, MaskSet, SFPKConfig, SFPKPruner, baselines, plan, prune
+from sfpk_kernels import (
+    Coordinates,
+    Execution,
+    GradualPruner,
+    MaskSet,
+    RetrainConfig,
+    SFPKConfig,
+    SFPKPruner,
+    baselines,
+    plan,
+    prune,
+)
 from sfpk_kernels.cli import main
 from sfpk_kernels.coordinates.pattern import best_of_groups, pattern_mask
 from sfpk_kernels.search.checkpoint import settings_of_this_version
@@ -257,9 +268,54 @@ def test_refusals(mixed, convnet, pictures):
         SFPKPruner(mixed, config=config, include_norms=True)
     with pytest.raises(ValueError, match="^pattern: wanted None with selection='threshold'"):
         SFPKPruner(mixed, config=config.replace(selection="threshold"))
-    with pytest.raises(ValueError, match="^config: wanted pattern=None"):
-        GradualPruner(mixed, pictures, config=config, shots=2, retrain=1)
-    assert len(GradualPruner(mixed, pictures, config=config, shots=1, retrain=1).shots) == 1
+    with pytest.raises(ValueError, match=f"^pattern: wanted tensors with a {words}"):
+        GradualPruner(convnet, pictures, config=config, shots=2, retrain=1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"n_particles": 3, "vote": "hard", "merge": 0.6}, {"retract": False, "momentum": 0.2}], ids=str
+)
+def test_gradually(mixed, pictures, options, tmp_path):
+    """Exact counts after every shot, no group ever below its N, in the end exactly N; resumed bit for bit."""
+    dense, config = copy.deepcopy(mixed), SFPKConfig(0.75, pattern=(1, 4), n_steps=18, **options)
+
+    def make(model):
+        return GradualPruner(model, pictures, config=config, shots=3, retrain=RetrainConfig(2, lr=0.05))
+
+    pruner = make(mixed)
+    densities = []
+    while not pruner.done:
+        pruner.shot()
+        densities.append(pruner.result().mask.kept / pruner.coordinates.d)
+        if pruner.finished == 2:
+            torch.save(pruner.state_dict(), tmp_path / "state")
+    assert densities == pytest.approx([0.25 ** (i / 3) for i in (1, 2, 3)], abs=1 / pruner.coordinates.d)
+    result = pruner.result()
+    for mask in result.masks:
+        groups = torch.cat(list(groups_of(mixed, mask).values()))
+        assert int(groups.sum(1).min()) >= 1
+    assert bool((groups.sum(1) == 1).all()), "of the last mask"
+    assert len({mask.fingerprint() for mask in result.masks}) == 3
+    assert MaskSet.from_model(mixed) == result.mask
+    again = make(dense)
+    again.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert again.run().masks == result.masks
+    assert all(torch.equal(value, mixed.state_dict()[name]) for name, value in dense.state_dict().items())
+
+
+def test_a_weight_may_return_to_its_group(mixed, pictures):
+    """Between the shots the weight that its group has lost is made the best of it."""
+    config = SFPKConfig.preset("population", sparsity=0.5, pattern=(2, 4), n_particles=1, n_steps=4, consensus=0.0)
+    pruner = GradualPruner(mixed, pictures, config=config, shots=2, retrain=lambda *_: None)
+    dense = pruner.coordinates.flatten(mixed)
+    pruner.shot()
+    first = pruner.result().mask.flat()
+    back = int((dense.abs() * ~first).argmax())
+    pruner._particles[:, back] = 5.0
+    pruner._particles.mul_(pruner.shots[0].density / pruner._particles.square().mean().sqrt())
+    record = pruner.shot()
+    assert pruner.result().mask.flat()[back]
+    assert record.returned == int((pruner.result().mask.flat() & ~first).sum()) >= 1
 
 
 def test_the_plan_counts_the_masks(mixed, pictures):

@@ -34,6 +34,10 @@ WEIGHTS = {"granularity": "weight", "budget": "weights"}
         ({"sparsity": 0.999}, "sparsity: wanted at most"),
         ({**WEIGHTS, "budget": "macs"}, "budget: wanted 'weights' with granularity='weight', got 'macs'"),
         ({**WEIGHTS, "min_keep": 2}, "min_keep: wanted 1 with granularity='weight', got 2"),
+        (
+            {**WEIGHTS, "layer_sparsity": {"0": (0, 1)}},
+            "layer_sparsity: wanted None with granularity='weight', got {'0'",
+        ),
         ({**WEIGHTS, "round_to": 8}, "round_to: wanted 1 with granularity='weight', got 8"),
         (
             {**WEIGHTS, "on_refusal": "protect"},
@@ -63,7 +67,7 @@ def test_arguments():
         SFPKPruner(model, config=structured(), example_inputs=3)
     with pytest.raises(ValueError, match="include_biases: wanted False with granularity='group'"):
         SFPKPruner(model, config=structured(), example_inputs=x, include_biases=True)
-    with pytest.raises(ValueError, match="granularity='weight' in gradual pruning, got 'group'"):
+    with pytest.raises(TypeError, match="example_inputs: wanted what the model is called with, .*, got None"):
         GradualPruner(model, [], config=structured(), retrain=1)
     with pytest.raises(ValueError, match="ignored_layers"):
         SFPKPruner(model, config=structured(), example_inputs=x, ignored_layers=["nothing"])

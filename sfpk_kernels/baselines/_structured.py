@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..coordinates.flat import Coordinates, unwrapped
+from ..coordinates.flat import Coordinates
 from ..structure import Costs, ShrinkRecipe, Structure, coordinate_sums, find_structure
 from ..structure import select as select_coordinates
 from ..structure.cost import BUDGETS
-from ..structure.find import split_inputs
+from ..structure.find import check_structure_of, split_inputs
+from ..structure.limits import limits_of
+from ..structure.select import check_ceilings
 from ..utils.arguments import check_least, check_model
+from ..utils.ranges import check_ranges
 from .select import check_sparsity
 
 ALLOCATIONS = ("global", "normalized", "uniform")
@@ -69,15 +72,21 @@ class StructuredProblem:
         self._floors = {name: options.pop(name, 1) for name in ("min_keep", "round_to")}
         for name, value in self._floors.items():
             check_least(name, value, 1)
+        self._floors["layer_sparsity"] = check_ranges("layer_sparsity", options.pop("layer_sparsity", None))
         args, kwargs = split_inputs(example_inputs)
         structure = options.pop("structure", None)
         if structure is None:
             structure = find_structure(model, example_inputs, **options)
         else:
-            _check_of(model, structure, options)
+            if options:
+                raise TypeError(f"{sorted(options)[0]}: wanted only without structure=, which was found already")
+            check_structure_of(model, structure)
         self._model, self._sparsity, self._allocation, self._budget = model, sparsity, allocation, budget
         self.structure: Structure = structure
         self.costs = Costs(model, structure, args, kwargs)
+        limits = limits_of(structure, **self._floors)
+        if self._floors["layer_sparsity"] is not None:
+            check_ceilings(structure, self.costs, sparsity, budget, limits, self._floors["layer_sparsity"])
 
     def coordinates(self) -> Coordinates:
         """Single weights, those among them that belong to a coordinate of the structure."""
@@ -127,18 +136,3 @@ def allocated(
             rank[part.argsort(descending=True, stable=True)] = torch.arange(group.size, dtype=rank.dtype, device="cpu")
             found[group.span] = 1 - (rank + 0.5) / group.size
     return found
-
-
-def _check_of(model: nn.Module, structure: Any, options: dict[str, Any]) -> None:
-    """That a structure that was given is one, and of this model."""
-    if not isinstance(structure, Structure):
-        raise TypeError(f"structure: wanted a Structure or None, got {type(structure).__name__}")
-    if options:
-        raise TypeError(f"{sorted(options)[0]}: wanted only without structure=, which was found already")
-    inner = unwrapped(model)
-    tensors = {**dict(inner.named_parameters(remove_duplicate=False)), **dict(inner.named_buffers())}
-    for entry in structure.entries:
-        shape = tuple(tensors[entry.tensor].shape) if entry.tensor in tensors else None
-        if shape is None or entry.dim >= len(shape) or shape[entry.dim] != entry.index.numel():
-            wanted = f"{entry.tensor} with {entry.index.numel()} positions along dim {entry.dim}"
-            raise ValueError(f"structure: wanted one of this model, got one of {wanted}: {shape or 'there is none'}")

@@ -38,8 +38,9 @@ def structured_magnitude(
         allocation: ``"normalized"``: scores are divided by the mean of their group, as sums over many weights do not
             compare with sums over few. ``"global"``: as they are. ``"uniform"``: of every group the same fraction.
         budget: what the sparsity is of: ``"macs"``, ``"params"`` or ``"channels"``, met to the finest coordinate.
-        options: ``structure=None``: one that was found before; ``min_keep=1`` and ``round_to=1`` as in
-            :func:`~sfpk_kernels.structure.select`. Others are those of :func:`~sfpk_kernels.structure.find_structure`.
+        options: ``structure=None``: one that was found before; ``min_keep=1``, ``round_to=1`` and
+            ``layer_sparsity=None`` as in :func:`~sfpk_kernels.structure.select`. Others are those of
+            :func:`~sfpk_kernels.structure.find_structure`.
 
     Raises:
         TypeError: an argument of the wrong type, an unknown option.

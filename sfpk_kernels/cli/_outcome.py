@@ -21,9 +21,10 @@ _OPTIONS = {
     "hold": "--hold", "merge": "--merge", "n_steps": "--n-steps", "energy_mode": "--energy-mode",
     "microbatch": "--microbatch", "allocation": "--allocation", "passes": "--passes", "seed": "--seed",
     "pattern": "--pattern", "granularity": "--granularity", "budget": "--budget", "min_keep": "--min-keep",
-    "round_to": "--round-to", "on_refusal": "--on-refusal", "selection": "--selection", "kernel": "--kernel",
-    "offload": "--offload", "compile": "--compile", "include_embeddings": "--include-embeddings",
-    "include_biases": "--include-biases", "include_norms": "--include-norms",
+    "round_to": "--round-to", "on_refusal": "--on-refusal", "layer_sparsity": "--layer-sparsity",
+    "selection": "--selection", "kernel": "--kernel", "offload": "--offload", "compile": "--compile",
+    "include_embeddings": "--include-embeddings", "include_biases": "--include-biases",
+    "include_norms": "--include-norms",
 }  # by argument  # fmt: skip
 _NOTHING = "model: wanted at least one prunable tensor"
 

@@ -17,6 +17,7 @@ from ..config import PRESETS, SFPKConfig
 from ..execution import Execution
 from ..search.merging import with_passes
 from ..search.waypoints import check_waypoints
+from ..utils.ranges import Ranges
 from ..utils.settings import kind_of, meaning_of
 from ._methods import SFPK, add_options, check_options, run_method, with_sparsity
 from ._outcome import WrongOption, as_options, evaluated, said
@@ -87,6 +88,8 @@ def _add_field(group: Any, field: dataclasses.Field[Any]) -> None:
         group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
     elif kind is tuple:
         group.add_argument(option, type=_pattern, metavar="N:M", **common)
+    elif kind is Ranges:
+        group.add_argument(option, type=_range, action=_Ranges, metavar="NAME=LOW:HIGH", **common)
     elif meaning.choices is not None:
         group.add_argument(option, choices=[c or "none" for c in meaning.choices], **common)
     else:
@@ -102,6 +105,26 @@ def _pattern(text: str) -> tuple[int, int] | None:
 
 
 _pattern.__name__ = "N:M"  # in argparse's message
+
+
+def _range(text: str) -> dict[str, tuple[float, float]] | None:
+    """re:layer4=0.25:1 as a name and a range; what that may be is said where it is checked."""
+    if text == "none":
+        return None
+    name, _, both = text.rpartition("=")
+    low, high = both.split(":")
+    return {name: (float(low), float(high))}
+
+
+_range.__name__ = "NAME=LOW:HIGH"  # in argparse's message
+
+
+class _Ranges(argparse.Action):
+    """May be repeated, with other names."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, None if values is None else {**(before or {}), **values})
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -25,8 +25,8 @@ def sparsity_of(pattern: tuple[int, int]) -> float:
     return 1 - pattern[0] / pattern[1]
 
 
-def check_pattern(pattern: Any, sparsity: float) -> None:
-    """``pattern`` is None, or (N, M) that keeps as many as the sparsity says.
+def check_pattern(pattern: Any, sparsity: float, exactly: bool = True) -> None:
+    """``pattern`` is None, or (N, M) that keeps as many as the sparsity says; with ``exactly=False`` as many at most.
 
     Raises:
         ValueError: it is not; the message names both.
@@ -35,8 +35,12 @@ def check_pattern(pattern: Any, sparsity: float) -> None:
         return
     if not is_pattern(pattern):
         raise ValueError(f"pattern: wanted None or {WANTED}, got {pattern!r}")
-    if not math.isclose(sparsity_of(pattern), sparsity, abs_tol=1e-6):  # as rounded in the message
-        kept, of = pattern
+    kept, of = pattern
+    if not exactly:
+        if sparsity > sparsity_of(pattern) + 1e-9:
+            most = f"at most {1 - kept / of:g}, that of pattern=({kept}, {of})"
+            raise ValueError(f"sparsity: wanted {most}, got {sparsity!r}")
+    elif not math.isclose(sparsity_of(pattern), sparsity, abs_tol=1e-6):  # as rounded in the message
         raise ValueError(f"sparsity: wanted {1 - kept / of:g}, that of pattern=({kept}, {of}), got {sparsity!r}")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SFPKConfig
-from ..coordinates.flat import Coordinates
+from ..coordinates.pattern import check_divides
 from ..execution import Execution
 from ..masks.maskset import MaskSet
 from ..modeling.state import seeded
@@ -20,15 +20,18 @@ from ..modeling.turns import alone, end_contexts
 from ..modeling.whole_model import WholeModel, write
 from ..search.energy import LossFn
 from ..search.merging import mean_square, merge_into
-from ..search.polarizer import budget
+from ..search.parts import coordinates_of
 from ..search.pruner import SFPKPruner
 from ..search.result import PruneResult
-from ..search.settings import FIELDS, check_together, chosen
+from ..search.settings import FIELDS, chosen
+from ..search.structured.coordinates import StructuredCoordinates
 from ..utils.arguments import called, check_loader, check_loss_fn
 from ..utils.files import check_writable, load_state, save_state
 from .gradual_state import GradualState, Progress
+from .held import held_of
 from .loop import RetrainConfig, check_label_smoothing, retrain, trained_parameters
 from .shots import GradualResult, Shot, ShotRecord, config_of_shot, schedule_shots, spread_steps
+from .structured_shots import gradual_result
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,12 @@ class GradualPruner:
     A removed weight stays in the search with the value it had when it was removed, as removed coordinates do within
     one run of the method: they get a gradient, and a later shot may keep them again. So the masks need not be nested.
 
+    With ``config.granularity`` other than ``"weight"`` every shot removes whole channels, heads or neurons, from 1 to
+    the final fraction of ``config.budget``, and the model is retrained with its dense shapes, removed rows and columns
+    exactly 0, and norms over a pruned width with the statistics of the kept channels: as the smaller model would be.
+    :class:`StructuredGradualResult` shrinks it. With ``config.pattern`` no group ever keeps fewer than its N, and in
+    the last shot every one keeps exactly N.
+
     Args:
         model: the trained model, on one device.
         loader: batches of the search, as for :meth:`SFPKPruner.run`; every shot begins at its first batch. A one-shot
@@ -72,7 +81,8 @@ class GradualPruner:
             has not); ``None`` for ``loader``.
         growth: of the retraining budget from shot to shot, see :func:`schedule_shots`.
         progress: show bars; ``None`` for only on a terminal.
-        coordinate_options: those of :class:`~sfpk_kernels.Coordinates`.
+        coordinate_options: those of :class:`~sfpk_kernels.Coordinates`; with channels, heads or neurons
+            ``example_inputs``, ``ignored_layers`` and ``structure`` as for :class:`SFPKPruner`.
 
     Raises:
         TypeError, ValueError: a bad argument; as for :class:`SFPKPruner`.
@@ -104,21 +114,11 @@ class GradualPruner:
             raise TypeError(f"retrain: wanted epochs, a RetrainConfig or a function, got {retrain!r}")
         if config.settle:
             raise ValueError("config: wanted settle=False: every shot slows down towards its own density, got True")
-        if config.pattern is not None and shots != 1:
-            raise ValueError(
-                "config: wanted pattern=None, as the shots before the last have other sparsities than that of the "
-                f"pattern, got {config.pattern}: prune in one shot, then finetune_masked(…)"
-            )
-        if config.granularity != "weight":
-            raise ValueError(
-                f"config: wanted granularity='weight' in gradual pruning, got {config.granularity!r}: prune(…), then "
-                "retrain what result.shrink(model) returns"
-            )
         self.shots = schedule_shots(config, shots, growth)
         self.config, self.execution = config, execution
-        self.coordinates = Coordinates(model, **coordinate_options)
-        check_together(config, execution, model)
-        budget(config.sparsity, self.coordinates.d)
+        self.coordinates = coordinates_of(model, config, execution, **coordinate_options)
+        check_divides(self.coordinates.tensors, config.pattern)
+        self._held = held_of(self.coordinates)
         self._steps: list[int] | None = None  # of the built-in retraining
         self._retrain_loader = loader if retrain_loader is None else retrain_loader
         if isinstance(retrain, RetrainConfig):
@@ -129,8 +129,14 @@ class GradualPruner:
         self._retrain = retrain
         self._progress = progress
         self._options = coordinate_options
-        self._state = GradualState(model, self.coordinates, config, execution, self.shots, self._retrain, self._steps)
-        self._done = Progress(None, self.coordinates.flatten(model), [], [])
+        if isinstance(self.coordinates, StructuredCoordinates):  # found once, and not in every shot
+            self._options = {
+                "example_inputs": coordinate_options["example_inputs"], "structure": self.coordinates.structure
+            }  # fmt: skip
+        self._state = GradualState(
+            model, self.coordinates, self._held, config, execution, self.shots, self._retrain, self._steps
+        )
+        self._done = Progress(None, self._held.read(model), [], [])
         self._broken: str | None = None  # why the model is not as after the last finished shot
         self._saved: tuple[str, int] | None = None  # the last file, and the shots in it
 
@@ -216,11 +222,14 @@ class GradualPruner:
         try:
             found = self._search(shot, seed)
             whole.put_gradients_aside()
-            self._write(before.values)  # those that return bring their values along
+            put_back = self._held.followers(self._model)
+            self._held.write(self._model, before.values)  # those that return bring their values along
             found.mask.apply_(self._model)
-            losses = self._train(shot, found.mask, seed)
+            with self._held.trained(self._model, found.mask):
+                losses = self._train(shot, found.mask, seed)
             found.mask.apply_(self._model)
-            trained = self.coordinates.flatten(self._model)  # refuses weights that are not finite
+            put_back(found.mask)
+            trained = self._held.read(self._model)  # refuses weights that are not finite
             whole.restore_modes()
             mask = found.mask.flat().to(trained.device)
             returned = int((mask & ~before.masks[-1].flat().to(mask.device)).sum()) if before.masks else 0
@@ -245,8 +254,9 @@ class GradualPruner:
             self._broken = None
             raise
         logger.info(
-            "shot %d of %d: %.4f of the weights kept, %d returned, loss %s",
-            shot.number, shot.shots, shot.density, returned, f"{losses[-1]:.4f}" if losses else "not known",
+            "shot %d of %d: %.4f of the %s kept, %d weights returned, loss %s",
+            shot.number, shot.shots, shot.density, self.config.budget, returned,
+            f"{losses[-1]:.4f}" if losses else "not known",
         )  # fmt: skip
         return record
 
@@ -260,13 +270,15 @@ class GradualPruner:
         done = self._done
         if done.particles is None:
             raise RuntimeError("result: wanted at least one shot done, got none")
-        return GradualResult(done.masks[-1], list(done.masks), list(done.history), done.particles, self.config)
+        result = GradualResult(done.masks[-1], list(done.masks), list(done.history), done.particles, self.config)
+        return gradual_result(result, self.coordinates)
 
     def _search(self, shot: Shot, seed: int) -> PruneResult:
         config = config_of_shot(self.config, shot, seed)
-        held = self.coordinates.flatten(self._model)
+        held = self._held.read(self._model)
         try:
-            self._write(self._done.values)
+            # Removed weights are there in the search; what computes a channel is read from the model.
+            self._held.write(self._model, self._done.values)
             pruner = SFPKPruner(
                 self._model,
                 loss_fn=self._loss_fn,
@@ -275,9 +287,9 @@ class GradualPruner:
                 start=self._start(shot, config),
                 **self._options,
             )
+            return pruner.run(self._loader, progress=self._progress)
         finally:
-            self._write(held)
-        return pruner.run(self._loader, progress=self._progress)
+            self._held.write(self._model, held)
 
     def _start(self, shot: Shot, config: SFPKConfig) -> Tensor | None:
         """Where the particles of a shot begin: merged, where those of the one before have yet to be."""
@@ -304,13 +316,6 @@ class GradualPruner:
         with seeded(seed, self.coordinates.device):
             self._retrain(self._model, masks, shot)
         return []
-
-    @torch.no_grad()
-    def _write(self, flat: Tensor) -> None:
-        for parameter, values in zip(
-            self.coordinates.parameters(self._model), self.coordinates.split(flat), strict=True
-        ):
-            parameter.copy_(values)
 
     def _on_schedule(self, particles: Tensor, density: float) -> Tensor:
         """Particles that were not retracted have drifted: put on the density that the next shot starts from."""

@@ -18,6 +18,8 @@ from ..modeling.whole_model import spread, tensors
 from ..search import checkpoint
 from ..search import state_checks as check
 from ..search.merging import particles_after
+from ..search.parts import structure_fingerprint
+from .held import Held
 from .loop import RetrainConfig
 from .shots import Shot, ShotRecord, config_of_shot
 
@@ -29,7 +31,7 @@ class Progress:
     """What the finished shots left; replaced as a whole."""
 
     particles: Tensor | None  # (n, d), (1, d) once merged; on the CPU
-    values: Tensor  # (d,): those of removed weights from before their removal
+    values: Tensor  # (weights,) that masks cover: those of removed weights from before their removal
     masks: list[MaskSet]
     history: list[ShotRecord]
 
@@ -40,6 +42,7 @@ class GradualState:
 
     model: nn.Module
     coordinates: Coordinates
+    held: Held
     config: SFPKConfig
     execution: Execution
     shots: list[Shot]
@@ -60,7 +63,7 @@ class GradualState:
     def checked(
         self,
         state: Any,
-        values_like: Tensor,  # (d,)
+        values_like: Tensor,  # (weights,)
     ) -> tuple[dict[str, Tensor], Progress]:
         """The model's tensors by name, and what the finished shots left.
 
@@ -88,7 +91,7 @@ class GradualState:
             raise ValueError(f"state: history: wanted at most {len(self.shots)} shots, got {len(shots)}")
         masks = self._checked_masks(state["masks"], len(shots))
         history = [self._checked_record(i, value, masks, saved) for i, value in enumerate(shots)]
-        values = check.tensor("state: values", state["values"], (self.coordinates.d,), values_like.dtype)
+        values = check.tensor("state: values", state["values"], tuple(values_like.shape), values_like.dtype)
         done = Progress(
             self._checked_particles(state["particles"], history),
             values.to(values_like.device, copy=True),
@@ -123,7 +126,7 @@ class GradualState:
         return found
 
     def _checked_masks(self, value: Any, count: int) -> list[MaskSet]:
-        shapes = {tensor.name: tuple(tensor.shape) for tensor in self.coordinates.tensors}
+        shapes = self.held.shapes
         found, contents = [], check.sequence("state: masks", value)
         if len(contents) != count:
             raise ValueError(f"state: masks: wanted {count}, one for every shot of history, got {len(contents)}")
@@ -137,6 +140,7 @@ class GradualState:
                 raise ValueError(f"{name}: wanted the bytes of a mask file, got others: {error}") from error
             if masks.shapes != shapes:
                 raise ValueError(f"{name}: wanted masks of this model's prunable tensors, got others")
+            self.held.check(name, masks)
             found.append(masks)
         return found
 
@@ -180,13 +184,14 @@ class GradualState:
 
     def settings(self) -> dict[str, Any]:
         """What must be the same to go on."""
-        how = self.retrain
+        how, structure = self.retrain, structure_fingerprint(self.coordinates)
         return {
             "config": {**self.config.to_dict(), **self.execution.to_dict()},
             "plan": [dataclasses.asdict(shot) for shot in self.shots],
             "retrain": dataclasses.asdict(how) if isinstance(how, RetrainConfig) else "function",
             "retraining steps": self.steps,
-            "prunable": [[tensor.name, list(tensor.shape)] for tensor in self.coordinates.tensors],
+            "prunable": [[name, list(shape)] for name, shape in self.held.shapes.items()],
+            **({} if structure is None else {"structure": structure}),
         }
 
 

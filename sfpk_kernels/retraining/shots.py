@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -93,20 +94,29 @@ def schedule_shots(
     ]
 
 
+class PartwayConfig(SFPKConfig):
+    """Settings of a search that others go on from: it may keep more than N of every M, or less than a sparsity says."""
+
+    partway: ClassVar[bool] = True
+
+
 def config_of_shot(config: SFPKConfig, shot: Shot, seed: int) -> SFPKConfig:
     """The search of one shot of the run that ``config`` describes.
 
-    ``merge`` counts in steps of all shots together: those before have n particles, those behind one.
+    ``merge`` counts in steps of all shots together: those before have n particles, those behind one. A pattern is
+    reached in the last shot; in those before no group keeps fewer than its N best.
     """
     last = shot.number == shot.shots  # without the rounding of 1 - (1 - s)
     left = steps_of_all(config) - _steps_before(config, shot.number - 1, shot.shots)  # of all particles
-    return config.replace(
-        sparsity=config.sparsity if last else shot.sparsity,
-        n_steps=shot.n_steps,
-        n_particles=config.n_particles if left > 0 else 1,
-        merge=left / shot.n_steps if 0 < left < shot.n_steps else None,
-        seed=seed,
-    )
+    kind = SFPKConfig if last else PartwayConfig
+    changes = {
+        "sparsity": config.sparsity if last else shot.sparsity,
+        "n_steps": shot.n_steps,
+        "n_particles": config.n_particles if left > 0 else 1,
+        "merge": left / shot.n_steps if 0 < left < shot.n_steps else None,
+        "seed": seed,
+    }
+    return kind(**{**config.to_dict(), **changes})
 
 
 def _steps_before(config: SFPKConfig, shots: int, total: int) -> int:

@@ -12,6 +12,7 @@ from ..coordinates.flat import Coordinates
 from ..execution import Execution
 from ..masks.maskset import MaskSet
 from ..modeling.batches import default_loss
+from ..structure import Structure
 from ..utils.arguments import check_model
 from . import energy as energies
 from .energy import LossFn, ParticleEnergy
@@ -23,7 +24,13 @@ from .structured.polarizer import StructuredPolarizer
 
 
 def coordinates_of(
-    model: nn.Module, config: SFPKConfig, execution: Execution, *, example_inputs: Any = None, **options: Any
+    model: nn.Module,
+    config: SFPKConfig,
+    execution: Execution,
+    *,
+    example_inputs: Any = None,
+    structure: Structure | None = None,
+    **options: Any,
 ) -> Coordinates:
     """The coordinates that ``config.granularity`` says.
 
@@ -31,6 +38,7 @@ def coordinates_of(
         model: the trained model.
         config, execution: of the run.
         example_inputs: what the model is called with; for channels, heads and neurons.
+        structure: of them, where it was found before.
         options: of :class:`~sfpk_kernels.Coordinates`.
 
     Raises:
@@ -40,6 +48,8 @@ def coordinates_of(
     check_model(model)
     check_together(config, execution, model)
     if config.granularity == "weight":
+        if structure is not None:
+            raise ValueError("structure: wanted None with granularity='weight', which has none, got some")
         if example_inputs is not None:
             raise ValueError("example_inputs: wanted None with granularity='weight', which needs no call, got some")
         coordinates = Coordinates(model, **options)
@@ -56,7 +66,7 @@ def coordinates_of(
                 f"{name}: wanted False with granularity={config.granularity!r}, where biases and norms go with their "
                 f"channels, got {value!r}"
             )
-    return StructuredCoordinates(model, config, example_inputs, ignored_layers=ignored)
+    return StructuredCoordinates(model, config, example_inputs, ignored_layers=ignored, structure=structure)
 
 
 def polarizer_of(

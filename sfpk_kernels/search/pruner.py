@@ -14,6 +14,7 @@ from ..execution import Execution
 from ..modeling.batches import move_to
 from ..modeling.state import autograd_allowed, seeded
 from ..modeling.turns import alone, end_contexts, lock
+from ..structure import Structure
 from ..utils.arguments import called, check_loss_fn
 from .averaging import staying
 from .energy import LossFn
@@ -55,6 +56,8 @@ class SFPKPruner(Loop):
         example_inputs: with ``config.granularity`` other than ``"weight"``: what the model is called with, a tensor, a
             tuple of arguments or a dict of keywords; see :func:`~sfpk_kernels.structure.find_structure`, whose errors
             apply.
+        structure: beside ``example_inputs``: what ``find_structure`` found for this model before, ``ignored_layers``
+            included; ``None`` to find it now.
         callbacks: called with the :class:`StepRecord` of every step. They must not wait for another thread's pruner.
         start: (n, d) particles to go on from, such as those of an earlier run; the schedule begins at their mean
             density. ``None``: at 1, nothing removed.
@@ -86,6 +89,7 @@ class SFPKPruner(Loop):
         include_biases: bool = False,
         include_norms: bool = False,
         example_inputs: Any = None,
+        structure: Structure | None = None,
         callbacks: Sequence[Callable[[StepRecord], None]] = (),
         start: Tensor | None = None,
         waypoints: Iterable[float] = (),
@@ -98,6 +102,7 @@ class SFPKPruner(Loop):
             config,
             execution,
             example_inputs=example_inputs,
+            structure=structure,
             ignored_layers=ignored_layers,
             include_embeddings=include_embeddings,
             include_biases=include_biases,

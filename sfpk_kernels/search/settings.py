@@ -128,6 +128,7 @@ def _check_granularity(config: SFPKConfig, execution: Execution) -> None:
             "min_keep": (1,),
             "round_to": (1,),
             "on_refusal": ("raise",),
+            "layer_sparsity": (None,),
         }
     else:
         wanted = {

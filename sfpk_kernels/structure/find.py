@@ -61,6 +61,25 @@ def find_structure(
     return structure
 
 
+def check_structure_of(model: nn.Module, structure: Any) -> Structure:
+    """A structure that was found before.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is one of another model.
+    """
+    if not isinstance(structure, Structure):
+        raise TypeError(f"structure: wanted a Structure or None, got {type(structure).__name__}")
+    inner = unwrapped(model)
+    tensors = {**dict(inner.named_parameters(remove_duplicate=False)), **dict(inner.named_buffers())}
+    for entry in structure.entries:
+        shape = tuple(tensors[entry.tensor].shape) if entry.tensor in tensors else None
+        if shape is None or entry.dim >= len(shape) or shape[entry.dim] != entry.index.numel():
+            wanted = f"{entry.tensor} with {entry.index.numel()} positions along dim {entry.dim}"
+            raise ValueError(f"structure: wanted one of this model, got one of {wanted}: {shape or 'there is none'}")
+    return structure
+
+
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional arguments and keywords.
 

@@ -6,7 +6,7 @@ behind it, and its gradient with it. On the consumers' input columns the activat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -104,21 +104,29 @@ def _along(dim: int, dims: int) -> list[int]:
     return [-1 if i == dim else 1 for i in range(dims)]
 
 
-def _forward(module: nn.Module, present: Tensor) -> Callable[..., Tensor]:
-    """The forward of a norm whose statistics are those of the positions that are present."""
+class KeptForward(partial[Tensor]):
+    """The forward of a norm whose statistics are those of the positions that are present; copied with its module."""
+
+
+def _forward(module: nn.Module, present: Tensor) -> KeptForward:
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and type(module).forward not in _FORWARDS:
-        return partial(_within, module.forward, present)  # it moves channels to the end first, for one
-    if isinstance(module, nn.LayerNorm):
-        return lambda x: _layer_norm(present, x, module.normalized_shape, module.weight, module.bias, module.eps)
-    named = getattr(module, "eps", getattr(module, "variance_epsilon", None))
-    weight = module._parameters["weight"]
-    return lambda x: _rms_norm(present, x, x.shape[-1:], weight, named)
+        return KeptForward(_within, module.forward, present)  # it moves channels to the end first, for one
+    return KeptForward(_layer_norm_of if isinstance(module, nn.LayerNorm) else _rms_norm_of, module, present)
+
+
+def _layer_norm_of(module: Any, present: Tensor, x: Tensor) -> Tensor:
+    return _layer_norm(present, x, module.normalized_shape, module.weight, module.bias, module.eps)
+
+
+def _rms_norm_of(module: Any, present: Tensor, x: Tensor) -> Tensor:
+    eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    return _rms_norm(present, x, x.shape[-1:], module._parameters["weight"], eps)
 
 
 _FORWARDS = (nn.LayerNorm.forward, nn.RMSNorm.forward)
 
 
-def _within(forward: Callable[..., Tensor], present: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _within(forward: Any, present: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     with _Norms(present):
         return forward(*args, **kwargs)
 
@@ -169,4 +177,4 @@ def _rms_norm(
     return y if weight is None else y * weight
 
 
-_OURS: dict[Any, Callable[..., Tensor]] = {F.layer_norm: _layer_norm, F.rms_norm: _rms_norm}
+_OURS: dict[Any, Any] = {F.layer_norm: _layer_norm, F.rms_norm: _rms_norm}

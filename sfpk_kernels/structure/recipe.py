@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..coordinates.flat import unwrapped
 from ..utils.arguments import check_model
 from .axes import Structure, kept
+from .gates import KeptForward
 from .surgery import set_sizes, slice_tensors
 
 
@@ -87,6 +88,9 @@ class ShrinkRecipe:
         }
         slice_tensors(smaller, removed)
         set_sizes(smaller, self.slices, self.attributes)
+        for module in smaller.modules():  # all that is left is kept: its statistics are those of its own
+            if isinstance(module.__dict__.get("forward"), KeptForward):
+                del module.__dict__["forward"]
         return smaller
 
     def move(self, smaller: nn.Module, model: nn.Module) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..utils.arguments import check_least
-from .axes import BUDGETS, CoordinateGroup, Structure
+from .axes import BUDGETS, Structure
 from .cost import Costs
+from .limits import Limits, Ranges, limits_of
 
 
 def select(
@@ -19,6 +19,7 @@ def select(
     *,
     min_keep: int = 1,
     round_to: int = 1,
+    layer_sparsity: Ranges | None = None,
 ) -> Tensor:  # (C,) bool
     """The coordinates of highest score whose cost is at most ``(1 − sparsity)`` of the dense one.
 
@@ -34,13 +35,15 @@ def select(
         budget: "params", "macs" or "channels".
         min_keep: at least so many of every group stay, or all of a smaller one.
         round_to: groups keep a multiple of it, or all.
+        layer_sparsity: sparsity (low, high), in coordinates, of the groups that a name matches: of a module, of one
+            that it is in, or ``"re:…"``.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: one out of its range; a budget that even the fewest coordinates exceed.
+        ValueError: one out of its range; a name that matches no group; a range that a group cannot have; a budget that
+            even the fewest coordinates exceed.
     """
-    check_least("min_keep", min_keep, 1)
-    check_least("round_to", round_to, 1)
+    limits = limits_of(structure, min_keep, round_to, layer_sparsity)
     if budget not in BUDGETS:
         raise ValueError(f"budget: wanted one of {BUDGETS}, got {budget!r}")
     if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
@@ -52,12 +55,12 @@ def select(
     if not bool(score.isfinite().all()):
         raise ValueError("score: wanted finite values, got NaN or infinite ones")
     limit = round((1 - sparsity) * costs.dense[budget])
-    ranking = _Ranking(structure, score, min_keep, round_to)
+    ranking = _Ranking(structure, score, limits)
     least = costs.cost(ranking.keep(0), budget)
     if least > limit:
         raise ValueError(
             f"sparsity: wanted at most {1 - least / costs.dense[budget]:.4f} of the {budget}, which leaves "
-            f"min_keep={min_keep} of every group and no layer dead, got {sparsity}"
+            f"min_keep={min_keep} of every group and no layer dead{_also(layer_sparsity)}, got {sparsity}"
         )
     return _within(ranking, costs, budget, limit)
 
@@ -68,15 +71,41 @@ def select_within(
     score: Tensor,  # (C,)
     limit: int,
     budget: str,
-    min_keep: int = 1,
-    round_to: int = 1,
+    limits: Limits,
 ) -> Tensor:  # (C,) bool
     """:func:`select` for a cost, unchecked; the fewest coordinates that may stay where even they cost more."""
-    return _within(_Ranking(structure, score.detach().cpu().double(), min_keep, round_to), costs, budget, limit)
+    return _within(_Ranking(structure, score.detach().cpu().double(), limits), costs, budget, limit)
+
+
+def check_ceilings(
+    structure: Structure,
+    costs: Costs,
+    sparsity: float,
+    budget: str,
+    limits: Limits,
+    layer_sparsity: Ranges | None,
+) -> None:
+    """That layers may keep enough for the budget, but for what rounding to whole coordinates takes.
+
+    Raises:
+        ValueError: they may not; the message says what sparsity they demand.
+    """
+    limits = limits.loosened(structure)
+    score = torch.zeros(structure.size, dtype=torch.float64, device="cpu")
+    most = costs.cost(_Ranking(structure, score, limits).keep(structure.size), budget)
+    if most < round((1 - sparsity) * costs.dense[budget]):
+        raise ValueError(
+            f"sparsity: wanted at least {1 - most / costs.dense[budget]:.4f} of the {budget}, which "
+            f"layer_sparsity={dict(layer_sparsity or {})} demands, got {sparsity}"
+        )
+
+
+def _also(layer_sparsity: Ranges | None) -> str:
+    return f", with layer_sparsity={dict(layer_sparsity)}" if layer_sparsity else ""
 
 
 def _within(ranking: _Ranking, costs: Costs, budget: str, limit: int) -> Tensor:
-    low, high = 0, ranking.structure.size
+    low, high = 0, len(ranking.order)
     while low < high:
         middle = (low + high + 1) // 2
         if costs.cost(ranking.keep(middle), budget) <= limit:
@@ -87,39 +116,58 @@ def _within(ranking: _Ranking, costs: Costs, budget: str, limit: int) -> Tensor:
 
 
 class _Ranking:
-    """Coordinates from the best to the worst, what must stay first."""
+    """Coordinates that may stay, from the best to the worst, what must stay first."""
 
-    def __init__(self, structure: Structure, score: Tensor, min_keep: int, round_to: int):
-        self.structure, self.round_to = structure, round_to
-        self.order = score.argsort(descending=True, stable=True)
-        self.place = torch.empty_like(self.order)
-        self.place[self.order] = torch.arange(structure.size, dtype=torch.int64, device="cpu")
+    def __init__(self, structure: Structure, score: Tensor, limits: Limits):
+        self.structure, self.limits = structure, limits
+        order = score.argsort(descending=True, stable=True)
+        self._place = torch.empty_like(order)
+        self._place[order] = torch.arange(structure.size, dtype=torch.int64, device="cpu")
         self.by_group = [
             self._sorted(torch.arange(g.first, g.first + g.size, dtype=torch.int64, device="cpu"))
             for g in structure.groups
         ]
         self.floor = torch.zeros(structure.size, dtype=torch.bool, device="cpu")
-        for best in self.by_group:
-            self.floor[best[:min_keep]] = True
+        for best, least in zip(self.by_group, limits.least, strict=True):
+            self.floor[best[:least]] = True
         for layer in structure.layers:
             if not bool(self.floor[layer].any()):
                 self.floor[self._sorted(layer)[0]] = True
+        # What lies above the ceilings is in no ranking.
+        self.by_group = [self._below(best, most) for best, most in zip(self.by_group, limits.most, strict=True)]
+        may_stay = torch.zeros(structure.size, dtype=torch.bool, device="cpu")
+        may_stay[torch.cat(self.by_group)] = True
+        self.order = order[may_stay[order]]
 
     def _sorted(self, coordinates: Tensor) -> Tensor:
-        return coordinates[self.place[coordinates].argsort()]
+        return coordinates[self._place[coordinates].argsort()]
+
+    def _below(self, best: Tensor, most: int) -> Tensor:
+        """The floor of a group and its best others, so many in all."""
+        if most == len(best):
+            return best
+        for coordinate in best.flip(0).tolist():
+            if int(self.floor[best].sum()) <= most:
+                break
+            # Some were added for the sake of layers, which others may keep alive as well.
+            self.floor[coordinate] = False
+            if not all(bool(self.floor[layer].any()) for layer in self.structure.layers):
+                self.floor[coordinate] = True
+        others = best[~self.floor[best]][: most - int(self.floor[best].sum())]
+        return self._sorted(torch.cat([best[self.floor[best]], others]))
 
     def keep(self, rank: int) -> Tensor:  # (C,) bool
         """The floor and the best ``rank``, groups filled up to what they may keep: more with every rank."""
         keep = self.floor.clone()
         keep[self.order[:rank]] = True
-        if self.round_to > 1:
-            for group, best in zip(self.structure.groups, self.by_group, strict=True):
-                add_best(keep, best, self.allowed(group, int(keep[group.span].sum())))
+        if self.limits.round_to > 1:
+            for number, group in enumerate(self.structure.groups):
+                self.fill(keep, number, int(keep[group.span].sum()))
         return keep
 
-    def allowed(self, group: CoordinateGroup, count: int) -> int:
-        """The least number that a group may keep and is no smaller."""
-        return min(-(-count // self.round_to) * self.round_to, group.size)
+    def fill(self, keep: Tensor, number: int, count: int) -> None:
+        """Keep more of a group, up to what it may keep and is no less than ``count``."""
+        add_best(keep, self.by_group[number], self.limits.allowed(number, count))
 
 
 def add_best(keep: Tensor, best: Tensor, count: int) -> None:
@@ -138,8 +186,7 @@ def _filled(ranking: _Ranking, costs: Costs, keep: Tensor, budget: str, limit: i
         group = ranking.structure.group_of(coordinate)
         more = keep.clone()
         more[coordinate] = True
-        best = ranking.by_group[ranking.structure.groups.index(group)]
-        add_best(more, best, ranking.allowed(group, int(more[group.span].sum())))
+        ranking.fill(more, ranking.structure.groups.index(group), int(more[group.span].sum()))
         if costs.cost(more, budget) <= limit:
             keep = more
         else:

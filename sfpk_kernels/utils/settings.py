@@ -13,6 +13,9 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from .ranges import Ranges, check_ranges
+
+RANGES = "Mapping[str, tuple[float, float]]"  # as the type of a field is written
 _Class = TypeVar("_Class", bound=type)
 _Self = TypeVar("_Self", bound="Settings")
 
@@ -64,7 +67,8 @@ def meaning_of(field: dataclasses.Field[Any]) -> Meaning:
 def kind_of(field: dataclasses.Field[Any]) -> tuple[type, bool]:
     """A field's type, and whether it may be None."""
     written = str(field.type)
-    kinds: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool, "tuple[int, int]": tuple}
+    kinds: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
+    kinds |= {"tuple[int, int]": tuple, RANGES: Ranges}
     return kinds[written.removesuffix(" | None")], written.endswith("| None")
 
 
@@ -82,8 +86,9 @@ class Settings:
         return type(self)(**{**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, booleans, pairs of numbers and None by field name."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
+        """Plain numbers, strings, booleans, pairs of numbers, dicts of such pairs and None by field name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: dict(value) if isinstance(value, Ranges) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls: type[_Self], values: Mapping[str, Any]) -> _Self:
@@ -132,6 +137,8 @@ def _checked(name: str, value: Any, kind: type, optional: bool, meaning: Meaning
         if not isinstance(value, bool):
             raise TypeError(f"{name}: wanted a bool, got {value!r}")
         return value
+    if kind is Ranges:
+        return check_ranges(name, value)
     if kind is tuple:
         return _pair(name, value, meaning)
     wanted = f"an integer ≥ {meaning.least}" if kind is int else f"a number {meaning.wanted}"

@@ -17,8 +17,10 @@ from ...modeling.batches import move_to
 from ...modeling.state import seeded
 from ...structure import Costs, Structure, coordinate_sums, find_structure, select
 from ...structure.axes import kept
-from ...structure.find import split_inputs
+from ...structure.find import check_structure_of, split_inputs
 from ...structure.kinds import only
+from ...structure.limits import limits_of
+from ...structure.select import check_ceilings
 
 
 class StructuredCoordinates(Coordinates):
@@ -26,10 +28,11 @@ class StructuredCoordinates(Coordinates):
 
     Args:
         model: the trained model; no reference to it is kept.
-        config: ``granularity`` says which kinds of groups may go; budget, ``min_keep`` and ``round_to`` how many;
-            ``on_refusal`` what happens to those that cannot be removed right.
+        config: ``granularity`` says which kinds of groups may go; budget, ``min_keep``, ``round_to`` and
+            ``layer_sparsity`` how many; ``on_refusal`` what happens to those that cannot be removed right.
         example_inputs: what the model is called with, as for :func:`~sfpk_kernels.structure.find_structure`.
         ignored_layers: modules or names whose outputs all stay.
+        structure: one that was found before, of this model; ``None`` to find it.
 
     Raises:
         TypeError, ValueError, ImportError: as :func:`~sfpk_kernels.structure.find_structure`; no coordinates of this
@@ -38,24 +41,39 @@ class StructuredCoordinates(Coordinates):
     Attributes:
         structure: what may go, and with it what.
         costs: of the dense model and of what is left.
+        limits: how many of each group may stay.
         tensors: one "tensor" per group.
         d: C, the number of coordinates.
     """
 
     def __init__(
-        self, model: nn.Module, config: SFPKConfig, example_inputs: Any, *, ignored_layers: Iterable[Ignored] = ()
+        self,
+        model: nn.Module,
+        config: SFPKConfig,
+        example_inputs: Any,
+        *,
+        ignored_layers: Iterable[Ignored] = (),
+        structure: Structure | None = None,
     ):
         # Looks at model and ignored layers, and says where it is and in what precision.
         everything = Coordinates(model, include_embeddings=True, include_biases=True, include_norms=True)
         self.device, self.dtype = everything.device, everything.dtype
         inputs = move_to(example_inputs, self.device)
         with seeded(config.seed, self.device):
-            structure = find_structure(model, inputs, ignored_layers=ignored_layers, on_refusal=config.on_refusal)
+            if structure is None:
+                structure = find_structure(model, inputs, ignored_layers=ignored_layers, on_refusal=config.on_refusal)
+            else:
+                _alone(ignored_layers)
+                check_structure_of(model, structure)
             self.structure: Structure = (
                 structure if config.granularity == "group" else only(structure, config.granularity)
             )
             self.costs = Costs(model, self.structure, *split_inputs(inputs))
-        self.budget, self.floors = config.budget, {"min_keep": config.min_keep, "round_to": config.round_to}
+        self.budget = config.budget
+        self.floors: dict[str, Any] = {
+            "min_keep": config.min_keep, "round_to": config.round_to, "layer_sparsity": config.layer_sparsity
+        }  # fmt: skip
+        self.limits = limits_of(self.structure, **self.floors)
         self.tensors = [
             PrunableTensor(group.name, (), group.kind, (group.size,), group.first, group.size)
             for group in self.structure.groups
@@ -74,6 +92,15 @@ class StructuredCoordinates(Coordinates):
             if name not in self._shapes
         ]
         select(self.structure, self.costs, self.saliency(model), config.sparsity, config.budget, **self.floors)
+        if config.layer_sparsity is not None and not config.partway:
+            check_ceilings(
+                self.structure, self.costs, config.sparsity, config.budget, self.limits, config.layer_sparsity
+            )
+
+    @property
+    def masked(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that :meth:`masks_of` covers, in order."""
+        return dict(self._shapes)
 
     @property
     def copied(self) -> int:
@@ -142,3 +169,11 @@ class StructuredCoordinates(Coordinates):
         rows += [f"{name}  stays: {why}" for name, why in self.structure.protected.items()]
         dense = self.costs.dense
         return "\n".join([*rows, f"{self.d:,} coordinates; {dense['params']:,} parameters, {dense['macs']:,} MACs"])
+
+
+def _alone(ignored_layers: Iterable[Ignored]) -> None:
+    """A structure that was found knows already what stays."""
+    if ignored_layers:
+        raise TypeError(
+            f"ignored_layers: wanted only without structure=, which was found already, got {ignored_layers!r}"
+        )

@@ -77,5 +77,5 @@ class StructuredPolarizer(Polarizer):
     def _at(self, score: Tensor, share: float) -> Tensor:
         one = self._structured
         limit = round(min(share, 1.0) * one.costs.dense[one.budget])
-        keep = select_within(one.structure, one.costs, score, limit, one.budget, **one.floors)
+        keep = select_within(one.structure, one.costs, score, limit, one.budget, one.limits)
         return keep.to(score.device)
