@@ -30,8 +30,8 @@ class Difference(NamedTuple):
 def by_network(rows: Iterable[Row]) -> dict[Hashable, float]:
     """Values of one method in one column of a table.
 
-    A network is known by its seed and what it measured before, but for rounding: of one seed, machines with other
-    vector units train others.
+    A network is known by its seed and what it measured before, but for rounding: where those that are kept do not fit,
+    as with another Python's texts, machines with other vector units train others of one seed.
     """
     return {(row.cell.seed, round(row.dense, 4)): row.value for row in rows}
 
