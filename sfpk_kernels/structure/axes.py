@@ -139,6 +139,15 @@ class Structure:
                 found.setdefault(tuple(coordinates.tolist()), coordinates)
         return tuple(found.values())
 
+    @cached_property
+    def narrow(self) -> tuple[Tensor, ...]:
+        """The layers that have no group as a whole: one kept coordinate of every group may leave them empty."""
+        sizes = torch.tensor([group.size for group in self.groups], dtype=torch.int64, device="cpu")
+        groups = torch.arange(len(sizes), dtype=torch.int64, device="cpu").repeat_interleave(sizes)
+        return tuple(
+            layer for layer in self.layers if not bool((groups[layer].bincount(minlength=len(sizes)) == sizes).any())
+        )
+
     def check_keep(self, keep: Tensor) -> Tensor:
         """``keep`` on the CPU.
 

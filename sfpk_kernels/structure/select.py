@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..utils.arguments import check_least
-from .axes import BUDGETS, CoordinateGroup, Structure
+from ._ranking import Bools, Ranking
+from .axes import BUDGETS, Structure
 from .cost import Costs
+
+_RANK_0 = np.zeros(1, dtype=np.int64)
+_PROBES = 32  # ranks that are tried at once
+_AHEAD, _MOST_AHEAD = 64, 1024  # coordinates that are tried at once, one after the other
 
 
 def select(
@@ -22,7 +28,7 @@ def select(
 ) -> Tensor:  # (C,) bool
     """The coordinates of highest score whose cost is at most ``(1 − sparsity)`` of the dense one.
 
-    The rank down to which coordinates are kept is bisected, as costs are products of how many are kept; what room is
+    The rank down to which coordinates are kept is searched, as costs are products of how many are kept; what room is
     left is filled in the order of the scores. Ties go to the lower coordinate. No layer is left without any input or
     output.
 
@@ -52,8 +58,8 @@ def select(
     if not bool(score.isfinite().all()):
         raise ValueError("score: wanted finite values, got NaN or infinite ones")
     limit = round((1 - sparsity) * costs.dense[budget])
-    ranking = _Ranking(structure, score, min_keep, round_to)
-    least = costs.cost(ranking.keep(0), budget)
+    ranking = Ranking(structure, costs.counting, score, min_keep, round_to)
+    least = int(costs.counting.costs(ranking.counts(_RANK_0), budget)[0])
     if least > limit:
         raise ValueError(
             f"sparsity: wanted at most {1 - least / costs.dense[budget]:.4f} of the {budget}, which leaves "
@@ -72,76 +78,59 @@ def select_within(
     round_to: int = 1,
 ) -> Tensor:  # (C,) bool
     """:func:`select` for a cost, unchecked; the fewest coordinates that may stay where even they cost more."""
-    return _within(_Ranking(structure, score.detach().cpu().double(), min_keep, round_to), costs, budget, limit)
+    return _within(
+        Ranking(structure, costs.counting, score.detach().cpu().double(), min_keep, round_to), costs, budget, limit
+    )
 
 
-def _within(ranking: _Ranking, costs: Costs, budget: str, limit: int) -> Tensor:
-    low, high = 0, ranking.structure.size
+def _within(ranking: Ranking, costs: Costs, budget: str, limit: int) -> Tensor:
+    keep = ranking.keep(_last_rank(ranking, budget, limit))
+    return torch.from_numpy(_filled(ranking, keep, budget, limit))
+
+
+def _last_rank(ranking: Ranking, budget: str, limit: int) -> int:
+    """The last rank that costs no more than the limit, or 0; costs grow with the rank."""
+    low, high = 0, len(ranking.free)
     while low < high:
-        middle = (low + high + 1) // 2
-        if costs.cost(ranking.keep(middle), budget) <= limit:
-            low = middle
-        else:
-            high = middle - 1
-    return _filled(ranking, costs, ranking.keep(low), budget, limit)
+        probes = low + np.unique(np.linspace(0, high - low, _PROBES + 1, dtype=np.int64)[1:])
+        probes = probes[probes > low]
+        fit = int(_leading(ranking.counting.costs(ranking.counts(probes), budget) <= limit))
+        low, high = (int(probes[fit - 1]) if fit else low), (int(probes[fit]) - 1 if fit < len(probes) else high)
+    return low
 
 
-class _Ranking:
-    """Coordinates from the best to the worst, what must stay first."""
-
-    def __init__(self, structure: Structure, score: Tensor, min_keep: int, round_to: int):
-        self.structure, self.round_to = structure, round_to
-        self.order = score.argsort(descending=True, stable=True)
-        self.place = torch.empty_like(self.order)
-        self.place[self.order] = torch.arange(structure.size, dtype=torch.int64, device="cpu")
-        self.by_group = [
-            self._sorted(torch.arange(g.first, g.first + g.size, dtype=torch.int64, device="cpu"))
-            for g in structure.groups
-        ]
-        self.floor = torch.zeros(structure.size, dtype=torch.bool, device="cpu")
-        for best in self.by_group:
-            self.floor[best[:min_keep]] = True
-        for layer in structure.layers:
-            if not bool(self.floor[layer].any()):
-                self.floor[self._sorted(layer)[0]] = True
-
-    def _sorted(self, coordinates: Tensor) -> Tensor:
-        return coordinates[self.place[coordinates].argsort()]
-
-    def keep(self, rank: int) -> Tensor:  # (C,) bool
-        """The floor and the best ``rank``, groups filled up to what they may keep: more with every rank."""
-        keep = self.floor.clone()
-        keep[self.order[:rank]] = True
-        if self.round_to > 1:
-            for group, best in zip(self.structure.groups, self.by_group, strict=True):
-                add_best(keep, best, self.allowed(group, int(keep[group.span].sum())))
-        return keep
-
-    def allowed(self, group: CoordinateGroup, count: int) -> int:
-        """The least number that a group may keep and is no smaller."""
-        return min(-(-count // self.round_to) * self.round_to, group.size)
-
-
-def add_best(keep: Tensor, best: Tensor, count: int) -> None:
-    """Keep more of a group, from the best on, until there are ``count``."""
-    missing = best[~keep[best]]
-    keep[missing[: count - (len(best) - len(missing))]] = True
-
-
-def _filled(ranking: _Ranking, costs: Costs, keep: Tensor, budget: str, limit: int) -> Tensor:
+def _filled(ranking: Ranking, keep: Bools, budget: str, limit: int) -> Bools:
     """More of the best coordinates, as long as they fit; what does not fit now never will."""
-    alike = costs.alike
-    closed: set[int] = set()
-    for coordinate in ranking.order.tolist():
-        if bool(keep[coordinate]) or int(alike[coordinate]) in closed:
-            continue
-        group = ranking.structure.group_of(coordinate)
-        more = keep.clone()
-        more[coordinate] = True
-        best = ranking.by_group[ranking.structure.groups.index(group)]
-        add_best(more, best, ranking.allowed(group, int(more[group.span].sum())))
-        if costs.cost(more, budget) <= limit:
-            keep = more
+    counting = ranking.counting
+    counts, ahead = ranking.count(keep), _AHEAD
+    shut = np.zeros(int(counting.alike.max()) + 1, dtype=np.bool_)  # by the number of those that are alike
+    while True:
+        more, known = ranking.one_more(counts)
+        late = known & (counting.costs(counts + np.diag(more), budget) > limit)
+        shut[counting.alike[late]] = True
+        open_ = ~(keep | shut[counting.alike][counting.of])
+        left = ranking.order[open_[ranking.order]]
+        if not len(left):
+            return keep
+        if ranking.round_to == 1:
+            tried = left[:ahead]
+            added = np.zeros((len(tried), counting.classes), dtype=np.int64)
+            added[np.arange(len(tried)), counting.of[tried]] = 1
+            rows = counts + added.cumsum(0)
+            fit = _leading(counting.costs(rows, budget) <= limit)
+            keep[tried[:fit]] = True
+            ahead = min(4 * ahead, _MOST_AHEAD) if fit == len(tried) else _AHEAD
         else:
-            closed.add(int(alike[coordinate]))
-    return keep
+            tried = left[:1]
+            wider = ranking.with_one(keep, int(tried[0]))
+            rows = ranking.count(wider)[None]
+            fit = _leading(counting.costs(rows, budget) <= limit)
+            keep = wider if fit else keep
+        counts = rows[fit - 1] if fit else counts
+        if fit < len(tried):
+            shut[counting.alike[counting.of[tried[fit]]]] = True
+
+
+def _leading(fits: Bools) -> int:
+    """How many are true before the first that is not."""
+    return len(fits) if fits.all() else int(fits.argmin())
