@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sfpk_kernels.structure import CoordinateGroup, Costs, Entry, Structure, find_structure
+from sfpk_kernels.structure._ranking import from_the_best
 from sfpk_kernels.structure.select import select_within
 
 from . import plain_select
@@ -36,6 +37,15 @@ def test_the_same_coordinates(name):
                 limit = round(share * costs.dense[budget])
                 options = (structure, costs, score, limit, budget, min_keep, round_to)
                 assert torch.equal(select_within(*options), plain_select.select_within(*options)), options[3:]
+
+
+@pytest.mark.parametrize("size", [1, 2, 500, 20_000])
+def test_the_order_is_stable(size):
+    generator = torch.Generator().manual_seed(7)
+    zeros = torch.where(torch.rand(size, generator=generator) < 0.5, 0.0, -0.0)
+    for score in (*scores(size, generator), zeros, torch.full((size,), torch.nan)):
+        wide = score.double()
+        assert from_the_best(wide).tolist() == wide.argsort(descending=True, stable=True).tolist()
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -30,7 +30,7 @@ class Ranking:
 
     def __init__(self, structure: Structure, counting: Counting, score: Tensor, min_keep: int, round_to: int):
         self.counting, self.round_to = counting, round_to
-        self.order: Integers = score.argsort(descending=True, stable=True).numpy()
+        self.order = from_the_best(score)
         self._sizes = np.array([group.size for group in structure.groups], dtype=np.int64)
         self._ends = self._sizes.cumsum()
         groups = counting.group[counting.of]  # (C,)
@@ -134,6 +134,20 @@ class Ranking:
         count = len(best) - len(missing)
         wanted = min(-(-count // self.round_to) * self.round_to, len(best))
         keep[missing[: wanted - count]] = True
+
+
+def from_the_best(
+    score: Tensor,  # (C,) fp64 on the CPU
+) -> Integers:  # (C,)
+    """``score.argsort(descending=True, stable=True)``, in a fraction of its time."""
+    values = -score.numpy()
+    if np.isnan(values).any():
+        return score.argsort(descending=True, stable=True).numpy()
+    order = values.argsort()
+    values = values[order]
+    runs = np.zeros_like(order)  # of equal ones, which are to ascend
+    np.cumsum(values[1:] != values[:-1], out=runs[1:])
+    return np.sort(runs * len(order) + order) - runs * len(order)
 
 
 def _stable(numbers: Integers, count: int) -> Integers:
