@@ -124,6 +124,16 @@ class Structure:
         """The group that a coordinate belongs to."""
         return next(g for g in self.groups if g.first <= coordinate < g.first + g.size)
 
+    def norm_indices(self, device: torch.device) -> list[Tensor]:
+        """The indices of the norms there; copied once, as from the host each copy would be waited for."""
+        if device not in self._norm_indices:
+            self._norm_indices[device] = [norm.index.to(device) for norm in self.norms]
+        return self._norm_indices[device]
+
+    @cached_property
+    def _norm_indices(self) -> dict[torch.device, list[Tensor]]:
+        return {}
+
     def describe(self, coordinate: int) -> str:
         """``"channel 3 of conv1"``."""
         group = self.group_of(coordinate)
