@@ -137,7 +137,8 @@ def test_nothing_waits_for_the_device():
     buffers = GateBuffers(structure, tensors)
     with recorded() as recording:
         for flat in buffers._flats:
-            flat.dense, flat.index = moved(flat.dense), moved(flat.index)
+            for name in ("dense", "index", "always", "read"):
+                setattr(flat, name, moved(getattr(flat, name)))
         buffers._dense = {part.name: part.of(flat.dense) for flat in buffers._flats for part in flat.parts}
         buffers._places = moved(buffers._places)
         memory, views = buffers.new()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,11 @@ class Terms:
     constants: Integers  # (terms,)
     own: Integers  # (K,) of a coordinate
     fixed: int
+
+    @cached_property
+    def has_own(self) -> bool:
+        """Whether coordinates cost something by themselves."""
+        return bool(self.own.any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +47,21 @@ class Counting:
         """K."""
         return len(self.group)
 
+    @cached_property
+    def groups(self) -> Integers:  # (C,)
+        """The group of each coordinate."""
+        return self.group[self.of]
+
+    @cached_property
+    def numbers(self) -> Integers:  # (C,)
+        """What those that are alike have in common."""
+        return self.alike[self.of]
+
+    @cached_property
+    def single(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:  # (K,) each
+        """Which classes have their group to themselves, and which are like no other."""
+        return np.bincount(self.group)[self.group] == 1, np.bincount(self.alike)[self.alike] == 1
+
     def costs(
         self,
         counts: npt.NDArray[Any],  # (rows, K) whole numbers
@@ -49,7 +70,7 @@ class Counting:
         """What is left with so many coordinates of each class, exactly."""
         terms = self.terms[budget]
         found = np.full(len(counts), terms.fixed, dtype=np.int64)
-        if terms.own.any():
+        if terms.has_own:
             found += counts.astype(np.int64) @ terms.own
         if len(terms.constants):
             # Whole numbers far below 2^53: exact, in whatever order they are added.

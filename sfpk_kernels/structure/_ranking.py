@@ -33,7 +33,7 @@ class Ranking:
         self.order = from_the_best(score)
         self._sizes = np.array([group.size for group in structure.groups], dtype=np.int64)
         self._ends = self._sizes.cumsum()
-        groups = counting.group[counting.of]  # (C,)
+        groups = counting.groups
         self._by_group = self.order[_stable(groups[self.order], len(self._sizes))]
         self.floor = np.zeros(structure.size, dtype=np.bool_)
         within = np.arange(structure.size, dtype=np.int64) - (self._ends - self._sizes)[groups]
@@ -90,18 +90,12 @@ class Ranking:
 
         It is not where others fill the group up, nor known where classes of several groups are alike.
         """
-        of_group, of_number = self._shared
+        in_group, in_number = self.counting.single
         if self.round_to == 1:
-            return np.ones_like(counts), ~of_number
+            return np.ones_like(counts), in_number
         group = self.counting.group
         now = self._of_groups(counts[None])[0]
-        return (self._allowed(now + 1) - now)[group], ~(of_number | of_group)
-
-    @cached_property
-    def _shared(self) -> tuple[Bools, Bools]:  # (K,) each
-        """Which classes share their group, and which their number, with others."""
-        group, alike = self.counting.group, self.counting.alike
-        return np.bincount(group)[group] > 1, np.bincount(alike)[alike] > 1
+        return (self._allowed(now + 1) - now)[group], in_number & in_group
 
     @cached_property
     def _free_by_class(self) -> tuple[Integers, Integers, int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import Blocks, mask_gradient, masked_weights
+from .. import ops  # noqa: F401 - registers what is called below
 from .axes import Entry, Structure
 
 
@@ -28,15 +28,19 @@ class _Part:
         view = flat[self.begin : self.begin + torch.Size(sizes).numel()].view(sizes)
         return view.permute([self.order.index(dim) for dim in range(len(sizes))])
 
+    def along(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape with its dims in the order of memory."""
+        return tensor if self.order == tuple(range(len(self.order))) else tensor.permute(self.order)
+
 
 class _Flat:
     """All gated weights of one dtype."""
 
     def __init__(self, entries: Sequence[Entry], tensors: Mapping[str, Tensor]):
         self.parts: list[_Part] = []
-        self.layout: list[Blocks] = []
+        self.layout: list[list[int]] = []  # outer, groups, inner and first of each, as the registered ops take them
         coordinates: list[Tensor] = []
-        size = 0
+        size = places = 0
         for entry in entries:
             weight = tensors[entry.tensor]
             part = _Part(entry.tensor, size, tuple(weight.shape), _order(weight))
@@ -45,15 +49,18 @@ class _Flat:
             together = _run(entry.index)
             outer, inner = torch.Size(sizes[:at]).numel(), torch.Size(sizes[at + 1 :]).numel()
             self.parts.append(part)
-            self.layout.append(Blocks(outer, sizes[at] // together, inner * together))
+            self.layout.append([outer, sizes[at] // together, inner * together, places])
             coordinates.append(entry.index[::together])
             size += weight.numel()
+            places += sizes[at] // together
         first = tensors[entries[0].tensor]
         self.coordinates = torch.cat(coordinates)  # (P,) of each place of the layout, on the CPU; −1: always kept
         self.index = self.coordinates.to(first.device)
         self.dense = torch.empty(size, dtype=first.dtype, device=first.device)
         for part in self.parts:
             part.of(self.dense).copy_(tensors[part.name].detach())
+        self.always, self.read = self.index < 0, self.index.clamp_min(0)
+        self.numbers = [number for blocks in self.layout for number in blocks]
 
 
 class GateBuffers:
@@ -72,8 +79,10 @@ class GateBuffers:
         for entry in structure.gates:
             by_dtype.setdefault(tensors[entry.tensor].dtype, []).append(entry)
         self._flats = [_Flat(entries, tensors) for entries in by_dtype.values()]
-        self._backend = backend
-        self._dense = {part.name: part.of(flat.dense) for flat in self._flats for part in flat.parts}
+        self._backend = backend or ""
+        self._dense = {
+            part.name: part.along(part.of(flat.dense)) for flat in self._flats for part in flat.parts
+        }  # as in memory
         places = _places(torch.cat([flat.coordinates for flat in self._flats]), structure.size)
         self._places = places.to(self._flats[0].dense.device)
 
@@ -93,8 +102,12 @@ class GateBuffers:
         All of them, as another particle's were there before: most columns may be other ones.
         """
         for flat, out in zip(self._flats, memory, strict=True):
-            values = torch.where(flat.index >= 0, keep[flat.index.clamp_min(0)], 1).to(keep.dtype)
-            masked_weights(flat.dense, values, layout=flat.layout, out=out, backend=self._backend)
+            values = keep[flat.read].masked_fill_(flat.always, 1)[None]
+            # As the public function calls it: what it would check is so by how these were made.
+            torch.ops.sfpk.masked_weights_out(
+                [flat.dense], values, None, None, "value", None, [], flat.numbers, [out[None]], self._backend,
+                len(flat.index),
+            )  # fmt: skip
 
     def gradient(
         self,
@@ -106,18 +119,15 @@ class GateBuffers:
         """
         sums = []
         for flat in self._flats:
-            weights, grads, layout, count = [], [], [], 0
-            for part, blocks in zip(flat.parts, flat.layout, strict=True):
-                if part.name in gradients:
-                    weights.append(self._dense[part.name].permute(part.order))
-                    grads.append(gradients[part.name].permute(part.order))
-                    layout.append(blocks._replace(first=count))
-                count += blocks.groups
-            wide = torch.promote_types(flat.dense.dtype, torch.float32)
-            found = torch.zeros(count, dtype=wide, device=flat.dense.device)
-            if weights:
-                found = mask_gradient(weights, grads, layout=layout, coordinates=count, backend=self._backend)
-            sums.append(found)
+            given = [i for i, part in enumerate(flat.parts) if part.name in gradients]
+            if not given:
+                wide = torch.promote_types(flat.dense.dtype, torch.float32)
+                sums.append(torch.zeros(len(flat.index), dtype=wide, device=flat.dense.device))
+                continue
+            weights = [self._dense[flat.parts[i].name] for i in given]
+            grads = [flat.parts[i].along(gradients[flat.parts[i].name])[None] for i in given]
+            numbers = flat.numbers if len(given) == len(flat.parts) else sum((flat.layout[i] for i in given), [])
+            sums.append(torch.ops.sfpk.mask_gradient(weights, grads, numbers, self._backend, len(flat.index))[0])
         all_ = torch.cat([*sums, sums[0].new_zeros(1)])
         return all_[self._places].sum(1, dtype=torch.float64).to(all_.dtype)
 

@@ -13,6 +13,7 @@ from .cost import Costs
 
 _RANK_0 = np.zeros(1, dtype=np.int64)
 _PROBES = 32  # ranks that are tried at once
+_COUNT = np.arange(_PROBES + 1, dtype=np.int64)
 _AHEAD, _MOST_AHEAD = 64, 1024  # coordinates that are tried at once, one after the other
 
 
@@ -92,8 +93,8 @@ def _last_rank(ranking: Ranking, budget: str, limit: int) -> int:
     """The last rank that costs no more than the limit, or 0; costs grow with the rank."""
     low, high = 0, len(ranking.free)
     while low < high:
-        probes = low + np.unique(np.linspace(0, high - low, _PROBES + 1, dtype=np.int64)[1:])
-        probes = probes[probes > low]
+        steps = min(_PROBES, high - low)
+        probes = low + (high - low) * _COUNT[1 : steps + 1] // steps
         fit = int(_leading(ranking.counting.costs(ranking.counts(probes), budget) <= limit))
         low, high = (int(probes[fit - 1]) if fit else low), (int(probes[fit]) - 1 if fit < len(probes) else high)
     return low
@@ -108,7 +109,7 @@ def _filled(ranking: Ranking, keep: Bools, budget: str, limit: int) -> Bools:
         more, known = ranking.one_more(counts)
         late = known & (counting.costs(counts + np.diag(more), budget) > limit)
         shut[counting.alike[late]] = True
-        open_ = ~(keep | shut[counting.alike][counting.of])
+        open_ = ~(keep | shut[counting.numbers])
         left = ranking.order[open_[ranking.order]]
         if not len(left):
             return keep
@@ -128,7 +129,7 @@ def _filled(ranking: Ranking, keep: Bools, budget: str, limit: int) -> Bools:
             keep = wider if fit else keep
         counts = rows[fit - 1] if fit else counts
         if fit < len(tried):
-            shut[counting.alike[counting.of[tried[fit]]]] = True
+            shut[counting.numbers[tried[fit]]] = True
 
 
 def _leading(fits: Bools) -> int:
