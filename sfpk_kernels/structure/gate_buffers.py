@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -60,7 +61,6 @@ class _Flat:
         for part in self.parts:
             part.of(self.dense).copy_(tensors[part.name].detach())
         self.always, self.read = self.index < 0, self.index.clamp_min(0)
-        self.numbers = [number for blocks in self.layout for number in blocks]
 
 
 class GateBuffers:
@@ -105,7 +105,7 @@ class GateBuffers:
             values = keep[flat.read].masked_fill_(flat.always, 1)[None]
             # As the public function calls it: what it would check is so by how these were made.
             torch.ops.sfpk.masked_weights_out(
-                [flat.dense], values, None, None, "value", None, [], flat.numbers, [out[None]], self._backend,
+                [flat.dense], values, None, None, "value", None, [], [*chain(*flat.layout)], [out[None]], self._backend,
                 len(flat.index),
             )  # fmt: skip
 
@@ -126,7 +126,7 @@ class GateBuffers:
                 continue
             weights = [self._dense[flat.parts[i].name] for i in given]
             grads = [flat.parts[i].along(gradients[flat.parts[i].name])[None] for i in given]
-            numbers = flat.numbers if len(given) == len(flat.parts) else sum((flat.layout[i] for i in given), [])
+            numbers = [*chain(*(flat.layout[i] for i in given))]
             sums.append(torch.ops.sfpk.mask_gradient(weights, grads, numbers, self._backend, len(flat.index))[0])
         all_ = torch.cat([*sums, sums[0].new_zeros(1)])
         return all_[self._places].sum(1, dtype=torch.float64).to(all_.dtype)
