@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from sfpk_kernels.ops.masking import PreparedMasking
 from sfpk_kernels.structure import GateBuffers, find_structure, gate_gradient, gated_weights
 
 from .structured_nets import NETS, make
@@ -137,12 +138,14 @@ def test_nothing_waits_for_the_device():
     buffers = GateBuffers(structure, tensors)
     with recorded() as recording:
         for flat in buffers._flats:
-            for name in ("dense", "index", "always", "read"):
+            for name in ("dense", "always", "read"):
                 setattr(flat, name, moved(getattr(flat, name)))
-        buffers._dense = {part.name: part.of(flat.dense) for flat in buffers._flats for part in flat.parts}
+            layout = [(one.outer, one.groups, one.inner) for one in flat.masking.pieces]
+            flat.masking = PreparedMasking(flat.dense, layout)
         buffers._places = moved(buffers._places)
         memory, views = buffers.new()
         keep = torch.empty(structure.size, dtype=torch.bool, device="cuda:1")
+        buffers.fill_(memory, keep)  # the first call brings what stays there
         recording.waits.clear()
         buffers.fill_(memory, keep)
         assert buffers.gradient({name: torch.empty_like(view) for name, view in views.items()}).shape == keep.shape

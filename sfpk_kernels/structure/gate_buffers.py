@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
 
-from .. import ops  # noqa: F401 - registers what is called below
+from ..ops.masking import Blocks, PreparedMasking
 from .axes import Entry, Structure
 
 
@@ -37,11 +36,11 @@ class _Part:
 class _Flat:
     """All gated weights of one dtype."""
 
-    def __init__(self, entries: Sequence[Entry], tensors: Mapping[str, Tensor]):
+    def __init__(self, entries: Sequence[Entry], tensors: Mapping[str, Tensor], backend: str | None):
         self.parts: list[_Part] = []
-        self.layout: list[list[int]] = []  # outer, groups, inner and first of each, as the registered ops take them
+        layout: list[Blocks] = []
         coordinates: list[Tensor] = []
-        size = places = 0
+        size = 0
         for entry in entries:
             weight = tensors[entry.tensor]
             part = _Part(entry.tensor, size, tuple(weight.shape), _order(weight))
@@ -50,17 +49,17 @@ class _Flat:
             together = _run(entry.index)
             outer, inner = torch.Size(sizes[:at]).numel(), torch.Size(sizes[at + 1 :]).numel()
             self.parts.append(part)
-            self.layout.append([outer, sizes[at] // together, inner * together, places])
+            layout.append(Blocks(outer, sizes[at] // together, inner * together))
             coordinates.append(entry.index[::together])
             size += weight.numel()
-            places += sizes[at] // together
         first = tensors[entries[0].tensor]
         self.coordinates = torch.cat(coordinates)  # (P,) of each place of the layout, on the CPU; −1: always kept
-        self.index = self.coordinates.to(first.device)
         self.dense = torch.empty(size, dtype=first.dtype, device=first.device)
         for part in self.parts:
             part.of(self.dense).copy_(tensors[part.name].detach())
-        self.always, self.read = self.index < 0, self.index.clamp_min(0)
+        self.masking = PreparedMasking(self.dense, layout, backend)
+        index = self.coordinates.to(first.device)
+        self.always, self.read = index < 0, index.clamp_min(0)
 
 
 class GateBuffers:
@@ -78,11 +77,7 @@ class GateBuffers:
         by_dtype: dict[torch.dtype, list[Entry]] = {}
         for entry in structure.gates:
             by_dtype.setdefault(tensors[entry.tensor].dtype, []).append(entry)
-        self._flats = [_Flat(entries, tensors) for entries in by_dtype.values()]
-        self._backend = backend or ""
-        self._dense = {
-            part.name: part.along(part.of(flat.dense)) for flat in self._flats for part in flat.parts
-        }  # as in memory
+        self._flats = [_Flat(entries, tensors, backend) for entries in by_dtype.values()]
         places = _places(torch.cat([flat.coordinates for flat in self._flats]), structure.size)
         self._places = places.to(self._flats[0].dense.device)
 
@@ -102,12 +97,8 @@ class GateBuffers:
         All of them, as another particle's were there before: most columns may be other ones.
         """
         for flat, out in zip(self._flats, memory, strict=True):
-            values = keep[flat.read].masked_fill_(flat.always, 1)[None]
-            # As the public function calls it: what it would check is so by how these were made.
-            torch.ops.sfpk.masked_weights_out(
-                [flat.dense], values, None, None, "value", None, [], [*chain(*flat.layout)], [out[None]], self._backend,
-                len(flat.index),
-            )  # fmt: skip
+            values = keep[flat.read].masked_fill_(flat.always, 1)
+            flat.masking.apply_(values[None], flat.masking.parts(out[None]))
 
     def gradient(
         self,
@@ -119,15 +110,12 @@ class GateBuffers:
         """
         sums = []
         for flat in self._flats:
-            given = [i for i, part in enumerate(flat.parts) if part.name in gradients]
-            if not given:
-                wide = torch.promote_types(flat.dense.dtype, torch.float32)
-                sums.append(torch.zeros(len(flat.index), dtype=wide, device=flat.dense.device))
-                continue
-            weights = [self._dense[flat.parts[i].name] for i in given]
-            grads = [flat.parts[i].along(gradients[flat.parts[i].name])[None] for i in given]
-            numbers = [*chain(*(flat.layout[i] for i in given))]
-            sums.append(torch.ops.sfpk.mask_gradient(weights, grads, numbers, self._backend, len(flat.index))[0])
+            rows = {
+                i: part.along(gradients[part.name]).reshape(1, -1)
+                for i, part in enumerate(flat.parts)
+                if part.name in gradients
+            }
+            sums.append(flat.masking.gradient(rows))
         all_ = torch.cat([*sums, sums[0].new_zeros(1)])
         return all_[self._places].sum(1, dtype=torch.float64).to(all_.dtype)
 

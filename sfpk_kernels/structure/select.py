@@ -12,7 +12,7 @@ from .axes import BUDGETS, Structure
 from .cost import Costs
 
 _RANK_0 = np.zeros(1, dtype=np.int64)
-_PROBES = 32  # ranks that are tried at once
+_PROBES, _LENGTHS = 256, 8192  # ranks that are tried at once, at most, and with them lengths of dims
 _COUNT = np.arange(_PROBES + 1, dtype=np.int64)
 _AHEAD, _MOST_AHEAD = 64, 1024  # coordinates that are tried at once, one after the other
 
@@ -92,8 +92,9 @@ def _within(ranking: Ranking, costs: Costs, budget: str, limit: int) -> Tensor:
 def _last_rank(ranking: Ranking, budget: str, limit: int) -> int:
     """The last rank that costs no more than the limit, or 0; costs grow with the rank."""
     low, high = 0, len(ranking.free)
+    most = min(max(_LENGTHS // len(ranking.counting.always), 32), _PROBES)
     while low < high:
-        steps = min(_PROBES, high - low)
+        steps = min(most, high - low)
         probes = low + (high - low) * _COUNT[1 : steps + 1] // steps
         fit = int(_leading(ranking.counting.costs(ranking.counts(probes), budget) <= limit))
         low, high = (int(probes[fit - 1]) if fit else low), (int(probes[fit]) - 1 if fit < len(probes) else high)
