@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
         "With --report: render tables and charts.",
     )
     bench.add_argument("--op", nargs="+", metavar="OP", help="only these (--list shows them)")
-    bench.add_argument("--group", nargs="+", metavar="GROUP", help="only these: ops, scaling, end_to_end, structured")
+    bench.add_argument(
+        "--group", nargs="+", metavar="GROUP", help="only these: ops, scaling, end_to_end, structured, structured_step"
+    )
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     size = bench.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="tiny shapes, a few rounds: does it run? (seconds)")

@@ -24,7 +24,7 @@ from .registry import SIZES
 
 SCHEMA = 1
 STATUSES = ("ok", "wrong", "missing")
-GROUPS = ("ops", "scaling", "end_to_end", "structured")
+GROUPS = ("ops", "scaling", "end_to_end", "structured", "structured_step")
 
 Line = dict[str, Any]
 _Check = Callable[[Any], bool]

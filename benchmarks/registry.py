@@ -198,7 +198,11 @@ def all_ops() -> dict[str, Op]:
     from .cases import selection as cases_selection
     from .cases import step as cases_step
     from .cases import structured as cases_structured
+    from .cases import structured_step as cases_structured_step
     from .cases import transition as cases_transition
 
-    modules = (cases_transition, cases_selection, cases_masking, cases_step, cases_scaling, cases_structured)
+    modules = (
+        cases_transition, cases_selection, cases_masking, cases_step, cases_scaling, cases_structured,
+        cases_structured_step,
+    )  # fmt: skip
     return {op.name: op for module in modules for op in module.OPS}

@@ -86,8 +86,35 @@ def structured_table(runs: Sequence[Run]) -> str:
     return "\n\n".join(parts) or "No shrunk models are measured yet; `python -m benchmarks --group structured` does."
 
 
+def structured_step_table(runs: Sequence[Run]) -> str:
+    """Of each device the latest run with steps over channels, not a quick one: shares of forward and backward."""
+    latest = {
+        run.facts["device_name"]: run
+        for run in runs
+        if run.facts["size"] != "quick" and any(row["group"] == "structured_step" for row in run.rows)
+    }
+    parts = []
+    for run in latest.values():
+        lines = ["| | coordinates | forward and backward | ours | of the step | plain |", "|---|---|---|---|---|---|"]
+        for rows in _cases(run, "structured_step").values():
+            ours, naive, pass_ = _rivals(rows)
+            if ours is None or pass_ is None:
+                continue
+            shape, share = ours["shape"], ours["median_s"] / (ours["median_s"] + pass_["median_s"])
+            model = f"{shape['model']}, {shape['image']} × {shape['image']}, batch {shape['batch']}"
+            model += f", {shape['threads']} thread" if run.facts["device"] == "cpu" else ""
+            cells = [
+                model, f"{shape['coordinates']:,}", duration(pass_["median_s"]), duration(ours["median_s"]),
+                f"**{100 * share:.1f} %**", duration(naive["median_s"]) if naive else "–",
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append(f"{machine(run)}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) or "No steps are measured yet; `python -m benchmarks --group structured_step` does."
+
+
 TABLES: dict[str, Callable[[Sequence[Run]], str]] = {
     "bench": full_table, "bench-short": short_table, "bench-structured": structured_table,
+    "bench-structured-step": structured_step_table,
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ SAMPLE = ROOT / "tests" / "data" / "bench_sample.jsonl"
     ("arguments", "words"),
     [
         (["--op", "apply", "fly"], "--op: wanted some of transition, .*, end_to_end, got fly"),
-        (["--group", "all"], "--group: wanted some of ops, scaling, end_to_end, structured, got all"),
+        (["--group", "all"], "--group: wanted some of ops, scaling, end_to_end, structured, structured_step, got all"),
         (["--time-limit", "0"], "--time-limit: wanted seconds > 0, got 0"),
         (["--time-limit", "nan"], "--time-limit: wanted seconds > 0, got nan"),
         (["--results", str(SAMPLE)], "--results: wanted a folder, got the file"),

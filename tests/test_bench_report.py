@@ -105,7 +105,11 @@ def test_facts_say_who_measured_where():
 
 
 @pytest.mark.parametrize(
-    ("page", "tables"), [("README.md", ["bench-short"]), ("docs/benchmarks.md", ["bench", "bench-structured"])]
+    ("page", "tables"),
+    [
+        ("README.md", ["bench-short"]),
+        ("docs/benchmarks.md", ["bench", "bench-structured", "bench-structured-step"]),
+    ],
 )
 def test_pages_are_in_sync_with_the_committed_results(page, tables):
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -147,6 +151,29 @@ def test_the_table_of_shrunk_models_has_the_ratios_of_the_latest_run(run):
     assert "2.00" not in table
     assert "9.00" not in table
     assert "No shrunk models are measured yet" in report.structured_table([run])
+
+
+def test_the_table_of_structured_steps_has_shares_of_the_latest_run(run):
+    shape = {"model": "resnet-18", "batch": 16, "image": 160, "threads": 1, "coordinates": 2880}
+
+    def measured(day, ours, **changes):
+        facts = {**run.facts, "date": f"2026-01-{day}T00:00:00+00:00", "complete": False, **changes}
+        times = {"naive": 0.3, "ours[cpp]": ours, "ours[reference]": 0.2, "forward and backward": 0.99}
+        rows = [
+            record.row(
+                "id", "structured_step", "structured_step", shape, provider, median_s=seconds, ratio_to_naive=1.0
+            )
+            for provider, seconds in times.items()
+        ]
+        return record.Run(facts, rows)
+
+    table = report.structured_step_table(
+        [measured("01", 0.11), measured("02", 0.01), measured("03", 0.05, size="quick")]
+    )
+    row = "| resnet-18, 160 × 160, batch 16, 1 thread | 2,880 | 990 ms | 10.0 ms | **1.0 %** | 300 ms |"
+    assert row in table
+    assert table.count("resnet-18") == 1
+    assert "No steps are measured yet" in report.structured_step_table([run])
 
 
 def test_the_table_says_machine_command_and_figures(run):

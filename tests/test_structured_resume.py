@@ -84,7 +84,7 @@ def test_altered_states():
     )
 
 
-@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [19, pytest.param(1, marks=pytest.mark.slow)])
 def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(every):
     """In the parts that such a run has alone; a norm over a pruned width has another forward meanwhile."""
     torch.manual_seed(1)
@@ -97,8 +97,8 @@ def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(every):
         whole.step(data[2 * number :][:2])
     pruner, counts = SFPKPruner(model, config=config, example_inputs=x, waypoints=[0.3]), {True: 0, False: 0}
     files = [
-        "structure/gates", "structure/sums", "structure/select", "search/structured/energy",
-        "search/structured/polarizer", "search/structured/coordinates", "modeling/state",
+        "structure/gates", "structure/gate_buffers", "structure/select", "structure/_ranking", "structure/_counting",
+        "search/structured/energy", "search/structured/polarizer", "search/structured/coordinates", "modeling/state",
     ]  # fmt: skip
 
     def work():
@@ -121,4 +121,4 @@ def test_interrupted_anywhere_it_goes_on_or_says_that_it_cannot(every):
             pruner.step(data[2 * number :][:2])
         assert torch.equal(pruner.particles, whole.particles)
         assert pruner.result().mask == whole.result().mask
-    assert min(counts.values()) * every > 140, counts
+    assert min(counts.values()) * every > 60, counts

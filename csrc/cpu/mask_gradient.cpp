@@ -63,6 +63,20 @@ void single_products(const std::vector<Piece>& pieces, const std::vector<Gradien
   });
 }
 
+constexpr int64_t kAbreast = 4;  // groups whose chains of additions do not wait for one another
+
+// Adds `inner` products to the sum of each of kAbreast groups, one after the other.
+void add_abreast(const float* products, int64_t inner, double* sums) {
+  double a = sums[0], b = sums[1], c = sums[2], d = sums[3];
+  for (int64_t i = 0; i < inner; ++i) {
+    a += products[i];
+    b += products[inner + i];
+    c += products[2 * inner + i];
+    d += products[3 * inner + i];
+  }
+  sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+}
+
 // Adds the rounded products over the weights each group governs, groups [begin, end), to sums[group - begin].
 void add_groups(const Piece& piece, const char* grads, FloatKind grad_kind, int64_t begin, int64_t end,
                 double* sums) {
@@ -79,10 +93,17 @@ void add_groups(const Piece& piece, const char* grads, FloatKind grad_kind, int6
         for (int64_t i = 0; i < count; ++i) sums[e + i] += products[i];
         continue;
       }
-      for (int64_t i = 0; i < count;) {
-        const int64_t g = (e + i) / piece.inner, stop = std::min(count, (g + 1) * piece.inner - e);
+      int64_t g = e / piece.inner, stop = (g + 1) * piece.inner - e;
+      for (int64_t i = 0; i < count; ++g, stop += piece.inner) {
+        if (i + kAbreast * piece.inner <= count && stop - i == piece.inner) {
+          add_abreast(products + i, piece.inner, sums + g);
+          i += kAbreast * piece.inner;
+          g += kAbreast - 1;
+          stop = i;
+          continue;
+        }
         double sum = sums[g];  // one chain of additions, wherever blocks and threads begin
-        for (; i < stop; ++i) sum += products[i];
+        for (const int64_t last = std::min(count, stop); i < last; ++i) sum += products[i];
         sums[g] = sum;
       }
     }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -47,6 +48,35 @@ struct Groups {
   std::vector<uint8_t> keep;
   std::vector<char> factors;
 };
+
+// Each value `times` in succession.
+template <class T>
+void repeat(const T* values, int64_t count, int64_t times, T* out) {
+  for (int64_t g = 0; g < count; ++g)
+    for (int64_t i = 0; i < times; ++i) *out++ = values[g];
+}
+
+// Spreads the groups over `inner` once for all of `outer`: then they follow one another in memory.
+void widen(const Mask& mask, Piece& piece, Groups& groups) {
+  if (piece.outer == 1 || piece.inner == 1) return;
+  const int64_t count = mask.rows() * piece.groups, inner = piece.inner, bytes = bytes_of(mask.kind());
+  if (mask.multiplies()) {
+    std::vector<char> wide(static_cast<size_t>(count * inner * bytes));
+    if (mask.kind() == FloatKind::kFloat)
+      repeat(reinterpret_cast<const uint32_t*>(groups.factors.data()), count, inner,
+             reinterpret_cast<uint32_t*>(wide.data()));
+    else
+      repeat(reinterpret_cast<const uint16_t*>(groups.factors.data()), count, inner,
+             reinterpret_cast<uint16_t*>(wide.data()));
+    groups.factors = std::move(wide);
+  } else {
+    std::vector<uint8_t> wide(static_cast<size_t>(count * inner));
+    repeat(groups.keep.data(), count, inner, wide.data());
+    groups.keep = std::move(wide);
+  }
+  piece.groups *= inner;
+  piece.inner = 1;
+}
 
 Groups groups_of(const Mask& mask, const Piece& piece) {
   Groups groups;
@@ -108,13 +138,14 @@ void masked_weights_(const std::vector<Tensor>& weights, const Tensor& values, i
                      const Tensor& segments, std::vector<int64_t> layout, std::vector<Tensor> out) {
   const char* op = "masked_weights_";
   const Mask mask(values, sfpk::mask_kind_of(mask_kind, op), score, saliency, threshold, tie_end, segments);
-  const auto pieces = sfpk::pieces_of(weights, layout, mask.coordinates(), op);
+  auto pieces = sfpk::pieces_of(weights, layout, mask.coordinates(), op);
   SFPK_CHECK(out.size() == pieces.size(), op, "out", pieces.size(), out.size(), " tensors");
   std::vector<sfpk::Rows<char*>> to;
   std::vector<Groups> groups;
   for (size_t p = 0; p < pieces.size(); ++p) {
     to.push_back(sfpk::rows_of<char*>(out[p], mask.rows(), pieces[p].count(), op, "out"));
     groups.push_back(pieces[p].single() ? Groups{} : groups_of(mask, pieces[p]));
+    if (!pieces[p].single()) widen(mask, pieces[p], groups[p]);
   }
   int64_t bytes = 0;
   for (size_t p = 0; p < pieces.size(); ++p) bytes += mask.rows() * pieces[p].count() * bytes_of(to[p].kind);

@@ -71,6 +71,8 @@ class Piece:
 
     def of(self, tensor: Tensor) -> Tensor:
         """Its part (…, numel) of a tensor (…, all weights of the caller's tensor)."""
+        if self.begin == 0 and self.numel == tensor.shape[-1]:
+            return tensor
         return tensor[..., self.begin : self.begin + self.numel]
 
 

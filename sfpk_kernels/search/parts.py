@@ -87,7 +87,13 @@ def energy_of(
         return energies.energy_of(model, loss_fn, coordinates, theta, execution)
     loss_fn = loss_fn or default_loss
     return StructuredEnergy(
-        model, loss_fn, coordinates, theta, precision=execution.dtype, microbatch=execution.microbatch
+        model,
+        loss_fn,
+        coordinates,
+        theta,
+        backend=where_present(execution.backend),
+        precision=execution.dtype,
+        microbatch=execution.microbatch,
     )
 
 

@@ -3,6 +3,7 @@
 from .axes import Attribute, CoordinateGroup, Entry, Norm, Structure
 from .cost import Costs
 from .find import find_structure
+from .gate_buffers import GateBuffers
 from .gates import gate_gradient, gated_call, gated_weights, kept_statistics
 from .recipe import ShrinkRecipe, shrink
 from .select import select
@@ -14,6 +15,7 @@ __all__ = [
     "CoordinateGroup",
     "Costs",
     "Entry",
+    "GateBuffers",
     "Norm",
     "ShrinkRecipe",
     "Structure",

@@ -125,6 +125,16 @@ class Structure:
         """The group that a coordinate belongs to."""
         return next(g for g in self.groups if g.first <= coordinate < g.first + g.size)
 
+    def norm_indices(self, device: torch.device) -> list[Tensor]:
+        """The indices of the norms there; copied once, as from the host each copy would be waited for."""
+        if device not in self._norm_indices:
+            self._norm_indices[device] = [norm.index.to(device) for norm in self.norms]
+        return self._norm_indices[device]
+
+    @cached_property
+    def _norm_indices(self) -> dict[torch.device, list[Tensor]]:
+        return {}
+
     def describe(self, coordinate: int) -> str:
         """``"channel 3 of conv1"``."""
         group = self.group_of(coordinate)
@@ -139,6 +149,15 @@ class Structure:
                 coordinates = entry.index.unique()
                 found.setdefault(tuple(coordinates.tolist()), coordinates)
         return tuple(found.values())
+
+    @cached_property
+    def narrow(self) -> tuple[Tensor, ...]:
+        """The layers that have no group as a whole: one kept coordinate of every group may leave them empty."""
+        sizes = torch.tensor([group.size for group in self.groups], dtype=torch.int64, device="cpu")
+        groups = torch.arange(len(sizes), dtype=torch.int64, device="cpu").repeat_interleave(sizes)
+        return tuple(
+            layer for layer in self.layers if not bool((groups[layer].bincount(minlength=len(sizes)) == sizes).any())
+        )
 
     def check_keep(self, keep: Tensor) -> Tensor:
         """``keep`` on the CPU.

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..coordinates.flat import unwrapped
 from ..utils.modes import within
+from ._counting import Counting, counting
 from .axes import BUDGETS, Structure
 from .outputs import called
 
@@ -117,6 +119,25 @@ class Costs:
         numbers: dict[tuple[int, ...], int] = {}
         return torch.tensor(
             [numbers.setdefault(tuple(one), len(numbers)) for one in entries], dtype=torch.int64, device="cpu"
+        )
+
+    @cached_property
+    def counting(self) -> Counting:
+        """The same costs by how many coordinates of each class are kept."""
+        groups = np.repeat(
+            np.arange(len(self._structure.groups), dtype=np.int64), [group.size for group in self._structure.groups]
+        )
+        constants, own = self._constants.numpy(), self._per_coordinate.numpy()
+        nothing, ones = np.zeros_like(own), np.ones_like(own)
+        return counting(
+            self.alike.numpy(),
+            groups,
+            (self._entry.numpy(), self._coordinate.numpy()),
+            self._fixed.numpy(),
+            self._factors.numpy(),
+            {"params": constants[:, 0], "macs": constants[:, 1], "channels": np.zeros_like(constants[:, 0])},
+            {"params": nothing, "macs": own, "channels": ones},
+            {"params": 0, "macs": self._constant, "channels": 0},
         )
 
 

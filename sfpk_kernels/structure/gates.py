@@ -71,12 +71,13 @@ def kept_statistics(
     """LayerNorms and RMSNorms over a pruned width use the statistics of the kept channels alone, as if shrunk."""
     model = unwrapped(model)
     changed: list[tuple[nn.Module, Any]] = []
-    keep = keep.detach().cpu() != 0
     try:
-        for norm in structure.norms:
+        if structure.norms:
+            keep = keep.detach() != 0
+        for norm, index in zip(structure.norms, structure.norm_indices(keep.device), strict=True):
             module = model.get_submodule(norm.module)
             changed.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = _forward(module, kept(norm.index, keep))
+            module.__dict__["forward"] = _forward(module, kept(index, keep))
         yield
     finally:
         for module, forward in reversed(changed):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ._ranking import Bools, Ranking
 from .axes import BUDGETS, Structure
 from .cost import Costs
 from .limits import Limits, Ranges, limits_of
+
+_RANK_0 = np.zeros(1, dtype=np.int64)
+_PROBES, _LENGTHS = 256, 8192  # ranks that are tried at once, at most, and with them lengths of dims
+_COUNT = np.arange(_PROBES + 1, dtype=np.int64)
+_AHEAD, _MOST_AHEAD = 64, 1024  # coordinates that are tried at once, one after the other
 
 
 def select(
@@ -23,7 +30,7 @@ def select(
 ) -> Tensor:  # (C,) bool
     """The coordinates of highest score whose cost is at most ``(1 − sparsity)`` of the dense one.
 
-    The rank down to which coordinates are kept is bisected, as costs are products of how many are kept; what room is
+    The rank down to which coordinates are kept is searched, as costs are products of how many are kept; what room is
     left is filled in the order of the scores. Ties go to the lower coordinate. No layer is left without any input or
     output.
 
@@ -55,8 +62,8 @@ def select(
     if not bool(score.isfinite().all()):
         raise ValueError("score: wanted finite values, got NaN or infinite ones")
     limit = round((1 - sparsity) * costs.dense[budget])
-    ranking = _Ranking(structure, score, limits)
-    least = costs.cost(ranking.keep(0), budget)
+    ranking = Ranking(structure, costs.counting, score, limits)
+    least = int(costs.counting.costs(ranking.counts(_RANK_0), budget)[0])
     if least > limit:
         raise ValueError(
             f"sparsity: wanted at most {1 - least / costs.dense[budget]:.4f} of the {budget}, which leaves "
@@ -74,7 +81,7 @@ def select_within(
     limits: Limits,
 ) -> Tensor:  # (C,) bool
     """:func:`select` for a cost, unchecked; the fewest coordinates that may stay where even they cost more."""
-    return _within(_Ranking(structure, score.detach().cpu().double(), limits), costs, budget, limit)
+    return _within(Ranking(structure, costs.counting, score.detach().cpu().double(), limits), costs, budget, limit)
 
 
 def check_ceilings(
@@ -92,7 +99,8 @@ def check_ceilings(
     """
     limits = limits.loosened(structure)
     score = torch.zeros(structure.size, dtype=torch.float64, device="cpu")
-    most = costs.cost(_Ranking(structure, score, limits).keep(structure.size), budget)
+    ranking = Ranking(structure, costs.counting, score, limits)
+    most = int(costs.counting.costs(ranking.count(ranking.keep(len(ranking.free)))[None], budget)[0])
     if most < round((1 - sparsity) * costs.dense[budget]):
         raise ValueError(
             f"sparsity: wanted at least {1 - most / costs.dense[budget]:.4f} of the {budget}, which "
@@ -104,91 +112,55 @@ def _also(layer_sparsity: Ranges | None) -> str:
     return f", with layer_sparsity={dict(layer_sparsity)}" if layer_sparsity else ""
 
 
-def _within(ranking: _Ranking, costs: Costs, budget: str, limit: int) -> Tensor:
-    low, high = 0, len(ranking.order)
+def _within(ranking: Ranking, costs: Costs, budget: str, limit: int) -> Tensor:
+    keep = ranking.keep(_last_rank(ranking, budget, limit))
+    return torch.from_numpy(_filled(ranking, keep, budget, limit))
+
+
+def _last_rank(ranking: Ranking, budget: str, limit: int) -> int:
+    """The last rank that costs no more than the limit, or 0; costs grow with the rank."""
+    low, high = 0, len(ranking.free)
+    most = min(max(_LENGTHS // len(ranking.counting.always), 32), _PROBES)
     while low < high:
-        middle = (low + high + 1) // 2
-        if costs.cost(ranking.keep(middle), budget) <= limit:
-            low = middle
-        else:
-            high = middle - 1
-    return _filled(ranking, costs, ranking.keep(low), budget, limit)
+        steps = min(most, high - low)
+        probes = low + (high - low) * _COUNT[1 : steps + 1] // steps
+        fit = int(_leading(ranking.counting.costs(ranking.counts(probes), budget) <= limit))
+        low, high = (int(probes[fit - 1]) if fit else low), (int(probes[fit]) - 1 if fit < len(probes) else high)
+    return low
 
 
-class _Ranking:
-    """Coordinates that may stay, from the best to the worst, what must stay first."""
-
-    def __init__(self, structure: Structure, score: Tensor, limits: Limits):
-        self.structure, self.limits = structure, limits
-        order = score.argsort(descending=True, stable=True)
-        self._place = torch.empty_like(order)
-        self._place[order] = torch.arange(structure.size, dtype=torch.int64, device="cpu")
-        self.by_group = [
-            self._sorted(torch.arange(g.first, g.first + g.size, dtype=torch.int64, device="cpu"))
-            for g in structure.groups
-        ]
-        self.floor = torch.zeros(structure.size, dtype=torch.bool, device="cpu")
-        for best, least in zip(self.by_group, limits.least, strict=True):
-            self.floor[best[:least]] = True
-        for layer in structure.layers:
-            if not bool(self.floor[layer].any()):
-                self.floor[self._sorted(layer)[0]] = True
-        # What lies above the ceilings is in no ranking.
-        self.by_group = [self._below(best, most) for best, most in zip(self.by_group, limits.most, strict=True)]
-        may_stay = torch.zeros(structure.size, dtype=torch.bool, device="cpu")
-        may_stay[torch.cat(self.by_group)] = True
-        self.order = order[may_stay[order]]
-
-    def _sorted(self, coordinates: Tensor) -> Tensor:
-        return coordinates[self._place[coordinates].argsort()]
-
-    def _below(self, best: Tensor, most: int) -> Tensor:
-        """The floor of a group and its best others, so many in all."""
-        if most == len(best):
-            return best
-        for coordinate in best.flip(0).tolist():
-            if int(self.floor[best].sum()) <= most:
-                break
-            # Some were added for the sake of layers, which others may keep alive as well.
-            self.floor[coordinate] = False
-            if not all(bool(self.floor[layer].any()) for layer in self.structure.layers):
-                self.floor[coordinate] = True
-        others = best[~self.floor[best]][: most - int(self.floor[best].sum())]
-        return self._sorted(torch.cat([best[self.floor[best]], others]))
-
-    def keep(self, rank: int) -> Tensor:  # (C,) bool
-        """The floor and the best ``rank``, groups filled up to what they may keep: more with every rank."""
-        keep = self.floor.clone()
-        keep[self.order[:rank]] = True
-        if self.limits.round_to > 1:
-            for number, group in enumerate(self.structure.groups):
-                self.fill(keep, number, int(keep[group.span].sum()))
-        return keep
-
-    def fill(self, keep: Tensor, number: int, count: int) -> None:
-        """Keep more of a group, up to what it may keep and is no less than ``count``."""
-        add_best(keep, self.by_group[number], self.limits.allowed(number, count))
-
-
-def add_best(keep: Tensor, best: Tensor, count: int) -> None:
-    """Keep more of a group, from the best on, until there are ``count``."""
-    missing = best[~keep[best]]
-    keep[missing[: count - (len(best) - len(missing))]] = True
-
-
-def _filled(ranking: _Ranking, costs: Costs, keep: Tensor, budget: str, limit: int) -> Tensor:
+def _filled(ranking: Ranking, keep: Bools, budget: str, limit: int) -> Bools:
     """More of the best coordinates, as long as they fit; what does not fit now never will."""
-    alike = costs.alike
-    closed: set[int] = set()
-    for coordinate in ranking.order.tolist():
-        if bool(keep[coordinate]) or int(alike[coordinate]) in closed:
-            continue
-        group = ranking.structure.group_of(coordinate)
-        more = keep.clone()
-        more[coordinate] = True
-        ranking.fill(more, ranking.structure.groups.index(group), int(more[group.span].sum()))
-        if costs.cost(more, budget) <= limit:
-            keep = more
+    counting = ranking.counting
+    counts, ahead = ranking.count(keep), _AHEAD
+    shut = np.zeros(int(counting.alike.max()) + 1, dtype=np.bool_)  # by the number of those that are alike
+    while True:
+        more, known = ranking.one_more(counts)
+        late = known & (counting.costs(counts + np.diag(more), budget) > limit)
+        shut[counting.alike[late]] = True
+        open_ = ~(keep | shut[counting.numbers])
+        left = ranking.order[open_[ranking.order]]
+        if not len(left):
+            return keep
+        if ranking.round_to == 1:
+            tried = left[:ahead]
+            added = np.zeros((len(tried), counting.classes), dtype=np.int64)
+            added[np.arange(len(tried)), counting.of[tried]] = 1
+            rows = counts + added.cumsum(0)
+            fit = _leading(counting.costs(rows, budget) <= limit)
+            keep[tried[:fit]] = True
+            ahead = min(4 * ahead, _MOST_AHEAD) if fit == len(tried) else _AHEAD
         else:
-            closed.add(int(alike[coordinate]))
-    return keep
+            tried = left[:1]
+            wider = ranking.with_one(keep, int(tried[0]))
+            rows = ranking.count(wider)[None]
+            fit = _leading(counting.costs(rows, budget) <= limit)
+            keep = wider if fit else keep
+        counts = rows[fit - 1] if fit else counts
+        if fit < len(tried):
+            shut[counting.numbers[tried[fit]]] = True
+
+
+def _leading(fits: Bools) -> int:
+    """How many are true before the first that is not."""
+    return len(fits) if fits.all() else int(fits.argmin())

@@ -15,8 +15,9 @@ from ..selection import Cut
 from ._arguments import as_tensors, check_mask, cut_of
 from ._derivatives import BY_MASK, MASKED
 from ._ops import BACKENDS, GRADIENT, PRODUCT
+from .prepared import PreparedMasking
 
-__all__ = ["BACKENDS", "Blocks", "mask_gradient", "masked_weights"]
+__all__ = ["BACKENDS", "Blocks", "PreparedMasking", "mask_gradient", "masked_weights"]
 
 
 @overload

@@ -49,6 +49,11 @@ def widest(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def _kinds(*tensors: Tensor) -> list[Tensor]:
+    """One of each device and dtype: what these backends ask for."""
+    return list({(t.device, t.dtype): t for t in tensors}.values())
+
+
 @functools.lru_cache(maxsize=64)
 def _pieces(layout: tuple[int, ...], sizes: tuple[int, ...]) -> list[layouts.Piece]:
     pieces = layouts.pieces(layout, sizes)
@@ -77,7 +82,7 @@ def _run(
     sizes = _sizes(weights)
     pieces, d = _pieces(tuple(call.layout), tuple(sizes)), _coordinates(call, sizes)
     mask = Mask(call.mask, d, call.threshold, call.tie_end, call.score, call.saliency, list(call.segments) or [0, d])
-    run = choose(PRODUCT, call.backend, BACKENDS, call.mask, *weights, *outs)
+    run = choose(PRODUCT, call.backend, BACKENDS, call.mask, *_kinds(*weights, *outs))
     flat = [t.flatten().contiguous() for t in weights]
     run([p.of(flat[p.tensor]) for p in pieces], mask, pieces, [p.of(outs[p.tensor]) for p in pieces])
 
@@ -129,8 +134,8 @@ def _mask_gradient(call: Any) -> Tensor:
     parts = _sharing(tuple(call.layout), tuple(sizes), d)
     new = torch.empty if parts.covers and not exact else torch.zeros
     out = new((n, d), dtype=dtype, device=weights[0].device)
-    run = choose(GRADIENT, call.backend, GRADIENT_BACKENDS, out, *weights, *grads)
-    flat = [t.flatten().to(dtype if exact else t.dtype).contiguous() for t in weights]
+    run = choose(GRADIENT, call.backend, GRADIENT_BACKENDS, out, *_kinds(*weights, *grads))
+    flat = [(t.to(dtype) if exact else t).flatten().contiguous() for t in weights]
     rows = [g.reshape(n, t.numel()) for g, t in zip(grads, weights, strict=True)]
 
     def collect(pieces: list[layouts.Piece], into: Tensor) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ...coordinates.flat import named_parameters
 from ...modeling.state import seeded
-from ...structure import gate_gradient, gated_weights, kept_statistics
+from ...structure import GateBuffers, kept_statistics
 from ..energy import Choice, LossFn, ParticleEnergy
 from ..energy._problem import Problem
 from ..energy._scale import LossScale
@@ -26,7 +25,7 @@ from .coordinates import StructuredCoordinates
 class GatedProblem(Problem):
     """With the weights that consumers have in the dense model, as they were when the run began."""
 
-    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    gates: GateBuffers | None = None
 
 
 class Gated(OneByOne):
@@ -34,28 +33,29 @@ class Gated(OneByOne):
 
     def __init__(self, problem: Problem, scale: LossScale):
         assert isinstance(problem, GatedProblem)
+        assert problem.gates is not None
         assert isinstance(problem.coordinates, StructuredCoordinates)
         self.problem, self.scale = problem, scale
         self._structure = problem.coordinates.structure
+        self._gates = problem.gates
         parameters = named_parameters(problem.model)
-        self._dense = problem.dense
-        self._gated = {name: nn.Parameter(torch.empty_like(weight)) for name, weight in self._dense.items()}
+        self._memory, views = self._gates.new()
+        self._gated = {name: nn.Parameter(view) for name, view in views.items()}
         self.leaves = list(self._gated.values())
         self._places = stand_ins(problem.model, {id(parameters[name]): gated for name, gated in self._gated.items()})
         self._loss = problem.loss_fn
         self._row = None
-        self._keep = torch.ones(self._structure.size, dtype=torch.bool, device="cpu")
+        self._keep = torch.ones(self._structure.size, dtype=torch.bool, device=problem.device)
 
     @torch.no_grad()
     def fill(self, keep: Polarized) -> None:
         """Write the weights whose removed columns are 0 where the model reads."""
-        self._keep = keep.values[0]
-        for name, weight in gated_weights(self._structure, self._dense, self._keep).items():
-            self._gated[name].copy_(weight)
+        self._keep = keep.values[0].to(self.problem.device)
+        self._gates.fill_(self._memory, self._keep)
 
     def load_dense(self) -> None:
         """Keep everything."""
-        self.fill(Polarized(torch.ones(1, self._structure.size, dtype=torch.bool, device="cpu")))
+        self.fill(Polarized(torch.ones(1, self._structure.size, dtype=torch.bool, device=self.problem.device)))
 
     def differentiate(self, batch: Any, row: Tensor) -> Tensor:
         """Forward and backward at the gates as they are; ∂L/∂keep, times the loss scale, into ``row``."""
@@ -63,10 +63,9 @@ class Gated(OneByOne):
             leaf.grad = None
         with kept_statistics(self.problem.model, self._structure, self._keep):
             loss = self.accumulate(batch)
-        gradients = {
-            name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in self._gated.items()
-        }
-        row.copy_(gate_gradient(self._structure, self._dense, gradients))
+        row.copy_(
+            self._gates.gradient({name: leaf.grad for name, leaf in self._gated.items() if leaf.grad is not None})
+        )
         return loss
 
 
@@ -78,6 +77,7 @@ class StructuredEnergy(ParticleEnergy):
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         coordinates: of ``model``.
         theta: ones (C,).
+        backend: of the ops for masked weights.
         precision: ``"bf16"`` or ``"fp16"``, as in :class:`ParticleEnergy`.
         microbatch: samples per forward/backward.
     """
@@ -91,17 +91,16 @@ class StructuredEnergy(ParticleEnergy):
         coordinates: StructuredCoordinates,
         theta: Tensor,
         *,
+        backend: str | None = None,
         precision: str | None = None,
         microbatch: int | None = None,
     ):
         super().__init__(
             model, loss_fn, coordinates, theta, mode="sequential", precision=precision, microbatch=microbatch
         )
-
-        parameters = named_parameters(model)
-        dense = {gate.tensor: parameters[gate.tensor].detach().clone() for gate in coordinates.structure.gates}
+        gates = GateBuffers(coordinates.structure, named_parameters(model), backend)
         self.problem = GatedProblem(
-            model, loss_fn, coordinates, theta, precision=precision, microbatch=microbatch, dense=dense
+            model, loss_fn, coordinates, theta, precision=precision, microbatch=microbatch, gates=gates
         )
 
     def choose(self, batch: Any, n: int, together: bool = True, trial_bytes: int | None = None) -> Choice:

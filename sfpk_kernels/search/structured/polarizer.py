@@ -35,10 +35,11 @@ class StructuredPolarizer(Polarizer):
         kind: str,
         known: Sequence[float] | None = None,
     ) -> Polarized:
-        """P_i for every particle, as bool masks; waits for the device."""
+        """P_i for every particle, as bool masks; waits for the device once, for all scores."""
+        scores = on_host(self.score(masks, kind))
         shares = densities.tolist() if known is None else known
-        rows = [self._at(self.score(mask, kind), share) for mask, share in zip(masks, shares, strict=True)]
-        return Polarized(torch.stack(rows))
+        rows = [self._at(score, share) for score, share in zip(scores, shares, strict=True)]
+        return Polarized(on_device(torch.stack(rows), masks.device))
 
     def keeps(
         self,
@@ -47,11 +48,12 @@ class StructuredPolarizer(Polarizer):
         kind: str,
         rows: Iterable[int],
     ) -> Tensor:  # (C,)
-        """In how many of some binary particles each coordinate is kept."""
-        kept = torch.zeros(masks.shape[1], dtype=torch.float32, device=masks.device)
+        """In how many of some binary particles each coordinate is kept; waits for the device once."""
+        scores = on_host(self.score(masks, kind))
+        kept = torch.zeros(masks.shape[1], dtype=torch.float32, device="cpu")
         for row in rows:
-            kept += self._at(self.score(masks[row], kind), densities[row])
-        return kept
+            kept += self._at(scores[row], densities[row])
+        return on_device(kept, masks.device)
 
     def final(
         self,
@@ -72,10 +74,19 @@ class StructuredPolarizer(Polarizer):
         sparsity: float,
     ) -> Tensor:  # (C,) bool
         """The same, and the fewest coordinates where they cost more."""
-        return self._at(score, 1.0 - sparsity)
+        return on_device(self._at(on_host(score), 1.0 - sparsity), score.device)
 
-    def _at(self, score: Tensor, share: float) -> Tensor:
+    def _at(self, score: Tensor, share: float) -> Tensor:  # both (C,), on the host
         one = self._structured
         limit = round(min(share, 1.0) * one.costs.dense[one.budget])
-        keep = select_within(one.structure, one.costs, score, limit, one.budget, one.limits)
-        return keep.to(score.device)
+        return select_within(one.structure, one.costs, score, limit, one.budget, one.limits)
+
+
+def on_host(scores: Tensor) -> Tensor:
+    """Where coordinates are selected; waited for."""
+    return scores.detach().cpu()
+
+
+def on_device(chosen: Tensor, device: torch.device) -> Tensor:
+    """Back where the particles are; not waited for."""
+    return chosen.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else chosen.to(device)
