@@ -24,7 +24,7 @@ _OPTIONS = {
     "round_to": "--round-to", "on_refusal": "--on-refusal", "layer_sparsity": "--layer-sparsity",
     "selection": "--selection", "kernel": "--kernel", "offload": "--offload", "compile": "--compile",
     "include_embeddings": "--include-embeddings", "include_biases": "--include-biases",
-    "include_norms": "--include-norms",
+    "include_norms": "--include-norms", "norm": "--norm",
 }  # by argument  # fmt: skip
 _NOTHING = "model: wanted at least one prunable tensor"
 

@@ -46,6 +46,17 @@ EVALUATION = (
     "Of the same model before pruning (dense) and with the mask above (pruned), as an evaluation outside of the run "
     "measured it and handed it to the report."
 )
+RETRAINED = (
+    "Of the same model before pruning (dense) and after the last shot (pruned, and retrained), as an evaluation "
+    "outside of the run measured it and handed it to the report."
+)
+SHOTS = "A shot searches on to a part of the sparsity, applies the mask and retrains the model with it."
+SEARCHES = "Of the searches of all shots; retraining is not in it."
+OF_SHOTS = (
+    "Sparsity is what the search was asked for, of the weights or of the budget. Returned are weights that an earlier "
+    "shot had removed. The loss of the search is that of its last step, that of retraining the mean of the last tenth "
+    "of its steps; empty where a function of your own retrains. What else was measured comes from outside of the run."
+)
 COSTS = {
     "params": "Of the smaller model, of those of the dense one; tied ones once.",
     "macs": "Multiply-accumulates of one call with the example inputs: convolutions, products of matrices, attention.",
