@@ -100,12 +100,15 @@ def of_picture(name: str, report: Mapping[str, Any]) -> list[tuple[str, str]]:
              "downs is chance"),
             ("soft sparsity", _SOFT),
             ("smoothed", "the running median of five steps, for runs of at least as many; the thin line is the loss "
-             "as it was measured. The knee is looked for on the smoothed curve"),
+             f"as it was measured{'' if 'shots' in report else '. The knee is looked for on the smoothed curve'}"),
         ]  # fmt: skip
         if report["knee"] is not None:
             found.append(("knee", f"where the smoothed loss turns up, here at {100 * report['knee']:.1f} % removed"))
         if report["waypoints"]:
-            found.append(("mask taken", "the sparsities at which masks were taken on the way"))
+            when = (
+                "after which the model was retrained" if "shots" in report else "at which masks were taken on the way"
+            )
+            found.append(("mask taken", f"the sparsities {when}"))
         return found
     if name == "particles.png":
         return [
