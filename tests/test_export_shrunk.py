@@ -3,9 +3,6 @@
 import copy
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from sfpk_kernels.export import loading
 from sfpk_kernels.structure import ShrinkRecipe, find_structure, recipe, surgery
 
 from .interruptions import every_moment
+from .processes import python
 from .settings import population
 from .snapshot import Snapshot
 from .structured_nets import Residual, make
@@ -27,8 +25,6 @@ from .test_structure_adapters import transformer, vit
 from .wrappers import WRAPPERS
 
 pytest.importorskip("torch_pruning")
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def residual():
@@ -103,20 +99,17 @@ from safetensors.torch import load_file
 from sfpk_kernels import load_exported
 from tests.structured_nets import Residual
 
-path, inputs, outputs = sys.argv[1:]
+path, inputs, outputs = {paths!r}
 torch.save(load_exported(Residual().eval(), path)(load_file(inputs)["x"]), outputs)
 assert "torch_pruning" not in sys.modules
 """
 
 
-def test_in_a_fresh_process_every_bit_is_the_same(run, file, tmp_path):
+def test_in_another_process_every_bit_is_the_same(run, file, tmp_path):
     model, result = run
     x = torch.randn(4, 3, 8, 8)
     save_file({"x": x}, tmp_path / "x")
-    subprocess.run(
-        [sys.executable, "-c", FRESH, str(file), str(tmp_path / "x"), str(tmp_path / "y")],
-        check=True, cwd=ROOT, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    python(FRESH.format(paths=[str(path) for path in (file, tmp_path / "x", tmp_path / "y")]))
     assert torch.equal(torch.load(tmp_path / "y"), result.shrink(model)(x))
 
 
