@@ -101,6 +101,26 @@ def test_the_page_shows_costs_groups_and_times(tmp_path):
         assert words not in text, words
 
 
+def over_width():
+    """LayerNorm goes over what is pruned."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(16, 6), torch.randint(4, (16,))) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 4))
+    return model, None, batches, lambda net: float(net(batches[0][0]).detach().square().sum())
+
+
+@pytest.mark.parametrize("method", [["--method", "structured_snip"], ["--granularity", "group", "--n-steps", "4"]])
+def test_the_evaluation_is_of_the_smaller_model_where_norms_see_the_kept_alone(method, tmp_path, capsys):
+    arguments = ["prune", f"{__name__}:over_width", *HALF, "--budget", "macs", *method, "--out", str(tmp_path)]
+    assert main([*arguments, "--json"]) == 0
+    model, _, _, eval_fn = over_width()
+    recipe = ShrinkRecipe.from_dict(json.loads((tmp_path / "recipe.json").read_text())["recipe"])
+    smaller = eval_fn(recipe.shrink(model))
+    masked = eval_fn(MaskSet.load(tmp_path / "mask.safetensors").apply_(model))
+    assert json.loads(capsys.readouterr().out)["pruned_eval"] == pytest.approx(smaller, rel=1e-5)
+    assert masked != pytest.approx(smaller, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from sfpk_kernels import GradualPruner, MaskSet, RetrainConfig, SFPKConfig, export, prune, retrain
 from sfpk_kernels.structure import ShrinkRecipe, find_structure
 
+from .attention_nets import vit
 from .snapshot import Snapshot
 from .structured_nets import Residual, Scaled
 from .structured_runs import images, mlp, structured
-from .test_structure_adapters import vit
 
 pytest.importorskip("torch_pruning")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import SFPKConfig
 from ..export.export import export
@@ -18,7 +19,7 @@ from ..modeling.state import seeded
 from ..search.result import PruneResult
 from ..search.structured import timing
 from ..search.structured.result import StructuredResult
-from ..structure import ShrinkRecipe
+from ..structure import ShrinkRecipe, Structure
 from ..utils.files import atomic_write
 from ._outcome import WrongOption, recalibrate
 from ._task import Task, WrongTask
@@ -86,10 +87,22 @@ def files_of(result: PruneResult, task: Task, options: argparse.Namespace) -> li
     return [*files, write_shrunk(recipe, task, options.out, options.bn_batches)] if options.shrunk else files
 
 
+def smaller_of(structure: Structure, recipe: ShrinkRecipe, model: nn.Module) -> Callable[[], nn.Module] | None:
+    """What makes the smaller model, where it is not the masked one: norms over a pruned width see the kept alone."""
+    return (lambda: recipe.shrink(model)) if structure.norms else None
+
+
 def times_of(result: PruneResult, task: Task, example_inputs: Any) -> list[Latency]:
     """:func:`latency_of` what a run has found."""
     assert isinstance(result, StructuredResult)  # check_structured
     return latency_of(result.recipe(), task, example_inputs)
+
+
+def other_model(result: PruneResult, task: Task) -> Callable[[], nn.Module] | None:
+    """:func:`smaller_of` what a run has found; None for single weights."""
+    if not isinstance(result, StructuredResult):
+        return None
+    return smaller_of(result.structure, result.recipe(), task.model)
 
 
 def latency_of(recipe: ShrinkRecipe, task: Task, example_inputs: Any) -> list[Latency]:

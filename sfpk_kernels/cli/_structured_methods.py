@@ -16,7 +16,7 @@ from ..search.parts import coordinates_of
 from ..search.structured.coordinates import StructuredCoordinates
 from ..search.structured.words import costs_and_groups
 from ._outcome import WrongOption, as_options, evaluated, said
-from ._structured import inputs_of, latency_of, with_times, write_recipe, write_shrunk
+from ._structured import inputs_of, latency_of, smaller_of, with_times, write_recipe, write_shrunk
 from ._task import Task
 from ._words import make_folder
 
@@ -79,6 +79,7 @@ def run_structured(
     evaluation, written = evaluated(
         task, mask, dense, options.bn_batches,
         lambda **values: write_method(result, options.out, latency=latency, **values),
+        smaller_of(found.structure, recipe, task.model),
     )  # fmt: skip
     outcome = {**result.summary(), "files": [*files, *written], **evaluation}
     if latency:

@@ -22,7 +22,7 @@ from ..utils.settings import kind_of, meaning_of
 from ._methods import SFPK, add_options, check_options, run_method, with_sparsity
 from ._outcome import WrongOption, as_options, evaluated, said
 from ._settings import read_settings
-from ._structured import check_structured, described, files_of, inputs_of, times_of
+from ._structured import check_structured, described, files_of, inputs_of, other_model, times_of
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
 from ._words import FAILED, Aside, make_folder, refuse, say, to_json
 
@@ -242,7 +242,7 @@ def _run(task: Task, config: SFPKConfig, execution: Execution, options: argparse
     latency = times_of(result, task, which.get("example_inputs")) if options.latency else []
     evaluation, written = evaluated(
         task, result.mask, dense, options.bn_batches,
-        lambda **found: result.report(options.out, latency=latency, **found),
+        lambda **found: result.report(options.out, latency=latency, **found), other_model(result, task),
     )  # fmt: skip
     outcome: dict[str, Any] = {**result.summary(), "files": [*files, *written], **evaluation}
     if latency:
