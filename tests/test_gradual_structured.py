@@ -351,7 +351,7 @@ def test_from_the_first_shot_to_a_smaller_model_that_trains_on(tmp_path):
     """Pruned gradually, shrunk, exported; in a fresh process loaded into a dense module, the same, and trained on."""
     data, model = task(), mlp()
     retrain(model, data, everything(model), RetrainConfig(8, lr=0.1))
-    config = structured(0.75, budget="params", granularity="neuron", n_steps=60)
+    config = structured(0.75, budget="params", granularity="neuron", n_steps=30)
     result = go(model, data[0][0][:2], config, data, retraining=RetrainConfig(1, lr=0.02)).run()
     smaller, (x, _) = result.shrink(model).eval(), (torch.cat(part) for part in zip(*data, strict=True))
     file, batches, outcome = (str(tmp_path / name) for name in ("smaller.safetensors", "batches", "outcome"))
