@@ -205,9 +205,9 @@ def test_random_repeats_with_its_seed_and_leaves_the_generator_alone():
     assert not all(torch.equal(keeps[0], keep) for keep in keeps[2:])
     often = sum(
         structured_random(model, 0.5, example_inputs=x, structure=structure, seed=seed, budget="channels").keep.double()
-        for seed in range(200)
+        for seed in range(100)
     )
-    assert (often / 200 - 0.5).abs().max() < 0.2  # nobody is preferred: 7 of 14, standard deviation 0.035
+    assert (often / 100 - 0.5).abs().max() < 0.2  # nobody is preferred: 7 of 14, standard deviation 0.05
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])

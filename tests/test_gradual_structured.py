@@ -1,25 +1,27 @@
 """Gradual pruning of channels, heads and neurons: shots, what removed ones keep, resume, the smaller model."""
 
 import copy
-import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from sfpk_kernels import GradualPruner, MaskSet, RetrainConfig, SFPKConfig, prune, retrain
+from sfpk_kernels import GradualPruner, MaskSet, RetrainConfig, SFPKConfig, export, prune, retrain
 from sfpk_kernels.structure import ShrinkRecipe, find_structure
 
+from .attention_nets import vit
 from .snapshot import Snapshot
 from .structured_nets import Residual, Scaled
 from .structured_runs import images, mlp, structured
-from .test_structure_adapters import vit
 
 pytest.importorskip("torch_pruning")
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def residual():
@@ -318,34 +320,53 @@ def everything(model):
     return MaskSet({name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters() if p.dim() > 1})
 
 
+GOES_ON = """
+import sys, torch
+from torch.nn import functional as F
+from sfpk_kernels import load_exported
+from tests.structured_runs import mlp
+path, batches, outcome = sys.argv[1:]
+data = torch.load(batches, weights_only=True)
+x, y = torch.cat([a for a, _ in data]), torch.cat([b for _, b in data])
+model = mlp()
+assert load_exported(model.eval(), path) is model
+with torch.no_grad():
+    loaded = model(x)
+optimizer = torch.optim.Adam(model.train().parameters(), 3e-3)
+for _ in range(10):
+    for a, b in data:
+        optimizer.zero_grad()
+        F.cross_entropy(model(a), b).backward()
+        optimizer.step()
+with torch.no_grad():
+    after = float(F.cross_entropy(model.eval()(x), y))
+parameters = sum(p.numel() for p in model.parameters())
+torch.save({"loaded": loaded, "before": float(F.cross_entropy(loaded, y)), "after": after, "parameters": parameters},
+           outcome)
+assert "torch_pruning" not in sys.modules
+"""
+
+
 def test_from_the_first_shot_to_a_smaller_model_that_trains_on(tmp_path):
-    """Pruned gradually, shrunk, saved, loaded into a fresh module, trained on."""
+    """Pruned gradually, shrunk, exported; in a fresh process loaded into a dense module, the same, and trained on."""
     data, model = task(), mlp()
     retrain(model, data, everything(model), RetrainConfig(8, lr=0.1))
-    config = structured(0.75, budget="params", granularity="neuron", n_steps=60)
+    config = structured(0.75, budget="params", granularity="neuron", n_steps=30)
     result = go(model, data[0][0][:2], config, data, retraining=RetrainConfig(1, lr=0.02)).run()
-    smaller = result.shrink(model).eval()
-    (tmp_path / "recipe.json").write_text(json.dumps(result.recipe().to_dict()))
-    torch.save(smaller.state_dict(), tmp_path / "weights.pt")
-    recipe = ShrinkRecipe.from_dict(json.loads((tmp_path / "recipe.json").read_text()))
-    again = recipe.shrink(mlp())
-    again.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
-    again.eval()
-    x, y = torch.cat([a for a, _ in data]), torch.cat([b for _, b in data])
+    smaller, (x, _) = result.shrink(model).eval(), (torch.cat(part) for part in zip(*data, strict=True))
+    file, batches, outcome = (str(tmp_path / name) for name in ("smaller.safetensors", "batches", "outcome"))
+    report = export(smaller, file, kind="shrunk", recipe=result, example=(x,), runs=1)
+    torch.save(data, batches)
+    subprocess.run(
+        [sys.executable, "-c", GOES_ON, file, batches, outcome],
+        check=True, cwd=ROOT, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    found = torch.load(outcome, weights_only=True)
     with torch.no_grad():
-        assert torch.equal(again(x), smaller(x))
-        torch.testing.assert_close(again(x), model.eval()(x), rtol=1e-5, atol=1e-6)
-        before = float(F.cross_entropy(again(x), y))
-    optimizer = torch.optim.Adam(again.parameters(), 3e-3)
-    for _ in range(10):
-        for a, b in data:
-            optimizer.zero_grad()
-            F.cross_entropy(again.train()(a), b).backward()
-            optimizer.step()
-    with torch.no_grad():
-        after = float(F.cross_entropy(again.eval()(x), y))
-    assert after < 0.9 * before, (before, after)
-    assert sum(p.numel() for p in again.parameters()) == result.costs_after["params"] <= 0.25 * 280
+        assert torch.equal(found["loaded"], smaller(x))
+        torch.testing.assert_close(found["loaded"], model.eval()(x), rtol=1e-5, atol=1e-6)
+    assert found["after"] < 0.9 * found["before"], found
+    assert found["parameters"] == report.parameters == result.costs_after["params"] <= 0.25 * 280
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from torch import nn
 from sfpk_kernels import recalibrate_batchnorm
 from sfpk_kernels.baselines import structured_magnitude
 
+from .attention_nets import transformer, vit
 from .structured_nets import make
 from .structured_runs import images, mlp
-from .test_structure_adapters import transformer, vit
 
 pytest.importorskip("torch_pruning")
 

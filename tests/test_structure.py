@@ -359,6 +359,7 @@ def test_under_autocast():
     torch.testing.assert_close(masked, shrunk, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow  # of other nets test_shrunk_deployed.py does it each time
 def test_the_smaller_model_compiles_and_exports():
     model, x = make("squeeze-excite")
     structure = find_structure(model, x)

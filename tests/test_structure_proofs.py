@@ -130,7 +130,12 @@ def test_attention_of_a_layout_that_is_not_known():
     assert [group.kind for group in structure.groups] == ["neuron"] * 2
 
 
-@pytest.mark.parametrize("name", SMALL)
+LONG = ("retinanet", "resnet-50")  # with nothing that others have not: for the slow tests
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in SMALL]
+)
 def test_gradients_of_what_is_kept(name):
     factory, shape, _ = SMALL[name]
     prove_gradients(*made(factory, shape))

@@ -135,34 +135,34 @@ def task(seed):
     return batch
 
 
-def test_its_masks_lose_less_than_magnitude_and_random_ones():
-    lost = {"sfpk": [], "magnitude": [], "random": []}
-    for seed in range(2):
-        torch.manual_seed(seed)
-        batch, model = task(seed), Classifier()
-        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-        for _ in range(80):
-            x, y = batch(64)
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-        model.eval()
-        x, y = batch(500)
-        example = x[:1]
-        config = SFPKConfig(0.6, granularity="channel", budget="macs", n_steps=80)
-        result = prune(model, [batch(64) for _ in range(20)], config=config, example_inputs=example)
-        structure = find_structure(model, example)
-        costs = Costs(model, structure, (example,))
-        norms = coordinate_sums(structure, {name: p.abs() for name, p in model.named_parameters()})
-        keeps = {
-            "sfpk": result.keep,
-            "magnitude": select(structure, costs, norms, 0.6, "macs"),
-            "random": select(structure, costs, torch.rand(structure.size), 0.6, "macs"),
-        }
-        with torch.no_grad():
-            for name, keep in keeps.items():
-                assert costs.cost(keep, "macs") <= round(0.4 * costs.dense["macs"])
-                loss = float(F.cross_entropy(gated_call(model, structure, keep, (x,)), y))
-                assert math.isfinite(loss)
-                lost[name].append(loss)
-    assert all(a < min(b, c) for a, b, c in zip(*lost.values(), strict=True))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_its_masks_lose_less_than_magnitude_and_random_ones(seed):
+    lost = {}
+    torch.manual_seed(seed)
+    batch, model = task(seed), Classifier()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(80):
+        x, y = batch(64)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    model.eval()
+    x, y = batch(500)
+    example = x[:1]
+    config = SFPKConfig(0.6, granularity="channel", budget="macs", n_steps=80)
+    result = prune(model, [batch(64) for _ in range(20)], config=config, example_inputs=example)
+    structure = find_structure(model, example)
+    costs = Costs(model, structure, (example,))
+    norms = coordinate_sums(structure, {name: p.abs() for name, p in model.named_parameters()})
+    keeps = {
+        "sfpk": result.keep,
+        "magnitude": select(structure, costs, norms, 0.6, "macs"),
+        "random": select(structure, costs, torch.rand(structure.size), 0.6, "macs"),
+    }
+    with torch.no_grad():
+        for name, keep in keeps.items():
+            assert costs.cost(keep, "macs") <= round(0.4 * costs.dense["macs"])
+            loss = float(F.cross_entropy(gated_call(model, structure, keep, (x,)), y))
+            assert math.isfinite(loss)
+            lost[name] = loss
+    assert lost["sfpk"] < min(lost["magnitude"], lost["random"]), lost

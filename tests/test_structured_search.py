@@ -10,10 +10,10 @@ from torch import nn
 from sfpk_kernels import Execution, SFPKPruner, prune
 from sfpk_kernels.structure import Costs, ShrinkRecipe, gated_call
 
+from .attention_nets import transformer, vit
 from .snapshot import Snapshot
 from .structured_nets import Dense, Residual, Scaled, SqueezeExcite
 from .structured_runs import counted, images, structured
-from .test_structure_adapters import transformer, vit
 
 pytest.importorskip("torch_pruning")
 

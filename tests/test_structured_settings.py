@@ -9,10 +9,10 @@ from sfpk_kernels import GradualPruner, SFPKPruner, plan, prune
 from sfpk_kernels.baselines import structured_magnitude
 
 from .architectures.refused import GroupNormed
+from .attention_nets import vit
 from .settings import both
 from .snapshot import Snapshot
 from .structured_runs import counted, images, mlp, structured
-from .test_structure_adapters import vit
 
 pytest.importorskip("torch_pruning")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..coordinates.flat import Coordinates
+from ..search.structured.words import groups_of, outcome
 from ..structure import Costs, ShrinkRecipe, Structure, coordinate_sums, find_structure
 from ..structure import select as select_coordinates
 from ..structure.cost import BUDGETS
@@ -27,7 +28,7 @@ _COUNTED = ("gate", "producer")  # weights that read a coordinate, and that comp
 class StructuredBaseline:
     """What a structured baseline keeps, and what the model costs with it.
 
-    ``dense`` and ``left``: "params", "macs" and "channels" of the dense and of the shrunk model, as
+    ``dense`` and ``left``: "params", "macs", "channels" and "bytes" of the dense and of the shrunk model, as
     :class:`~sfpk_kernels.structure.Costs` counts them.
     """
 
@@ -35,6 +36,10 @@ class StructuredBaseline:
     structure: Structure
     dense: dict[str, int]
     left: dict[str, int]
+
+    def __str__(self) -> str:
+        """Costs before and after, and what each group keeps, as tables."""
+        return outcome(self.dense, self.left, groups_of(self.structure, self.keep))
 
     @property
     def recipe(self) -> ShrinkRecipe:
@@ -48,6 +53,10 @@ class StructuredBaseline:
             TypeError, ValueError: as in :func:`~sfpk_kernels.structure.shrink`.
         """
         return self.recipe.shrink(model)
+
+    def kept_of_groups(self) -> dict[str, tuple[int, int]]:
+        """(kept, all) coordinates of each group."""
+        return self.structure.kept_of_groups(self.keep)
 
 
 class StructuredProblem:
@@ -112,8 +121,7 @@ class StructuredProblem:
         """The best coordinates within the budget."""
         score = allocated(self.structure, score, self._allocation)
         keep = select_coordinates(self.structure, self.costs, score, self._sparsity, self._budget, **self._floors)
-        left = {budget: self.costs.cost(keep, budget) for budget in BUDGETS}
-        return StructuredBaseline(keep, self.structure, dict(self.costs.dense), left)
+        return StructuredBaseline(keep, self.structure, self.costs.whole(), self.costs.left(keep))
 
 
 def allocated(

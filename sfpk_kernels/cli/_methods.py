@@ -11,6 +11,7 @@ from ..coordinates.flat import Coordinates
 from ..coordinates.pattern import is_pattern, sparsity_of
 from ..masks.maskset import MaskSet
 from ._outcome import WrongOption, as_options, evaluated, said
+from ._structured_methods import STRUCTURED, run_structured
 from ._task import Task, WrongTask
 from ._words import make_folder
 
@@ -21,22 +22,29 @@ METHODS: dict[str, tuple[str, ...]] = {
     "force": ("seed",), "grasp": _ALLOCATED, "ste": _LEARNED, "single_particle": _LEARNED, "wanda": ("pattern",),
     "sparsegpt": (*_ALLOCATED, "pattern"), "woodfisher": _ALLOCATED,
 }  # functions of sfpk_kernels.baselines, and the options beside the sparsity that each takes  # fmt: skip
+_TAKES = {**METHODS, **STRUCTURED}
 _WITHOUT_LOADER = ("magnitude", "random", "synflow")
-_OWN = ("allocation", "passes")
+_OWN = ("allocation", "passes", "norm")
 _OF_A_RUN = ("preset", "config", "plan", "waypoints", "save_every", "resume", "shrunk", "latency")
 
 
 def add_options(prune: argparse.ArgumentParser) -> None:
     """Add ``--method`` and the options that baselines alone take."""
     prune.add_argument(
-        "--method", choices=[SFPK, *METHODS], default=SFPK,
+        "--method", choices=[SFPK, *_TAKES], default=SFPK,
         help="what chooses the mask (default: sfpk); the others take --sparsity, --seed where they draw anything, "
         f"--pattern ({', '.join(name for name, takes in METHODS.items() if 'pattern' in takes)}), and the options "
-        "below",
+        f"below; those that leave a smaller model ({', '.join(STRUCTURED)}) --granularity (default: group), --budget "
+        "(default: macs), --min-keep, --round-to, --layer-sparsity, --on-refusal, --shrunk and --latency, too",
     )  # fmt: skip
-    takers = {own: ", ".join(name for name, takes in METHODS.items() if own in takes) for own in _OWN}
-    prune.add_argument("--allocation", choices=("global", "uniform", "erk", "lamp"),
-                       help=f"how kept weights are spread over the tensors; for {takers['allocation']}")  # fmt: skip
+    takers = {own: ", ".join(name for name, takes in _TAKES.items() if own in takes) for own in _OWN}
+    prune.add_argument("--allocation", choices=("global", "uniform", "erk", "lamp", "normalized"),
+                       help="how what is kept is spread over tensors or groups; erk and lamp for weights alone, "
+                       f"normalized for groups; for {takers['allocation']}")  # fmt: skip
+    prune.add_argument(
+        "--norm", choices=("l1", "l2"),
+        help=f"of the weights of a channel, head or neuron (default: l2); for {takers['norm']}",
+    )  # fmt: skip
     prune.add_argument("--passes", type=int, metavar="INT",
                        help=f"forward and backward passes, in place of --n-steps (default: 1000); for {SFPK}, "
                        f"{takers['passes']}")  # fmt: skip
@@ -63,10 +71,10 @@ def check_options(options: argparse.Namespace, given: dict[str, Any]) -> None:
         for name in own:
             if name == "passes":
                 continue
-            takers = ", ".join(method for method, takes in METHODS.items() if name in takes)
+            takers = ", ".join(method for method, takes in _TAKES.items() if name in takes)
             raise WrongOption(f"--{name}: wanted with --method {takers}, got --method {SFPK}")
         return
-    takes = ("sparsity", *METHODS[options.method])
+    takes = ("sparsity", *_TAKES[options.method])
     of_a_run = [name for name in _OF_A_RUN if getattr(options, name)]
     for name in (*own, *of_a_run, *given):
         if name not in takes:
@@ -84,12 +92,14 @@ def run_method(
     Args:
         task: the model and the rest.
         options: of the command line, checked.
-        given: sparsity, seed and pattern, where given.
+        given: sparsity, seed, pattern and what a smaller model is chosen by, where given.
         which: options of Coordinates.
     """
+    settings = {name: getattr(options, name) for name in _OWN if getattr(options, name) is not None} | given
+    if options.method in STRUCTURED:
+        return run_structured(task, options, settings, which)
     from ..report import MethodResult, write_method
 
-    settings = {name: getattr(options, name) for name in _OWN if getattr(options, name) is not None} | given
     with as_options(bool(options.ignore)):
         coordinates = Coordinates(task.model, **which)
     try:

@@ -24,7 +24,7 @@ _OPTIONS = {
     "round_to": "--round-to", "on_refusal": "--on-refusal", "layer_sparsity": "--layer-sparsity",
     "selection": "--selection", "kernel": "--kernel", "offload": "--offload", "compile": "--compile",
     "include_embeddings": "--include-embeddings", "include_biases": "--include-biases",
-    "include_norms": "--include-norms",
+    "include_norms": "--include-norms", "norm": "--norm",
 }  # by argument  # fmt: skip
 _NOTHING = "model: wanted at least one prunable tensor"
 
@@ -55,15 +55,19 @@ def evaluated(
     dense: float | dict[str, float] | None,
     bn_batches: int,
     report: Callable[..., Any],  # of dense_eval and pruned_eval, where there are any: the page's path
+    smaller: Callable[[], nn.Module] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """What eval_fn says before and after, and the report's files: it is written, if it can be, whatever that does."""
+    """What eval_fn says before and after, and the report's files: it is written, if it can be, whatever that does.
+
+    After: of the masked model, or of the smaller one where that is not the same.
+    """
     evaluation: dict[str, Any] = {} if dense is None else {"dense_eval": dense}
     files = []
     try:
         if dense is not None:
-            mask.apply_(task.model)
-            recalibrate(task.model, task, bn_batches)
-            evaluation["pruned_eval"] = task.evaluate()
+            pruned = task._replace(model=mask.apply_(task.model) if smaller is None else smaller())
+            recalibrate(pruned.model, task, bn_batches)
+            evaluation["pruned_eval"] = pruned.evaluate()
     finally:
         try:
             files.append(str(report(**evaluation)))

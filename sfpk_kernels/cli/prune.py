@@ -22,7 +22,7 @@ from ..utils.settings import kind_of, meaning_of
 from ._methods import SFPK, add_options, check_options, run_method, with_sparsity
 from ._outcome import WrongOption, as_options, evaluated, said
 from ._settings import read_settings
-from ._structured import check_structured, described, inputs_of, latency_of, write_recipe, write_shrunk
+from ._structured import check_structured, described, files_of, inputs_of, other_model, times_of
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
 from ._words import FAILED, Aside, make_folder, refuse, say, to_json
 
@@ -64,11 +64,12 @@ def add_command(commands: Any) -> None:
     files = prune.add_argument_group("files")
     files.add_argument("--out", type=Path, default=Path("sfpk-out"), metavar="DIR", help="default: sfpk-out")
     files.add_argument("--shrunk", action="store_true",
-                       help="with --granularity: write shrunk.safetensors, too, the smaller model, its batch-norm "
-                       "re-estimated (--bn-batches); sfpk_kernels.load_exported turns a dense one into it")  # fmt: skip
+                       help="with --granularity or a structured method: write shrunk.safetensors, too, the smaller "
+                       "model, its batch-norm re-estimated (--bn-batches); sfpk_kernels.load_exported turns a dense "
+                       "one into it")  # fmt: skip
     files.add_argument("--latency", action="store_true",
-                       help="with --granularity: measure a call of the dense and of the smaller model, at batch sizes "
-                       "1 and 16, for the report")  # fmt: skip
+                       help="with --granularity or a structured method: measure a call of the dense and of the "
+                       "smaller model, at batch sizes 1 and 16, for the report")  # fmt: skip
     files.add_argument("--save-every", type=int, metavar="STEPS", help="write DIR/run.sfpk after so many steps")
     files.add_argument("--resume", nargs="?", const=True, metavar="FILE",
                        help="go on from FILE (default: DIR/run.sfpk, if it exists)")  # fmt: skip
@@ -236,15 +237,12 @@ def _run(task: Task, config: SFPKConfig, execution: Execution, options: argparse
     dense = task.evaluate()  # before the run: an eval_fn that does not work is known early
     target = saved if options.save_every else None
     result = pruner.run(task.loader, progress=shows, save_every=options.save_every, save_path=target)
-    files = [
-        *_write_masks(result, options.out),
-        *write_recipe(result, options.out),
-        *(write_shrunk(result, task, options.out, options.bn_batches) if options.shrunk else ()),
-    ]  # first: whatever an evaluation does, they are there
-    latency = latency_of(result, task, which["example_inputs"]) if options.latency else []
+    # First: whatever an evaluation does, they are there.
+    files = [*_write_masks(result, options.out), *files_of(result, task, options)]
+    latency = times_of(result, task, which.get("example_inputs")) if options.latency else []
     evaluation, written = evaluated(
         task, result.mask, dense, options.bn_batches,
-        lambda **found: result.report(options.out, latency=latency, **found),
+        lambda **found: result.report(options.out, latency=latency, **found), other_model(result, task),
     )  # fmt: skip
     outcome: dict[str, Any] = {**result.summary(), "files": [*files, *written], **evaluation}
     if latency:

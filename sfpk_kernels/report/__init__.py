@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..export.measure import Latency
+from ..retraining.shots import GradualResult
 from ..utils.files import atomic_write, check_place, remove_regular
 from ..utils.plain import plain
 from .charts import (
@@ -36,8 +37,11 @@ from .contents import (
     collect_method,
 )  # fmt: skip
 from .page import page
+from .shots import checked_shot_evals, collect_gradual
 
-__all__ = ["MethodResult", "plot_loss_versus_sparsity", "plot_methods", "render", "write", "write_method"]
+__all__ = [
+    "MethodResult", "plot_loss_versus_sparsity", "plot_methods", "render", "write", "write_gradual", "write_method",
+]  # fmt: skip
 
 _PICTURES = {
     "loss.png": plot_loss, "particles.png": plot_particles, "layers.png": plot_layers, "baselines.png": plot_baselines,
@@ -98,10 +102,42 @@ def write_method(
     *,
     dense_eval: Evaluation | None = None,
     pruned_eval: Evaluation | None = None,
+    latency: Sequence[Latency] = (),
 ) -> Path:
     """As :func:`write` for a mask that a baseline has found: a report without loss and particles."""
-    evaluation = _evaluation(dense_eval, pruned_eval)
-    return _write(folder, lambda: collect_method(result, evaluation), "write_method(result, {})")
+    evaluation, timed = _evaluation(dense_eval, pruned_eval), checked_latency(latency)
+    return _write(folder, lambda: collect_method(result, evaluation, timed), "write_method(result, {})")
+
+
+def write_gradual(
+    result: GradualResult,
+    folder: str | os.PathLike[str],
+    baselines: Sequence[Mapping[str, Any]] = (),
+    dense_accuracy: float | None = None,
+    *,
+    dense_eval: Evaluation | None = None,
+    shot_evals: Sequence[Evaluation] = (),
+    pruned_eval: Evaluation | None = None,
+    latency: Sequence[Latency] = (),
+) -> Path:
+    """As :func:`write` for a gradual run: what every shot left, loss and particles along the searches of all of them.
+
+    Args:
+        result: of a :class:`sfpk_kernels.GradualPruner`.
+        shot_evals: what an evaluation of yours says of the retrained model after every shot, one a shot.
+        others: as for :func:`write`.
+
+    Raises:
+        TypeError, ValueError, ImportError, OSError: as there; ``shot_evals`` of another number of shots.
+    """
+    rows = [checked_row(row) for row in baselines]
+    if dense_accuracy is not None:
+        dense_accuracy = checked_fraction("dense_accuracy", dense_accuracy)
+    evaluation, timed = _evaluation(dense_eval, pruned_eval), checked_latency(latency)
+    after = checked_shot_evals(shot_evals, len(result.history))
+    return _write(
+        folder, lambda: collect_gradual(result, rows, dense_accuracy, evaluation, after, timed), "result.report({})"
+    )
 
 
 def _evaluation(dense: Evaluation | None, pruned: Evaluation | None) -> dict[str, dict[str, float]]:

@@ -7,7 +7,7 @@ import json
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .._version import __version__
@@ -23,9 +23,20 @@ from ..utils.plain import plain
 
 FORMAT = "sfpk-report-1"
 PARTS = {
-    "version", "summary", "config", "plan", "curve", "knee", "waypoints", "layer_densities", "layer_sizes", "history",
-    "baselines", "dense_accuracy",
-}  # that every report has; "model", "evaluation", "execution", "latency" came later; "method" is no run's  # fmt: skip
+    "version",
+    "summary",
+    "config",
+    "plan",
+    "curve",
+    "knee",
+    "waypoints",
+    "layer_densities",
+    "layer_sizes",
+    "history",
+    "baselines",
+    "dense_accuracy",
+}  # that every report has; "model", "evaluation", "execution", "latency" came later  # fmt: skip
+# Beside them "method" in that of a baseline, "shots" in that of a gradual run.
 
 Evaluation = float | Mapping[str, float]  # what an eval_fn says of a model: a number, or numbers by name
 
@@ -80,6 +91,7 @@ class MethodResult:
     mask: MaskSet
     coordinates: Coordinates
     seconds: float
+    more: Mapping[str, Any] = field(default_factory=dict)  # that the summary has, such as costs of a smaller model
 
     def summary(self) -> dict[str, Any]:
         """The outcome in a few plain numbers."""
@@ -91,10 +103,13 @@ class MethodResult:
             "fingerprint": self.mask.fingerprint(),
             "seconds": self.seconds,
             "alarms": [],
+            **self.more,
         }
 
 
-def collect_method(result: MethodResult, evaluation: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def collect_method(
+    result: MethodResult, evaluation: Mapping[str, Mapping[str, float]], latency: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """All of a report without a run: what a run alone has is empty."""
     return {
         "format": FORMAT,
@@ -107,15 +122,17 @@ def collect_method(result: MethodResult, evaluation: Mapping[str, Mapping[str, f
         "curve": [],
         "knee": None,
         "waypoints": [],
-        **_layers(result.mask),
+        **layers_of(result.mask),
         "history": [],
         "baselines": [],
         "dense_accuracy": None,
         "evaluation": {which: dict(values) for which, values in evaluation.items()},
+        "latency": [dict(row) for row in latency],
     }
 
 
-def _layers(mask: MaskSet) -> dict[str, Any]:
+def layers_of(mask: MaskSet) -> dict[str, Any]:
+    """Densities and sizes of the prunable tensors."""
     return {
         "layer_densities": mask.layer_densities(),
         "layer_sizes": {name: math.prod(shape) for name, shape in mask.shapes.items()},
@@ -130,7 +147,6 @@ def collect(
     latency: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """All of a report; the last four checked by the functions below."""
-    derived = ("energy", "energy_std", "energy_min", "mean_overlap", "effective_particles")
     return {
         "format": FORMAT,
         "version": __version__,
@@ -151,16 +167,19 @@ def collect(
             }
             for w in result.waypoints
         ],
-        **_layers(result.mask),
-        "history": [
-            {**dataclasses.asdict(record), **{name: getattr(record, name) for name in derived}}
-            for record in result.history
-        ],
+        **layers_of(result.mask),
+        "history": steps_of(result.history),
         "baselines": [dict(row) for row in baselines],
         "dense_accuracy": dense_accuracy,
         "evaluation": {which: dict(values) for which, values in evaluation.items()},
         "latency": [dict(row) for row in latency],
     }
+
+
+def steps_of(history: Sequence[StepRecord]) -> list[dict[str, Any]]:
+    """Steps as plain values, with what follows from them."""
+    derived = ("energy", "energy_std", "energy_min", "mean_overlap", "effective_particles")
+    return [{**dataclasses.asdict(record), **{name: getattr(record, name) for name in derived}} for record in history]
 
 
 def _model(mask: MaskSet, coordinates: Coordinates) -> dict[str, Any]:

@@ -32,12 +32,13 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     alarms = "".join(f'<p class="alarm">{escape(alarm)}</p>\n' for alarm in report["summary"]["alarms"])
     parts = [
         "" if "method" in report else explained([("Particle", words.PARTICLE)]),
-        facts([*_counts(report), *(_of_method(report) if "method" in report else _of_run(report))]),
+        facts([*_counts(report), *_of(report)]),
         f'<h2>Alarms</h2>\n<p class="words">{escape(words.ALARMS)}</p>\n{alarms}' if alarms else "",
-        _evaluation(report.get("evaluation", {})),
+        _evaluation(report.get("evaluation", {}), words.RETRAINED if "shots" in report else words.EVALUATION),
+        _shots(report.get("shots", [])),
         *(_figure(name, content, report) for name, content in pictures.items() if name not in _SECTIONS),
         _methods(report["baselines"], report["dense_accuracy"]),
-        _waypoints(report["waypoints"]),
+        "" if "shots" in report else _waypoints(report["waypoints"]),
         _latency(report.get("latency", [])),
         _groups(report, pictures),
         _layers(report, pictures),
@@ -77,6 +78,13 @@ def _counts(report: Mapping[str, Any]) -> list[Fact]:
     return [*found, Fact("mask fingerprint", f"{summary['fingerprint'][:16]}…", words.FINGERPRINT)]
 
 
+def _of(report: Mapping[str, Any]) -> list[Fact]:
+    """What made the mask."""
+    if "method" in report:
+        return _of_method(report)
+    return _of_shots(report) if "shots" in report else _of_run(report)
+
+
 def _of_method(report: Mapping[str, Any]) -> list[Fact]:
     return [
         Fact("method", report["method"], words.METHOD),
@@ -84,9 +92,23 @@ def _of_method(report: Mapping[str, Any]) -> list[Fact]:
     ]
 
 
+def _of_shots(report: Mapping[str, Any]) -> list[Fact]:
+    summary, config = report["summary"], report["config"]
+    return [
+        Fact("shots", f"{summary['shots']:,}", words.SHOTS),
+        Fact("steps, particles", f"{summary['steps']:,}, {config['n_particles']:,}{_merged(report)}", words.STEPS),
+        Fact("time", f"{summary['seconds']:.1f} s", words.SEARCHES),
+        _saliency(config),
+    ]
+
+
+def _saliency(config: Mapping[str, Any]) -> Fact:
+    kind = config["final_score"] or config["polarizer"]
+    return Fact("saliency", kind, f"{words.SALIENCY} {words.SCORES.get(kind, '')}".strip())
+
+
 def _of_run(report: Mapping[str, Any]) -> list[Fact]:
     summary, config, choice = report["summary"], report["config"], report["plan"]["choice"]
-    kind = config["final_score"] or config["polarizer"]
     found = [
         Fact("steps, particles", f"{summary['steps']:,}, {config['n_particles']:,}{_merged(report)}", words.STEPS),
         Fact("time", f"{summary['seconds']:.1f} s", words.SECONDS),
@@ -106,7 +128,7 @@ def _of_run(report: Mapping[str, Any]) -> list[Fact]:
         found.append(Fact("effective particles", count, words.EFFECTIVE))
     return [
         *found,
-        Fact("saliency", kind, f"{words.SALIENCY} {words.SCORES.get(kind, '')}".strip()),
+        _saliency(config),
         Fact("energies", f"{choice['mode']}: {choice['reason']}", words.ENERGIES),
         Fact("predicted peak memory", f"{report['plan']['peak_bytes'] / 1e6:,.1f} MB", words.MEMORY),
     ]
@@ -118,7 +140,7 @@ def _merged(report: Mapping[str, Any]) -> str:
     return f"; one after step {apart:,}" if apart < len(report["history"]) else ""
 
 
-def _evaluation(evaluation: Mapping[str, Mapping[str, float | None]]) -> str:
+def _evaluation(evaluation: Mapping[str, Mapping[str, float | None]], note: str) -> str:
     """What was measured of the model before and after; a figure that one of the two lacks stays empty."""
     columns = [which for which in ("dense", "pruned") if which in evaluation]
     if not columns:
@@ -131,7 +153,7 @@ def _evaluation(evaluation: Mapping[str, Mapping[str, float | None]]) -> str:
             cells.append(Number("" if before is None or after is None else f"{after - before:+.6g}"))
         rows.append((Name(name), *cells))
     header = ("", *columns, *(["change"] if len(columns) == 2 else []))
-    return _section("Evaluation", words.EVALUATION, table("Evaluation before and after", header, rows))
+    return _section("Evaluation", note, table("Evaluation before and after", header, rows))
 
 
 def _measured(values: Mapping[str, float | None], name: str) -> str:
@@ -151,6 +173,31 @@ def _methods(rows: Sequence[Mapping[str, Any]], dense: float | None) -> str:
     header = ("method", "removed", "accuracy")
     note = "As given to the report; ± is the standard deviation, where it was given."
     return _section("Accuracies", note, table("Accuracy by method", header, found))
+
+
+def _shots(shots: Sequence[Mapping[str, Any]]) -> str:
+    """Of gradual runs: a row a shot; what was measured after them, where it was."""
+    if not shots:
+        return ""
+    costs = list(shots[0].get("costs", {}))
+    names = list(dict.fromkeys(name for shot in shots for name in shot.get("evaluation", {})))
+    rows = []
+    for shot in shots:
+        left = [format_bytes(shot["costs"][name]) if name == "bytes" else f"{shot['costs'][name]:,}" for name in costs]
+        rows.append((
+            shot["number"], Number(f"{100 * shot['sparsity']:.4g} %"), shot["kept"], shot["returned"],
+            *map(Number, left), Number(_loss(shot["search_loss"])), Number(_loss(shot["retraining_loss"])),
+            *(Number(_measured(shot.get("evaluation", {}), name)) for name in names),
+        ))  # fmt: skip
+    header = (
+        "shot", "sparsity", "weights kept", "returned", *(COSTS[name] for name in costs), "loss of the search",
+        "loss of retraining", *names,
+    )  # fmt: skip
+    return _section("Shots", words.OF_SHOTS, table("What every shot left", header, rows))
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _waypoints(waypoints: Sequence[Mapping[str, Any]]) -> str:

@@ -46,6 +46,17 @@ EVALUATION = (
     "Of the same model before pruning (dense) and with the mask above (pruned), as an evaluation outside of the run "
     "measured it and handed it to the report."
 )
+RETRAINED = (
+    "Of the same model before pruning (dense) and after the last shot (pruned, and retrained), as an evaluation "
+    "outside of the run measured it and handed it to the report."
+)
+SHOTS = "A shot searches on to a part of the sparsity, applies the mask and retrains the model with it."
+SEARCHES = "Of the searches of all shots; retraining is not in it."
+OF_SHOTS = (
+    "Sparsity is what the search was asked for, of the weights or of the budget. Returned are weights that an earlier "
+    "shot had removed. The loss of the search is that of its last step, that of retraining the mean of the last tenth "
+    "of its steps; empty where a function of your own retrains. What else was measured comes from outside of the run."
+)
 COSTS = {
     "params": "Of the smaller model, of those of the dense one; tied ones once.",
     "macs": "Multiply-accumulates of one call with the example inputs: convolutions, products of matrices, attention.",
@@ -89,12 +100,15 @@ def of_picture(name: str, report: Mapping[str, Any]) -> list[tuple[str, str]]:
              "downs is chance"),
             ("soft sparsity", _SOFT),
             ("smoothed", "the running median of five steps, for runs of at least as many; the thin line is the loss "
-             "as it was measured. The knee is looked for on the smoothed curve"),
+             f"as it was measured{'' if 'shots' in report else '. The knee is looked for on the smoothed curve'}"),
         ]  # fmt: skip
         if report["knee"] is not None:
             found.append(("knee", f"where the smoothed loss turns up, here at {100 * report['knee']:.1f} % removed"))
         if report["waypoints"]:
-            found.append(("mask taken", "the sparsities at which masks were taken on the way"))
+            when = (
+                "after which the model was retrained" if "shots" in report else "at which masks were taken on the way"
+            )
+            found.append(("mask taken", f"the sparsities {when}"))
         return found
     if name == "particles.png":
         return [

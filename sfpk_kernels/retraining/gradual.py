@@ -19,7 +19,6 @@ from ..modeling.state import seeded
 from ..modeling.turns import alone, end_contexts
 from ..modeling.whole_model import WholeModel, write
 from ..search.energy import LossFn
-from ..search.merging import mean_square, merge_into
 from ..search.parts import coordinates_of
 from ..search.pruner import SFPKPruner
 from ..search.result import PruneResult
@@ -28,6 +27,7 @@ from ..search.structured.coordinates import StructuredCoordinates
 from ..utils.arguments import called, check_loader, check_loss_fn
 from ..utils.files import check_writable, load_state, save_state
 from .gradual_state import GradualState, Progress
+from .handover import on_schedule, start_of
 from .held import held_of
 from .loop import RetrainConfig, check_label_smoothing, retrain, trained_parameters
 from .shots import GradualResult, Shot, ShotRecord, config_of_shot, schedule_shots, spread_steps
@@ -235,7 +235,7 @@ class GradualPruner:
             returned = int((mask & ~before.masks[-1].flat().to(mask.device)).sum()) if before.masks else 0
             record = ShotRecord(shot, found.mask.kept, returned, found.history, losses)
             self._done = Progress(
-                self._on_schedule(found.particles.detach().cpu().clone(), shot.density),
+                on_schedule(found.particles.detach().cpu().clone(), shot.density, self.config),
                 torch.where(mask, trained, before.values),
                 [*before.masks, found.mask],
                 [*before.history, record],
@@ -284,21 +284,12 @@ class GradualPruner:
                 loss_fn=self._loss_fn,
                 config=config,
                 execution=self.execution,
-                start=self._start(shot, config),
+                start=start_of(self._done.particles, shot, config),
                 **self._options,
             )
             return pruner.run(self._loader, progress=self._progress)
         finally:
             self._held.write(self._model, held)
-
-    def _start(self, shot: Shot, config: SFPKConfig) -> Tensor | None:
-        """Where the particles of a shot begin: merged, where those of the one before have yet to be."""
-        given = self._done.particles
-        if given is None or len(given) == config.n_particles:
-            return given
-        one = given.new_empty(1, given.shape[1])
-        merge_into(one, None, given, None, mean_square(config, shot.start_density))
-        return one
 
     def _train(self, shot: Shot, masks: MaskSet, seed: int) -> list[float]:
         if isinstance(self._retrain, RetrainConfig):
@@ -316,13 +307,6 @@ class GradualPruner:
         with seeded(seed, self.coordinates.device):
             self._retrain(self._model, masks, shot)
         return []
-
-    def _on_schedule(self, particles: Tensor, density: float) -> Tensor:
-        """Particles that were not retracted have drifted: put on the density that the next shot starts from."""
-        if self.config.retract:
-            return particles
-        share = particles.double().square().mean(dim=1)
-        return particles.mul_((mean_square(self.config, density) / share).sqrt().unsqueeze(1).to(particles.dtype))
 
     @alone
     def state_dict(self) -> dict[str, Any]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from typing import ClassVar
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..config import SFPKConfig
+from ..export.measure import Latency
 from ..masks.maskset import MaskSet
 from ..search.merging import steps_of_all
 from ..search.records import StepRecord
@@ -54,6 +58,50 @@ class GradualResult:
 
     def __repr__(self) -> str:
         return f"GradualResult({self.mask!r}, {len(self.history)} shots, {len(self.particles)} particles)"
+
+    @property
+    def alarms(self) -> list[str]:
+        """What looked wrong in the searches, with shot and step."""
+        return [
+            f"shot {one.shot.number}, step {record.step}: {words}"
+            for one in self.history
+            for record in one.search
+            for words in record.alarms
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """The outcome in a few plain numbers; seconds and steps are those of the searches."""
+        steps = [record for one in self.history for record in one.search]
+        return {
+            "sparsity": self.mask.sparsity,
+            "kept": self.mask.kept,
+            "prunable": self.mask.prunable,
+            "fingerprint": self.mask.fingerprint(),
+            "shots": len(self.history),
+            "steps": len(steps),
+            "seconds": sum(record.seconds for record in steps),
+            "energy": steps[-1].energy,
+            "alarms": self.alarms,
+        }
+
+    def report(
+        self,
+        folder: str | os.PathLike[str],
+        baselines: Sequence[Mapping[str, Any]] = (),
+        dense_accuracy: float | None = None,
+        *,
+        dense_eval: float | Mapping[str, float] | None = None,
+        shot_evals: Sequence[float | Mapping[str, float]] = (),
+        pruned_eval: float | Mapping[str, float] | None = None,
+        latency: Sequence[Latency] = (),
+    ) -> Path:
+        """Write report.json, report.html and pictures; see :func:`sfpk_kernels.report.write_gradual`."""
+        from ..report import write_gradual  # here, not above: a report reads a result, which does without reports
+
+        evaluations = {"dense_eval": dense_eval, "pruned_eval": pruned_eval}
+        return write_gradual(
+            self, folder, baselines, dense_accuracy, **evaluations, shot_evals=shot_evals, latency=latency
+        )
 
 
 def schedule_shots(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..coordinates.flat import Coordinates
+from ..export.measure import Latency
 from ..search.structured.coordinates import StructuredCoordinates
+from ..search.structured.timing import latency_of
+from ..search.structured.words import costs_and_groups, groups_of, outcome
 from ..structure import ShrinkRecipe, Structure
 from ..structure.axes import BUDGETS
 from ..utils.arguments import check_least
@@ -26,13 +30,18 @@ class StructuredGradualResult(GradualResult):
 
     keeps: list[Tensor]  # (C,) bool after every shot, on the CPU
     structure: Structure
-    costs_before: dict[str, int]  # params, macs and channels of the dense model
+    costs_before: dict[str, int]  # params, macs, channels and bytes (of parameters and buffers) of the dense model
     costs: list[dict[str, int]]  # of what is kept after every shot
 
     def __repr__(self) -> str:
         after = self.costs_after
         left = ", ".join(f"{name} {after[name]:,} of {self.costs_before[name]:,}" for name in BUDGETS)
         return f"StructuredGradualResult({left}, {len(self.history)} shots, {len(self.particles)} particles)"
+
+    def __str__(self) -> str:
+        """Costs before and after, and what each group keeps, as tables."""
+        groups = groups_of(self.structure, self.keep)
+        return f"{self!r}\n\n{outcome(self.costs_before, self.costs_after, groups)}"
 
     @property
     def keep(self) -> Tensor:  # (C,) bool
@@ -69,7 +78,22 @@ class StructuredGradualResult(GradualResult):
 
     def kept_of_groups(self) -> dict[str, tuple[int, int]]:
         """(kept, all) coordinates of each group."""
-        return {group.name: (int(self.keep[group.span].sum()), group.size) for group in self.structure.groups}
+        return self.structure.kept_of_groups(self.keep)
+
+    def latency(
+        self, model: nn.Module, example_inputs: Any, batches: Sequence[int] = (1, 16), *, runs: int = 20
+    ) -> list[Latency]:
+        """Measured seconds of a call, dense and shrunk: as :meth:`sfpk_kernels.StructuredResult.latency`.
+
+        Raises:
+            TypeError, ValueError: as there.
+        """
+        return latency_of(model, self.recipe(), example_inputs, batches, runs)
+
+    def summary(self) -> dict[str, Any]:
+        """The outcome in a few plain numbers; sparsity, kept and prunable count weights."""
+        more = costs_and_groups(self.costs_before, self.costs_after, self.structure, self.keep)
+        return {**super().summary(), **more}
 
 
 def gradual_result(result: GradualResult, coordinates: Coordinates) -> GradualResult:
@@ -77,8 +101,8 @@ def gradual_result(result: GradualResult, coordinates: Coordinates) -> GradualRe
     if not isinstance(coordinates, StructuredCoordinates):
         return result
     keeps = [coordinates.keep_of(masks) for masks in result.masks]
-    costs = [{name: coordinates.costs.cost(keep, name) for name in BUDGETS} for keep in keeps]
+    costs = [coordinates.costs.left(keep) for keep in keeps]
     fields: dict[str, Any] = dict(vars(result))
     return StructuredGradualResult(
-        **fields, keeps=keeps, structure=coordinates.structure, costs_before=dict(coordinates.costs.dense), costs=costs
+        **fields, keeps=keeps, structure=coordinates.structure, costs_before=coordinates.costs.whole(), costs=costs
     )

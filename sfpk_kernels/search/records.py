@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -71,3 +72,17 @@ class StepRecord:
 
     def _finite(self) -> list[float]:
         return [value for value in self.energies if math.isfinite(value)]
+
+
+def curve_of(history: Iterable[StepRecord]) -> list[dict[str, float]]:
+    """Loss over the soft sparsity at each step's start: one point per step, each particle on its own batch."""
+    return [
+        {
+            "sparsity": 1.0 - record.start_density,
+            "energy": record.energy,
+            "std": record.energy_std,
+            "lowest": record.energy_min,
+            "highest": max((e for e in record.energies if math.isfinite(e)), default=math.nan),
+        }
+        for record in history
+    ]

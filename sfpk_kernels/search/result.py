@@ -24,7 +24,7 @@ from .diagnostics import dying, layer_names
 from .parts import masks_of
 from .planning import Plan
 from .polarizer import Polarizer, budget
-from .records import StepRecord
+from .records import StepRecord, curve_of
 from .schedule import steps_within
 from .vote import Vote
 from .waypoints import Waypoint
@@ -176,16 +176,7 @@ class PruneResult:
         ``sparsity`` is the soft sparsity at the step's start, so the last point lies before the end of the schedule;
         without retraction (presets ``"paper"`` and ``"authors"``) the particles also lag behind it.
         """
-        return [
-            {
-                "sparsity": 1.0 - record.start_density,
-                "energy": record.energy,
-                "std": record.energy_std,
-                "lowest": record.energy_min,
-                "highest": max((e for e in record.energies if math.isfinite(e)), default=math.nan),
-            }
-            for record in self.history
-        ]
+        return curve_of(self.history)
 
     def knee(self) -> float | None:
         """The sparsity at which the loss turns up: farthest below the chord of the curve.

@@ -140,6 +140,13 @@ class Structure:
         group = self.group_of(coordinate)
         return f"{group.kind} {coordinate - group.first} of {group.name}"
 
+    def kept_of_groups(
+        self,
+        keep: Tensor,  # (C,) bool
+    ) -> dict[str, tuple[int, int]]:
+        """(kept, all) coordinates of each group, by its name."""
+        return {group.name: (int(keep[group.span].sum()), group.size) for group in self.groups}
+
     @cached_property
     def layers(self) -> tuple[Tensor, ...]:
         """The coordinates of each dim that would be empty without all of them; the same ones once."""

@@ -105,6 +105,17 @@ class Costs:
         """What parameters and buffers take in memory with that kept, exactly; sparse buffers as if dense."""
         return self._sum(keep.cpu(), 2)
 
+    def left(
+        self,
+        keep: Tensor,  # (C,) bool
+    ) -> dict[str, int]:
+        """``"params"``, ``"macs"``, ``"channels"`` and ``"bytes"`` of what is kept."""
+        return {**{budget: self.cost(keep, budget) for budget in BUDGETS}, "bytes": self.bytes(keep)}
+
+    def whole(self) -> dict[str, int]:
+        """The same of the dense model."""
+        return self.left(torch.ones(self._structure.size, dtype=torch.bool, device="cpu"))
+
     def _sum(self, keep: Tensor, column: int) -> int:
         """Σ over the tensors: what a kept position counts, times how many are kept in each dim."""
         counts = self._fixed.index_add(0, self._entry, keep[self._coordinate].long())

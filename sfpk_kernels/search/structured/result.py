@@ -7,21 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ...coordinates.flat import Coordinates, unwrapped
-from ...export.measure import Latency, compare_latency
+from ...coordinates.flat import Coordinates
+from ...export.measure import Latency
 from ...masks.maskset import MaskSet
-from ...modeling.batches import move_to
-from ...modeling.turns import lock
 from ...structure import ShrinkRecipe, Structure
 from ...structure.axes import BUDGETS, kept
-from ...structure.find import split_inputs
-from ...utils.arguments import check_least
 from ..result import PruneResult
 from .coordinates import StructuredCoordinates
-from .words import outcome
+from .timing import latency_of
+from .words import costs_and_groups, groups_of, outcome
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +42,7 @@ class StructuredResult(PruneResult):
 
     def __str__(self) -> str:
         """Costs before and after, and what each group keeps, as tables."""
-        groups = {name: (one["kind"], one["kept"], one["size"]) for name, one in self._groups().items()}
+        groups = groups_of(self.structure, self.keep)
         return f"{self!r}\n\n{outcome(self.costs_before, self.costs_after, groups)}"
 
     def apply_(self, model: nn.Module) -> nn.Module:
@@ -104,31 +100,16 @@ class StructuredResult(PruneResult):
         Raises:
             TypeError, ValueError: another model, inputs of another kind, sizes or runs below 1.
         """
-        check_least("runs", runs, 1)
-        for batch in batches:
-            check_least("batches", batch, 1)
-        model = unwrapped(model)
-        smaller = self.shrink(model, sparsity)
-        args, kwargs = split_inputs(move_to(example_inputs, next(model.parameters()).device))
-        with lock():  # no other thread's pruner has other weights in it
-            return compare_latency(model, smaller, args, kwargs, batches, runs)
+        return latency_of(model, self.recipe(sparsity), example_inputs, batches, runs)
 
     def kept_of_groups(self) -> dict[str, tuple[int, int]]:
         """(kept, all) coordinates of each group."""
-        return {group.name: (int(self.keep[group.span].sum()), group.size) for group in self.structure.groups}
+        return self.structure.kept_of_groups(self.keep)
 
     def summary(self) -> Mapping[str, Any]:
         """The outcome in a few plain numbers; sparsity, kept and prunable count weights."""
-        costs = {"costs_before": dict(self.costs_before), "costs_after": dict(self.costs_after)}
-        return {**super().summary(), **costs, "groups": self._groups()}
-
-    def _groups(self) -> dict[str, dict[str, Any]]:
-        """Kind, kept and size by name."""
-        kept = self.kept_of_groups()
-        return {
-            group.name: {"kind": group.kind, "kept": kept[group.name][0], "size": group.size}
-            for group in self.structure.groups
-        }
+        more = costs_and_groups(self.costs_before, self.costs_after, self.structure, self.keep)
+        return {**super().summary(), **more}
 
     @property
     def _of(self) -> StructuredCoordinates:
@@ -144,7 +125,9 @@ def result_kind(mask: MaskSet, coordinates: Coordinates) -> tuple[type[PruneResu
     if not isinstance(coordinates, StructuredCoordinates):
         return PruneResult, {}
     keep, costs = coordinates.keep_of(mask), coordinates.costs
-    before = {**costs.dense, "bytes": costs.bytes(torch.ones_like(keep))}
-    after = {**{name: costs.cost(keep, name) for name in BUDGETS}, "bytes": costs.bytes(keep)}
-    more = {"keep": keep, "structure": coordinates.structure, "costs_before": before, "costs_after": after}
-    return StructuredResult, more
+    return StructuredResult, {
+        "keep": keep,
+        "structure": coordinates.structure,
+        "costs_before": costs.whole(),
+        "costs_after": costs.left(keep),
+    }
