@@ -60,6 +60,11 @@ SAMPLES = {
     ],
     "transition_apply_": lambda: [(*given, sums_of(6), backend) for *given, backend in shards()],
     "transition_stats": lambda: [(sums_of(7), *SPEC, *SHARD, backend) for backend in ("reference", "cpp")],
+    "average_gradients_": lambda: [
+        (torch.randn(3, 7), averages, torch.randn(7), beta, backend)
+        for backend in ("reference", "cpp")
+        for averages, beta in ((None, 0.0), (torch.randn(3, 7), 0.0), (torch.randn(3, 7), 0.8))
+    ],
     "topk_mask": lambda: [
         (torch.randn(3, 8), torch.tensor([0, 3, 6]), score, saliency, sizes, segments, low, high, pattern,
          protected, removed, guess, packed, "reference")
