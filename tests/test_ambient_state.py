@@ -114,7 +114,9 @@ def calls(backend):
             (grads, values, theta),
         ),
         "average_gradients_ fp16": (
-            lambda g, w: list(ops.average_gradients_(g, None, weights=w, backend=backend)), (grads.half(), theta)),
+            lambda g, w: ops.average_gradients_(g, None, weights=w, backend=backend).effective_dimensions,
+            (grads.half(), theta),
+        ),
         "bits": (
             lambda m, p: [ops.pack_mask(m, **rest), ops.unpack_mask(p, d, **rest), ops.popcount(p, **rest),
                           ops.mask_iou(p, **rest), ops.mask_hamming(p, p, **rest)],

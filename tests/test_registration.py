@@ -61,9 +61,10 @@ SAMPLES = {
     "transition_apply_": lambda: [(*given, sums_of(6), backend) for *given, backend in shards()],
     "transition_stats": lambda: [(sums_of(7), *SPEC, *SHARD, backend) for backend in ("reference", "cpp")],
     "average_gradients_": lambda: [
-        (torch.randn(3, 7), averages, torch.randn(7), beta, backend)
+        # Without averages (in test_dynamic_shapes.py) the cosines are NaN, which opcheck finds different from NaN.
+        (torch.randn(3, 7), torch.randn(3, 7), torch.randn(7), beta, backend)
         for backend in ("reference", "cpp")
-        for averages, beta in ((None, 0.0), (torch.randn(3, 7), 0.0), (torch.randn(3, 7), 0.8))
+        for beta in (0.0, 0.8)
     ],
     "topk_mask": lambda: [
         (torch.randn(3, 8), torch.tensor([0, 3, 6]), score, saliency, sizes, segments, low, high, pattern,

@@ -25,9 +25,9 @@ def most(config: SFPKConfig) -> float:
 def staying(config: SFPKConfig, history: Sequence[StepRecord]) -> float:
     """β: what stays of the average in the next step, -2c within 0 and :func:`most`.
 
-    c is the mean agreement (:attr:`Gradients.agreements`) in the last 0.15 K steps: gradients that point against what particles
-    moved along say that moves overshoot. Those before the step count, which reach the host with everything else it
-    reads of them, so nothing waits. 0 as long as there are none.
+    c is the mean agreement (:attr:`Gradients.agreements`) in the last 0.15 K steps: gradients that point against what
+    particles moved along say that moves overshoot. Those before the step count, which reach the host with everything
+    else it reads of them, so nothing waits. 0 as long as there are none.
     """
     last = history[-max(1, round(_LOOKS_BACK * config.n_steps)) :]
     means = [[value for value in record.agreements if math.isfinite(value)] for record in last]

@@ -25,10 +25,10 @@ class StepLength:
     ``"angle"``: α_k = γ ln(ρ_0/ρ_K)^(3/2) (1 - k/K), γ = 0.035.
 
     ``"effective_dimension"``: α_k = 0.33 ln(ρ_0/ρ_K)² sqrt(δ) (1 - k/K) min(1, (k + 1)/(0.15 K)), δ the geometric mean
-    of the effective dimensions (:attr:`.Gradients.shares`) in the first 0.15 K steps, of those before step k: they reach
-    the host with everything else it reads of a step, so nothing waits. Until there is one (in the first step, and
-    behind a gradient of zero) that of the step itself, for which it does wait. The gradients of a network that is
-    still nearly dense are mostly noise, which many coordinates share: hence the slow beginning.
+    of the effective dimensions (:class:`~sfpk_kernels.ops.GradientStats`) in the first 0.15 K steps, of those before
+    step k: they reach the host with everything else it reads of a step, so nothing waits. Until there is one (in the
+    first step, and behind a gradient of zero) that of the step itself, for which it does wait. The gradients of a
+    network that is still nearly dense are mostly noise, which many coordinates share: hence the slow beginning.
 
     Args:
         config: of the run.
