@@ -79,7 +79,7 @@ torch.library.define(
 )
 
 
-def _average_gradients_(call: Any) -> tuple[Tensor, Tensor]:
+def _average_gradients_(call: Any) -> tuple[Tensor, ...]:
     grads = call.grads
     check.owns_memory(_OP, "grads", grads)
     for name in ("averages", "weights"):
