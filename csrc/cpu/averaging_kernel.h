@@ -8,7 +8,7 @@
 #include "floats_kernel.h"
 
 constexpr int kHalf = SFPK_LANES / 2;
-constexpr int64_t kAhead = 1024;  // entries that are on their way to L2 while one is worked on
+constexpr int64_t kAhead = 512;  // entries that are on their way to L2 while one is worked on
 
 typedef double Wide __attribute__((vector_size(kHalf * 8)));
 
