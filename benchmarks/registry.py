@@ -193,6 +193,7 @@ class Seeded:
 
 def all_ops() -> dict[str, Op]:
     """Every op of the suite by name, in the order they are measured."""
+    from .cases import averaging as cases_averaging
     from .cases import masking as cases_masking
     from .cases import scaling as cases_scaling
     from .cases import selection as cases_selection
@@ -202,7 +203,7 @@ def all_ops() -> dict[str, Op]:
     from .cases import transition as cases_transition
 
     modules = (
-        cases_transition, cases_selection, cases_masking, cases_step, cases_scaling, cases_structured,
+        cases_transition, cases_averaging, cases_selection, cases_masking, cases_step, cases_scaling, cases_structured,
         cases_structured_step,
     )  # fmt: skip
     return {op.name: op for module in modules for op in module.OPS}

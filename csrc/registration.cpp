@@ -35,6 +35,9 @@ STABLE_TORCH_LIBRARY(sfpk_cpp, m) {
       "transition_stats(Tensor sums, float total, bool weighted, bool squared) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "average_gradients_(Tensor(a!) grads, Tensor? averages, Tensor weights, float beta) -> (Tensor, "
+      "Tensor)");
+  m.def(
       "topk_(Tensor[] values, bool rows, int score, Tensor[] saliency, Tensor[] excluded, Tensor[] always, "
       "Tensor[] sizes, Tensor counts, Tensor segments, Tensor limits, Tensor? guess, int packing, "
       "Tensor(a!)[] masks, Tensor(b!) threshold, Tensor(c!) tie_end) -> int");

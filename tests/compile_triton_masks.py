@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of selection and masked weights for a GPU that need not be there.
+"""Compiles the Triton kernels of selection, masked weights and averages of gradients for a GPU that need not be there.
 
     python -m tests.compile_triton_masks 90 --jobs 4
 
@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sfpk_kernels.ops.averaging import triton_kernels as averaging
 from sfpk_kernels.ops.codes import MaskKind, Score
 from sfpk_kernels.ops.masking import triton_kernels as masking
 from sfpk_kernels.ops.selection import triton_kernels as selection
@@ -21,7 +22,7 @@ from .compile_triton import in_processes, resources
 POINTERS = {
     "values": "*fp32", "saliency": "*fp32", "excluded": "*u8", "always": "*u8", "state": "*i64", "bins": "*i64",
     "ties": "*i64", "k": "*i64", "candidates": "*i64", "threshold": "*fp32", "tie_end": "*i64", "weights": "*fp32",
-    "grads": "*fp32",
+    "grads": "*fp32", "averages": "*fp32", "sums": "*fp64",
 }  # fmt: skip
 RANK = {"SCORE": Score.MEAN_ABS_SALIENCY.value, "EXCLUDES": True, "BLOCK": 1024, "TILES": 16}
 APPLY = {"SCORE": Score.ABS_SALIENCY.value, "SINGLE": False, "PART": True, "BITS": 8, "BLOCK": 1024}
@@ -51,6 +52,14 @@ VARIANTS = [
     ),
     *((masking.products, {"ADDS": adds, "BLOCK": 1024}, {"out": out}) for adds, out in RESULTS),
     *((masking.group_sums, {"ADDS": adds, "G": 4, "WIDE": 256}, {"out": out}) for adds, out in RESULTS),
+    *(
+        (
+            averaging.average,
+            {"AVERAGES": averages, "WRITES": averages, "FAR": True, "BLOCK": 1024, "TILES": 8},
+            {"grads": kind, "averages": kind},
+        )
+        for averages, kind in ((False, "*fp32"), (True, "*fp32"), (True, "*bf16"), (True, "*fp16"))
+    ),
 ]
 
 
@@ -58,7 +67,11 @@ def compile_kernel(kernel, constants, pointers, capability):
     signature = {}
     for name in kernel.arg_names:
         default = (
-            "fp32" if name == "scale" else "i64" if name in ("begin", "end", "first", "low", "high", "d") else "i32"
+            "fp32"
+            if name in ("scale", "share")
+            else "i64"
+            if name in ("begin", "end", "first", "low", "high", "d")
+            else "i32"
         )
         kind = {**POINTERS, **pointers}.get(name, default)
         signature[name] = "constexpr" if name in constants else kind

@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch
 
-from sfpk_kernels.ops import transition
+from sfpk_kernels.ops import averaging, transition
 from sfpk_kernels.ops._named import by_name
 from sfpk_kernels.ops.masking import _ops as masking
 from sfpk_kernels.ops.selection import _ops as selection
@@ -91,12 +91,22 @@ def differentiate(device, d, n=10, layout=(), backend=""):
     return run([empty(device, d)], [empty(device, n, d)], list(layout), backend)
 
 
+def average(device, d, n=10, averages=True, beta=0.5, backend=""):
+    """average_gradients_."""
+    run = by_name("sfpk::average_gradients_", averaging._average_gradients_)
+    rows = empty(device, n, d) if averages else None
+    # Of fakes, the addresses are all alike.
+    with mock.patch.object(averaging.check, "share_memory", return_value=False):
+        return run(empty(device, n, d), rows, empty(device, d), beta, backend)
+
+
 def launch_all(group: str, d: int, device: str = "cuda:0") -> None:
     """Every kernel of Triton over d columns; "few": the default suite's."""
     for shape, options in TRANSITIONS[:FEW] if group == "few" else TRANSITIONS:
         move(device, shape, options, d)
     backend = "triton"
     saliency, mask = empty(device, d), empty(device, d, dtype=torch.bool)
+    average(device, d, backend=backend)
     rank(device, d, output="cut", backend=backend)
     rank(device, d, output="int32", score="mean_abs_saliency", saliency=saliency, n=10, backend=backend)
     apply(device, d, backend=backend)

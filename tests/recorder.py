@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfpk_kernels import _extension
 from sfpk_kernels.ops import _checks as check
+from sfpk_kernels.ops.averaging import triton_kernels as averaging
 from sfpk_kernels.ops.masking import cuda as masking_cuda
 from sfpk_kernels.ops.masking import triton_kernels as masking
 from sfpk_kernels.ops.selection import triton_kernels as selection
@@ -27,6 +28,7 @@ KERNELS = {
     transition: ("transition", "combine"),
     selection: ("count_digits", "choose_digit", "count_ties", "find_chunk", "find_tie", "write_mask"),
     masking: ("apply", "products", "group_sums"),
+    averaging: ("average",),
 }
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select")
 

@@ -109,6 +109,14 @@ def calls(backend):
         "mask_gradient": (lambda w, g: ops.mask_gradient(w, g, backend=backend), (theta, grads)),
         "mask_gradient layout": (
             lambda w, g: ops.mask_gradient(w, g, layout=layout, backend=backend), (theta, grads.bfloat16())),
+        "average_gradients_": (
+            lambda g, v, w: [*ops.average_gradients_(g, v, 0.3, weights=w, backend=backend), g],
+            (grads, values, theta),
+        ),
+        "average_gradients_ fp16": (
+            lambda g, w: ops.average_gradients_(g, None, weights=w, backend=backend).effective_dimensions,
+            (grads.half(), theta),
+        ),
         "bits": (
             lambda m, p: [ops.pack_mask(m, **rest), ops.unpack_mask(p, d, **rest), ops.popcount(p, **rest),
                           ops.mask_iou(p, **rest), ops.mask_hamming(p, p, **rest)],
@@ -228,6 +236,7 @@ def test_autograd_notices_what_the_ops_write():
     for change in (
         lambda m: ops.transition_(m, torch.randn(2, 5), step=0.1, radius=2.0, repulsion=0.0),
         lambda m: ops.masked_weights(torch.randn(5), torch.rand(2, 5), out=m),
+        lambda m: ops.average_gradients_(m, torch.rand(2, 5), 0.5, weights=torch.randn(5)),
     ):
         masks, theta = torch.rand(2, 5) + 0.5, torch.rand(5, requires_grad=True)
         result = ops.masked_weights(theta, masks).sum()

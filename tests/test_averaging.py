@@ -9,7 +9,7 @@ import torch
 from sfpk_kernels import Execution, SFPKConfig, SFPKPruner
 from sfpk_kernels import plan as plan_of
 from sfpk_kernels.search import checkpoint
-from sfpk_kernels.search.averaging import Agreements, cosines, most, shortening, staying
+from sfpk_kernels.search.averaging import Gradients, keep_, most, shortening, staying
 from sfpk_kernels.search.particles import ParticleSystem
 from sfpk_kernels.search.records import StepRecord
 from sfpk_kernels.search.schedule import density_schedule
@@ -69,31 +69,22 @@ def test_moves_are_shortened_as_averages_are(beta):
     assert length.angle(3, 1.0, staying=beta) == pytest.approx(length.angle(3, 1.0) * shortening(beta))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_agreements_by_hand(dtype, monkeypatch):
-    """In pieces of five elements, of gradients whose squares fp32 cannot hold."""
-    monkeypatch.setattr("sfpk_kernels.search.pieces._PART", {"cpu": 15})
+def test_what_is_measured_of_one_particle_after_the_other():
     make = torch.Generator().manual_seed(0)
-    grads, averages = (torch.randn(3, 23, generator=make, dtype=torch.float64).to(dtype) for _ in range(2))
-    if dtype == torch.float32:
-        grads *= 1e-25
-    theta = torch.rand(23, generator=make).to(dtype)
-    found = cosines(grads, averages, theta)
-    wanted = torch.cosine_similarity(1e20 * grads.double() * theta, averages.double() * theta)
-    torch.testing.assert_close(found, wanted)
-    averages[0] = 0
-    grads[1, 2] = float("nan")
-    assert cosines(grads, averages, theta).isfinite().tolist() == [False, False, True]
-
-
-def test_agreements_of_one_particle_after_the_other():
-    make = torch.Generator().manual_seed(0)
-    grads, averages, theta = (torch.randn(*shape, generator=make) for shape in ((3, D), (3, D), (D,)))
-    together, one_by_one = (Agreements(theta, averages) for _ in range(2))
-    together.observe(grads)
-    for row in grads.split(1):
-        one_by_one.observe(row)
-    assert torch.equal(together.values, one_by_one.values)
+    grads, averages = (torch.randn(3, D, generator=make) for _ in range(2))
+    together, one_by_one = (Gradients(averaged=True, measured=measured) for measured in (False, True))
+    for gradients, size in ((together, 3), (one_by_one, 1)):
+        system = system_of(quick())
+        system._average.copy_(averages)
+        for first in range(0, 3, size):
+            row = None if size == 3 else first
+            gradients.add(system.average_(grads[first : first + size].clone(), row=row, staying=0.5))
+    assert torch.equal(together.agreements, one_by_one.agreements)
+    assert torch.equal(together.shares, one_by_one.shares)
+    assert list(together.asked_for) == ["agreements"]
+    assert list(one_by_one.asked_for) == ["effective_dimensions", "agreements"]
+    wanted = torch.cosine_similarity(grads.double() * system._theta, averages.double() * system._theta)
+    torch.testing.assert_close(together.agreements, wanted)
 
 
 def test_what_is_common_to_all_gradients_stays_and_noise_is_shortened_as_said():
@@ -110,7 +101,7 @@ def test_what_is_common_to_all_gradients_stays_and_noise_is_shortened_as_said():
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("update", ["jacobi", "gauss_seidel"])
 def test_particles_move_along_the_recurrence(update, dtype):
-    """Bit for bit as by averages made outside."""
+    """As by averages made outside."""
     averaged, plain = (system_of(quick(averaging=a, update=update, particle_dtype=dtype)) for a in (0.5, 0.0))
     mean, beta = torch.zeros(3, D), 0.8
     for seed in range(4):
@@ -118,13 +109,15 @@ def test_particles_move_along_the_recurrence(update, dtype):
         mean = torch.stack([g.lerp(m, beta) for g, m in zip(grads, mean, strict=True)])
         for row in [None] if update == "jacobi" else range(3):
             rows = slice(None) if row is None else slice(row, row + 1)
-            stats = averaged.move_(grads[rows].clone(), row=row, angle=0.2, staying=beta)
+            mine = grads[rows].clone()
+            averaged.average_(mine, row=row, staying=beta)
+            stats = averaged.move_(mine, row=row, angle=0.2)
             other = plain.move_(mean[rows].clone(), row=row, angle=0.2)
-            assert torch.equal(stats.cosines, other.cosines)
+            torch.testing.assert_close(stats.cosines, other.cosines)
         for system in (averaged, plain):
             system.end_step(stats.densities.tolist())
-    assert torch.equal(averaged.masks, plain.masks)
-    assert torch.equal(averaged.state_dict()["average"], mean)
+    torch.testing.assert_close(averaged.masks, plain.masks)
+    torch.testing.assert_close(averaged.state_dict()["average"], mean)
     assert plain.state_dict()["average"] is None
 
 
@@ -164,11 +157,25 @@ def test_a_particle_that_stands_still_keeps_its_average():
     before = system.state_dict()["average"]
     grads = grads.flip(1)
     grads[1, 7] = float("inf")
-    system.move_(grads.clone(), angle=0.1, staying=0.5)
+    system.average_(grads, staying=0.5)
+    system.move_(grads, angle=0.1)
     after = system.state_dict()["average"]
     assert torch.equal(after[1], before[1])
     assert not torch.equal(after[0], before[0])
     assert bool(after.isfinite().all())
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("bad", [[], [1], [0, 1, 2]])
+def test_averages_that_are_kept(bad, alone):
+    """On the CPU by a look at them, elsewhere by an operator that does not wait: here on a device without values."""
+    average, grads, cosines = torch.zeros(3, D), torch.ones(3, D), torch.rand(3).double()
+    cosines[bad] = math.nan
+    keep_(average, grads, cosines, alone)
+    stays = [i in bad if alone else bool(bad) for i in range(3)]
+    assert average.sum(1).tolist() == [0 if stay else D for stay in stays]
+    elsewhere = [t.to("meta") for t in (average, grads, cosines)]
+    keep_(*elsewhere, alone)
 
 
 def test_averages_merge_as_particles_do(mlp, vectors):

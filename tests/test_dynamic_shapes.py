@@ -91,6 +91,14 @@ CASES = {
         lambda w, g: mask_gradient(w, g, layout=Blocks(2, w.shape[0] // 2, 1)),
         lambda n, d: (uniform(d), uniform(n, d)),
     ),
+    "average_gradients_": (
+        lambda g, v, w: ops.average_gradients_(g, v, 0.3, weights=w),
+        lambda n, d: (uniform(n, d), uniform(n, d), uniform(d)),
+    ),
+    "average_gradients_ of none": (
+        lambda g, w: ops.average_gradients_(g, None, weights=w).effective_dimensions,
+        lambda n, d: (uniform(n, d), uniform(d)),
+    ),
     "pack_mask": (lambda m: (pack_mask(m), pack_mask(m, "int32")), lambda n, d: (uniform(n, d + 1) > 0.5,)),
     "unpack_mask": (lambda p, d: ops.unpack_mask(p, d), lambda n, d: (pack_mask(uniform(n, d) > 0.5), d)),
     "popcount": (ops.popcount, lambda n, d: (pack_mask(uniform(n, d) > 0.5),)),

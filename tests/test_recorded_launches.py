@@ -9,7 +9,7 @@ from sfpk_kernels import _dispatch
 
 pytest.importorskip("triton")
 
-from .launch_cases import TRANSITIONS, apply, differentiate, empty, move, rank
+from .launch_cases import TRANSITIONS, apply, average, differentiate, empty, move, rank
 from .recorder import CUDA_OPS, DataDependentOutputException, recorded
 
 DEVICES = ["cuda:0", "cuda:1"]  # cuda:0 is the current one
@@ -113,6 +113,16 @@ def test_mask_gradient(device, backend, layout):
     assert recording.waits == []
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("given", [{}, {"beta": 0.0}, {"averages": False, "beta": 0.0}])
+def test_averages_of_gradients(device, given):
+    with recorded() as recording:
+        assert {str(t.device) for t in average(device, D, **given)} == {device}
+    check_launches(recording, device)
+    assert [launch.name for launch in recording.launches] == ["average"]
+    assert recording.waits == []
+
+
 def test_a_backend_that_is_built_is_chosen(caplog):
     """The automatic choice: CUDA kernels for selection and masking, Triton's for the transition; nothing is said."""
     with caplog.at_level(logging.WARNING, "sfpk_kernels"), recorded() as recording:
@@ -148,6 +158,8 @@ def test_more_rows_than_a_grid_takes_are_refused(backend):
     assert not recording.launches
 
 
-@pytest.mark.parametrize("name", ["transition_", "topk_mask", "masked_weights_out", "mask_gradient"])
+@pytest.mark.parametrize(
+    "name", ["transition_", "topk_mask", "masked_weights_out", "mask_gradient", "average_gradients_"]
+)
 def test_the_implementations_are_registered_for_gpus(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sfpk::{name}", "CUDA")

@@ -60,6 +60,12 @@ SAMPLES = {
     ],
     "transition_apply_": lambda: [(*given, sums_of(6), backend) for *given, backend in shards()],
     "transition_stats": lambda: [(sums_of(7), *SPEC, *SHARD, backend) for backend in ("reference", "cpp")],
+    "average_gradients_": lambda: [
+        # Without averages (in test_dynamic_shapes.py) the cosines are NaN, which opcheck finds different from NaN.
+        (torch.randn(3, 7), torch.randn(3, 7), torch.randn(7), beta, backend)
+        for backend in ("reference", "cpp")
+        for beta in (0.0, 0.8)
+    ],
     "topk_mask": lambda: [
         (torch.randn(3, 8), torch.tensor([0, 3, 6]), score, saliency, sizes, segments, low, high, pattern,
          protected, removed, guess, packed, "reference")

@@ -8,10 +8,9 @@ from torch import nn
 
 from sfpk_kernels import Coordinates, SFPKConfig, SFPKPruner
 from sfpk_kernels.ops import transition_
-from sfpk_kernels.search import pieces
 from sfpk_kernels.search.records import StepRecord
 from sfpk_kernels.search.schedule import density_schedule
-from sfpk_kernels.search.step_length import StepLength, effective_share
+from sfpk_kernels.search.step_length import StepLength
 from tests import test_transition_backends as backends
 from tests import test_transition_stages as stages
 from tests.test_transition import density_of, slope_of
@@ -218,24 +217,6 @@ def test_the_scale_is_a_factor_on_the_angle(length):
 
 def step_record(shares):
     return StepRecord(1, 0.5, [0.5] * 2, [1.0] * 2, [0.1] * 2, 0.1, effective_dimensions=shares)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_effective_dimensions_by_hand(dtype, monkeypatch):
-    monkeypatch.setitem(pieces._PART, "cpu", 16)  # many parts
-    grads, theta = torch.zeros(5, 100, dtype=dtype), torch.full((100,), 0.5, dtype=dtype)
-    grads[0] = 3e-5  # all alike; its fourth power is below what fp32 holds
-    grads[1, :25] = -2.0
-    grads[2, 7] = 5.0
-    grads[4, 0] = math.inf
-    theta[99] = -0.5
-    found = effective_share(grads, theta)
-    assert found[:3].tolist() == pytest.approx([1.0, 0.25, 0.01])
-    assert found[3:].isnan().all()
-    values = uniform(100)
-    g = values * (uniform(100, seed=1) - 1)
-    found = effective_share((uniform(100, seed=1) - 1)[None], values).item()
-    assert found == pytest.approx(g.square().sum().item() ** 2 / (100 * g.pow(4).sum().item()))
 
 
 @pytest.mark.parametrize("length", ["angle", "effective_dimension"])

@@ -72,7 +72,7 @@ def test_no_spills_and_shared_memory_within_the_limit(group, capability, tmp_pat
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_selection_and_masked_weights_spill_nothing(capability, tmp_path):
+def test_the_other_kernels_spill_nothing(capability, tmp_path):
     for row in compiled("tests.compile_triton_masks", tmp_path, str(capability)):
         assert row["local"] <= (8 if is_old(row) else 0), row
         assert row["shared"] <= SHARED_LIMIT[capability], row

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import SFPKConfig
-from .pieces import pieces
+from ..ops import GradientStats
 from .records import StepRecord
 
 _LOOKS_BACK = 0.15  # fraction of the run over which agreements are averaged
@@ -25,9 +25,9 @@ def most(config: SFPKConfig) -> float:
 def staying(config: SFPKConfig, history: Sequence[StepRecord]) -> float:
     """β: what stays of the average in the next step, -2c within 0 and :func:`most`.
 
-    c is the mean agreement (:class:`Agreements`) in the last 0.15 K steps: gradients that point against what particles
-    moved along say that moves overshoot. Those before the step count, which reach the host with everything else it
-    reads of them, so nothing waits. 0 as long as there are none.
+    c is the mean agreement (:attr:`Gradients.agreements`) in the last 0.15 K steps: gradients that point against what
+    particles moved along say that moves overshoot. Those before the step count, which reach the host with everything
+    else it reads of them, so nothing waits. 0 as long as there are none.
     """
     last = history[-max(1, round(_LOOKS_BACK * config.n_steps)) :]
     means = [[value for value in record.agreements if math.isfinite(value)] for record in last]
@@ -44,59 +44,44 @@ def shortening(beta: float) -> float:
     return float(((1.0 - beta) / (1.0 + beta)) ** _POWER)
 
 
-class Agreements:
-    """How far each particle's gradient points along the average behind it, particle by particle; waits for nothing.
-
-    The cosine of θ ⊙ ∂L/∂W and of θ times the average of those before, in (n,) fp64: NaN where either is zero, as in
-    the first step, or not finite.
+class Gradients:
+    """What is measured of the gradients of a step while they are averaged, particle by particle; waits for nothing.
 
     Args:
-        theta: (d,) dense weights, where the gradients are.
-        averages: (n, d) behind the step before; read when the gradient of a particle is observed.
+        averaged: whether there are averages, with which they may agree.
+        measured: whether their effective dimensions are asked for.
     """
 
-    def __init__(self, theta: Tensor, averages: Tensor):
-        self._theta, self._averages = theta, averages
-        self._found: list[Tensor] = []
+    def __init__(self, averaged: bool, measured: bool):
+        self.averaged, self.measured = averaged, measured
+        self._seen: list[GradientStats] = []
 
-    def observe(self, grads: Tensor) -> None:  # (rows, d) ∂L/∂W
+    def add(self, stats: GradientStats) -> None:
         """Those of the next particles."""
-        first = sum(map(len, self._found))
-        self._found.append(cosines(grads, self._averages[first : first + len(grads)], self._theta))
+        self._seen.append(stats)
 
     @property
-    def values(self) -> Tensor:  # (n,) fp64
-        """Of all that were seen."""
-        return torch.cat(self._found)
+    def agreements(self) -> Tensor:  # (n,) fp64
+        """Cosines of θ ⊙ ∂L/∂W and θ times the average behind it, of all that were seen.
 
+        NaN where either is zero, as in the first step, or not finite.
+        """
+        return torch.cat([stats.cosines for stats in self._seen])
 
-@torch.no_grad()
-def cosines(grads: Tensor, averages: Tensor, theta: Tensor) -> Tensor:
-    """cos(θ ⊙ g, θ ⊙ v), row by row.
+    @property
+    def shares(self) -> Tensor:  # (n,) fp64
+        """Effective dimensions of all that were seen, as shares of d; NaN for zero and what is not finite."""
+        return torch.cat([stats.effective_dimensions for stats in self._seen])
 
-    Args:
-        grads: g (rows, d), any float.
-        averages: v (rows, d), any float.
-        theta: (d,), any float.
-
-    Returns:
-        (rows,) fp64; NaN where one of the two is zero or not finite.
-    """
-    sums = torch.zeros(3, len(grads), dtype=torch.float64, device=grads.device)
-    for g, v, weights in pieces(grads, averages, theta):
-        one, other = g.double() * weights, v.double() * weights  # in fp64: squares of small numbers
-        sums += torch.stack([(one * other).sum(1), one.square_().sum(1), other.square_().sum(1)])
-    return sums[0] / (sums[1].sqrt() * sums[2].sqrt())
-
-
-def blend_(
-    grads: Tensor,  # (rows, d) of this step, written: averages
-    average: Tensor,  # (rows, d) behind the step before
-    beta: float,
-) -> None:
-    """grads ← β·average + (1 - β)·grads."""
-    if beta > 0:
-        grads.lerp_(average, beta)
+    @property
+    def asked_for(self) -> dict[str, Tensor]:
+        """What the record of a step has of them."""
+        found = {}
+        if self.measured:
+            found["effective_dimensions"] = self.shares
+        if self.averaged:
+            found["agreements"] = self.agreements
+        return found
 
 
 def keep_(
@@ -107,4 +92,12 @@ def keep_(
 ) -> None:
     """The averages are those of this step, where a particle has moved along it."""
     stays = cosines.isnan()
-    torch.where(stays.unsqueeze(1) if alone else stays.any(), average, grads, out=average)
+    if average.device.type != "cpu":  # the host does not wait to see
+        torch.where(stays.unsqueeze(1) if alone else stays.any(), average, grads, out=average)
+        return
+    moved = [not one for one in stays.tolist()]
+    if all(moved):
+        average.copy_(grads)
+    elif alone:
+        for row in (i for i, one in enumerate(moved) if one):
+            average[row].copy_(grads[row])

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._dispatch import where_present
 from ..config import SFPKConfig
 from ..execution import Execution
-from ..ops import TransitionStats, transition_
+from ..ops import GradientStats, TransitionStats, average_gradients_, transition_
 from . import averaging
 from . import state_checks as check
 from .merging import mean_square, merge_into, particles_after, passes
@@ -161,12 +161,26 @@ class ParticleSystem:
         share = _squares(self.masks) / self.masks.shape[1]
         return share.sqrt() if self._config.density == "l2" else share
 
+    def average_(
+        self,
+        weight_grads: Tensor,  # (n, d) ∂L/∂W, averaged in place where config.averaging says so; (1, d) with row
+        row: int | None = None,
+        staying: float = 0.0,  # β: what stays of the averages, where there are any
+    ) -> GradientStats:
+        """Before :meth:`move_`: what is measured of gradients, which then become averages; waits for nothing.
+
+        What particles move along is behind the step what the next gradients are averaged with.
+        """
+        average = None if self._average is None else self._average[_rows(row)]
+        return average_gradients_(
+            weight_grads, average, 0.0 if average is None else staying, weights=self._theta, backend=self._backend
+        )
+
     def move_(
         self,
-        weight_grads: Tensor,  # (n, d) ∂L/∂W; (1, d) with row; averaged in place where config.averaging says so
+        weight_grads: Tensor,  # (n, d) ∂L/∂W, or what average_ made of them; (1, d) with row
         row: int | None = None,
         angle: float | None = None,
-        staying: float = 0.0,  # β: what stays of the averages of gradients, where there are any
     ) -> TransitionStats:
         """Steps 3 to 7 of the method: repulsion, transition, retraction, consensus; by the radius without ``angle``.
 
@@ -179,9 +193,6 @@ class ParticleSystem:
         pulls, skips = self.step + 1 > self._pull_after, config.nonfinite == "skip_particle"
         moving = len(self.masks) if row is None else 1
         self.moves += moving  # before the call, which may end anywhere
-        rows = slice(None) if row is None else slice(row, row + 1)
-        if self._average is not None:
-            averaging.blend_(weight_grads, self._average[rows], staying)
         stats = transition_(
             self.masks,
             weight_grads,
@@ -206,6 +217,7 @@ class ParticleSystem:
         )
         self._stats, self._version = stats, self.masks._version
         if self._average is not None:
+            rows = _rows(row)
             averaging.keep_(self._average[rows], weight_grads, stats.cosines[rows], skips)
         return stats
 
@@ -352,6 +364,11 @@ class ParticleSystem:
             TypeError, ValueError: as :meth:`checked` says.
         """
         self.take_over(self.checked(state))
+
+
+def _rows(row: int | None) -> slice:
+    """Those of one particle, or of all."""
+    return slice(None) if row is None else slice(row, row + 1)
 
 
 def _squares(masks: Tensor) -> Tensor:  # (n,) fp64

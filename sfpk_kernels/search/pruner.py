@@ -152,7 +152,7 @@ class SFPKPruner(Loop):
         if run.plan is None:
             run.make_plan(batches[0])
         started = time.perf_counter()
-        reached, dimensions, agreements = run.look_for_gradients(), run.look_at_dimensions(), run.look_at_agreements()
+        reached, gradients = run.look_for_gradients(), run.look_at_gradients()
         beta = staying(self.config, run.history)
         with self._attempt:
             densities = system.densities
@@ -162,8 +162,8 @@ class SFPKPruner(Loop):
             # 2. energies, each particle on its own batch; 3.-7. repulsion, transition, retraction, consensus
             with seeded(run.seed_of(number), self.coordinates.device):
                 energies, stats = move_particles(
-                    self.config, run.energy, system, keep, batches, lambda: run.angle(dimensions, beta), reached,
-                    [one for one in (dimensions, agreements) if one is not None], beta,
+                    self.config, run.energy, system, keep, batches, lambda: run.angle(gradients, beta), reached,
+                    gradients, beta,
                 )  # fmt: skip
             # All that the host wants to know of the step, in the one wait for the device.
             read = read_together(
@@ -174,8 +174,7 @@ class SFPKPruner(Loop):
                 deviation=run.diagnostics.deviation(system.masks, stats),
                 **observed._asdict(),
                 **({} if reached is None or reached.flags is None else {"reached": reached.flags}),
-                **({} if dimensions is None else {"effective_dimensions": dimensions.shares}),
-                **({} if agreements is None else {"agreements": agreements.values}),
+                **({} if gradients is None else gradients.asked_for),
             )
             missing = [] if reached is None else reached.missing(read.pop("reached"), number)
             skips = self.config.nonfinite == "skip_particle"

@@ -18,7 +18,7 @@ from ..masks.maskset import MaskSet
 from ..modeling.state import check_no_inference_tensors, guarded, mode_note
 from ..modeling.turns import end_contexts
 from ..modeling.whole_model import Registered
-from .averaging import Agreements
+from .averaging import Gradients
 from .diagnostics import Alarms, Diagnostics, layer_names
 from .energy import LossFn
 from .fingerprint import model_fingerprint
@@ -29,7 +29,7 @@ from .planning import Plan, check_state, plan_run, state_device
 from .records import StepRecord
 from .result import PruneResult
 from .settings import check_together, warn_of_poor
-from .step_length import Dimensions, StepLength
+from .step_length import StepLength
 from .structured.result import result_kind
 from .unreached import Reached
 from .vote import Vote
@@ -160,18 +160,15 @@ class Run:
             return Reached(self.coordinates, needed=done == 1 or self.config.n_steps == 1)
         return None
 
-    def angle(self, dimensions: Dimensions | None, staying: float) -> float | None:
+    def angle(self, gradients: Gradients | None, staying: float) -> float | None:
         """By which particles turn in the next step, where the radius does not say it."""
-        return self._step_length.angle(self.system.step, self.system.schedule[0], dimensions, staying)
+        now = gradients if gradients is not None and gradients.measured else None
+        return self._step_length.angle(self.system.step, self.system.schedule[0], now, staying)
 
-    def look_at_agreements(self) -> Agreements | None:
-        """Where gradients are averaged."""
-        averages = self.system.averages
-        return None if averages is None else Agreements(self.theta, averages)
-
-    def look_at_dimensions(self) -> Dimensions | None:
-        """In the steps whose gradients say how long later moves are."""
-        return Dimensions(self.theta) if self._step_length.looks_at(self.system.step) else None
+    def look_at_gradients(self) -> Gradients | None:
+        """Where they are averaged, and in the steps whose gradients say how long later moves are."""
+        averaged, measured = self.system.averages is not None, self._step_length.looks_at(self.system.step)
+        return Gradients(averaged, measured) if averaged or measured else None
 
     def count_in(self, record: StepRecord, energies: Tensor, passed: list[Waypoint], taken: int) -> None:
         """All of a step is known: from here on it is done.

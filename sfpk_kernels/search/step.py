@@ -6,13 +6,14 @@ Nothing here waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import SFPKConfig
 from ..ops import TransitionStats
+from .averaging import Gradients
 from .energy import ParticleEnergy
 from .nonfinite import not_finite, spoil_
 from .particles import ParticleSystem
@@ -20,13 +21,6 @@ from .polarizer import Polarized
 from .unreached import Reached
 
 Angle = Callable[[], float | None]  # of a move, asked for once its gradient is there; None where the radius says it
-
-
-class Observer(Protocol):
-    """Looks at the gradients of a step before particles move along them."""
-
-    def observe(self, grads: Tensor) -> None:  # (rows, d) ∂L/∂W
-        """Those of the next particles."""
 
 
 def by_radius() -> float | None:
@@ -42,14 +36,14 @@ def move_particles(
     batches: Sequence[Any],  # one per particle
     angle: Angle = by_radius,
     reached: Reached | None = None,
-    observers: Sequence[Observer] = (),
-    staying: float = 0.0,  # β: what stays of the average of gradients
+    gradients: Gradients | None = None,
+    staying: float = 0.0,  # β: what stays of the averages, where gradients are looked at
 ) -> tuple[Tensor, TransitionStats]:  # energies (n,) fp64
-    """In the order that ``config.update`` says; ``reached`` and ``observers`` look at the gradients."""
+    """In the order that ``config.update`` says; ``reached`` and ``gradients`` look at the gradients."""
     if config.update == "jacobi":
-        return jacobi(energy, system, keep, batches, angle, reached, observers, staying)
+        return jacobi(energy, system, keep, batches, angle, reached, gradients, staying)
     skips = config.nonfinite == "skip_particle"
-    return gauss_seidel(energy, system, keep, batches, skips, angle, reached, observers, staying)
+    return gauss_seidel(energy, system, keep, batches, skips, angle, reached, gradients, staying)
 
 
 def jacobi(
@@ -59,8 +53,8 @@ def jacobi(
     batches: Sequence[Any],  # one per particle
     angle: Angle = by_radius,
     reached: Reached | None = None,
-    observers: Sequence[Observer] = (),
-    staying: float = 0.0,  # β: what stays of the average of gradients
+    gradients: Gradients | None = None,
+    staying: float = 0.0,  # β: what stays of the averages, where gradients are looked at
 ) -> tuple[Tensor, TransitionStats]:  # energies (n,) fp64
     """All particles move at once, from where all of them were; none where ``reached`` refuses the gradients."""
     energies, grads = energy(keep, batches)
@@ -68,10 +62,10 @@ def jacobi(
     if reached is not None:
         reached.observe(grads)
         bad = bad | reached.refused()
-    for observer in observers:
-        observer.observe(grads)
+    if gradients is not None:
+        gradients.add(system.average_(grads, staying=staying))
     spoil_(grads, bad)
-    return energies, system.move_(grads, angle=angle(), staying=staying)
+    return energies, system.move_(grads, angle=angle())
 
 
 def gauss_seidel(
@@ -82,8 +76,8 @@ def gauss_seidel(
     skips: bool,  # config.nonfinite == "skip_particle"
     angle: Angle = by_radius,
     reached: Reached | None = None,
-    observers: Sequence[Observer] = (),
-    staying: float = 0.0,  # β: what stays of the average of gradients
+    gradients: Gradients | None = None,
+    staying: float = 0.0,  # β: what stays of the averages, where gradients are looked at
 ) -> tuple[Tensor, TransitionStats]:
     """One particle after the other, each from where the ones before it have gone: one gradient in memory.
 
@@ -99,10 +93,10 @@ def gauss_seidel(
             energies[i] = energy.single(i, keep.rows(row), batches[i], grad[0])
             if reached is not None:
                 reached.observe(grad)
-            for observer in observers:
-                observer.observe(grad)
+            if gradients is not None:
+                gradients.add(system.average_(grad, row=i, staying=staying))
             spoil_(grad, not_finite(energies[row]) if skips else bad | not_finite(energies[row]))
-            stats = system.move_(grad, row=i, angle=angle(), staying=staying)
+            stats = system.move_(grad, row=i, angle=angle())
             cosines[i] = stats.cosines[i]
             bad = bad | cosines[row].isnan()
     return energies, stats._replace(cosines=cosines)

@@ -6,12 +6,8 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-import torch
-from torch import Tensor
-
 from ..config import SFPKConfig
-from .averaging import shortening
-from .pieces import pieces
+from .averaging import Gradients, shortening
 from .reading import read_together
 from .records import StepRecord
 
@@ -29,10 +25,10 @@ class StepLength:
     ``"angle"``: α_k = γ ln(ρ_0/ρ_K)^(3/2) (1 - k/K), γ = 0.035.
 
     ``"effective_dimension"``: α_k = 0.33 ln(ρ_0/ρ_K)² sqrt(δ) (1 - k/K) min(1, (k + 1)/(0.15 K)), δ the geometric mean
-    of the effective dimensions (:func:`effective_share`) in the first 0.15 K steps, of those before step k: they reach
-    the host with everything else it reads of a step, so nothing waits. Until there is one (in the first step, and
-    behind a gradient of zero) that of the step itself, for which it does wait. The gradients of a network that is
-    still nearly dense are mostly noise, which many coordinates share: hence the slow beginning.
+    of the effective dimensions (:class:`~sfpk_kernels.ops.GradientStats`) in the first 0.15 K steps, of those before
+    step k: they reach the host with everything else it reads of a step, so nothing waits. Until there is one (in the
+    first step, and behind a gradient of zero) that of the step itself, for which it does wait. The gradients of a
+    network that is still nearly dense are mostly noise, which many coordinates share: hence the slow beginning.
 
     Args:
         config: of the run.
@@ -50,7 +46,7 @@ class StepLength:
         self,
         step: int,  # k: steps done, 0 … K - 1
         start: float,  # ρ_0
-        now: Dimensions | None = None,  # of this step's gradients, as far as they are known
+        now: Gradients | None = None,  # of this step's gradients, as far as they are known
         staying: float = 0.0,  # β of this step
     ) -> float | None:
         """α_k; None where the radius says it."""
@@ -78,44 +74,3 @@ def _mean(steps: Iterable[Sequence[float]]) -> float | None:
     logs = [[math.log(share) for share in shares if math.isfinite(share)] for shares in steps]
     means = [statistics.fmean(values) for values in logs if values]
     return math.exp(statistics.fmean(means)) if means else None
-
-
-class Dimensions:
-    """Effective dimensions of the gradients of a step, particle by particle; waits for nothing.
-
-    Args:
-        theta: (d,) dense weights, where the gradients are.
-    """
-
-    def __init__(self, theta: Tensor):
-        self._theta = theta
-        self._found: list[Tensor] = []
-
-    def observe(self, grads: Tensor) -> None:  # (rows, d) ∂L/∂W
-        """Those of the next particles."""
-        self._found.append(effective_share(grads, self._theta))
-
-    @property
-    def shares(self) -> Tensor:  # (n,) fp64
-        """Of all that were seen."""
-        return torch.cat(self._found)
-
-
-@torch.no_grad()
-def effective_share(grads: Tensor, theta: Tensor) -> Tensor:
-    """(Σg²)² / (d Σg⁴) of g = θ ⊙ ∂L/∂W: 1 where all coordinates share a gradient alike, 1/d where one has it all.
-
-    Args:
-        grads: (rows, d), any float.
-        theta: (d,), any float.
-
-    Returns:
-        (rows,) fp64; NaN for gradients that are zero or not finite.
-    """
-    squares = torch.zeros(len(grads), dtype=torch.float64, device=grads.device)
-    fourth = torch.zeros_like(squares)
-    for part, weights in pieces(grads, theta):
-        square = (part.double() * weights).square_()  # in fp64: fourth powers of small numbers
-        squares += square.sum(dim=1)
-        fourth += square.square_().sum(dim=1)
-    return squares.square() / (grads.shape[1] * fourth)
