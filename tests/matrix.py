@@ -35,11 +35,12 @@ TOOLS = ("wheel", "ninja", "numpy<2.4", "safetensors", "tqdm", "pytest", "pytest
 # What depends on torch and Python: every op and backend, energies, runs from start to resumption, what is saved.
 TESTED = (
     "ambient_state", "authors_parity", "awkward_models", "command", "coordinates", "default_loss", "derivatives",
-    "diagnostics", "edges_of_ops", "energy", "energy_models", "enforce", "export", "export_packed", "files", "graphed", "interrupted",
-    "lean", "mask_sets", "masked_weights", "masks", "model_untouched", "naive_agreement", "one_read_per_step",
-    "package", "packed_masks", "particle_dtypes", "pruner", "recorded_launches", "registration", "resume",
-    "selection_backends", "selection_constraints", "shared_coordinates", "states", "threads", "topk_mask", "transition",
-    "transition_backends", "transition_row", "unreached", "wrapped",
+    "diagnostics", "edges_of_ops", "energy", "energy_models", "enforce", "export", "export_packed", "files",
+    "graphed", "interrupted", "lean", "mask_prefixes", "mask_sets", "masked_weights", "masks", "model_untouched",
+    "naive_agreement", "one_read_per_step", "package", "packed_masks", "particle_dtypes", "pruner",
+    "recorded_launches", "registration", "resume", "selection_backends", "selection_constraints",
+    "shared_coordinates", "states", "threads", "topk_mask", "transition", "transition_backends", "transition_row",
+    "unreached", "wrapped",
 )  # fmt: skip
 # What depends on Triton: its kernels in its interpreter, and what is read from its intermediate code.
 INTERPRETED = ("integer_proof", "huge_sizes", "selection_gpu", "transition_row")

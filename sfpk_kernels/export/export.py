@@ -202,7 +202,7 @@ class _Masked:
     """Zeros, or the masks that say where."""
 
     def __init__(self, model: nn.Module, masks: MaskSet | None, metadata: Mapping[str, Any] | None):
-        masks = MaskSet.from_model(model) if masks is None else masks
+        masks = MaskSet.from_model(model) if masks is None else masks.fitted_to(model)
         masks.check(model)
         self.masks = masks if metadata is None else masks.with_metadata(metadata)
 
