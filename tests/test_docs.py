@@ -21,10 +21,12 @@ NEEDS = {
     "structure.md": "torch_pruning",
     "baselines.md": "torch_pruning",
     "structured.md": "torch_pruning",
+    "trackers.md": "tensorboard",
 }
+_INTEGRATIONS = [f"integrations.{name}" for name in ("lightning", "transformers", "tensorboard", "wandb", "mlflow")]
 API = {
     name: f"sfpk_kernels{name and '.'}{name}"
-    for name in ("", "ops", "baselines", "compat", "structure", "integrations.lightning", "integrations.transformers")
+    for name in ("", "ops", "baselines", "compat", "structure", *_INTEGRATIONS)
 }
 
 
