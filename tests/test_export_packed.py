@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from benchmarks.models import Gpt, texts
 from sfpk_kernels import MaskSet, export, load_exported
 from sfpk_kernels.baselines import magnitude
+from sfpk_kernels.cli import main
 from sfpk_kernels.demo.task import build_model
 from sfpk_kernels.export import loading, packed_reading
 
@@ -77,6 +79,7 @@ def test_every_bit_comes_back(dtype, given, tmp_path):
     assert load_exported(other, tmp_path / "m") is other
     assert same_bits(other, model)
     assert report.verified == "every tensor, exactly"
+    assert "; the dense model has" in str(report)  # names and digest are more than these few weights
 
 
 @pytest.mark.parametrize("sparsity", [0.05, 0.5, 0.999])
@@ -354,6 +357,44 @@ def test_no_second_model_is_in_memory(tmp_path):
     # The file's pages (8 % of the model) and a tensor (5 %), beside the control: all of the state dict.
     assert peaks["apart"] < 0.3
     assert peaks["whole"] > 0.9
+
+
+def normed():
+    """A task with batch norm, for the command."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 400), nn.BatchNorm1d(400), nn.ReLU(), nn.Linear(400, 3))
+    data = [(torch.randn(16, 6), torch.randint(3, (16,))) for _ in range(4)]
+    return model, None, data, lambda pruned: float(pruned[1].running_mean.sum())
+
+
+RUNS = {
+    "sfpk": ["--sparsity", "0.75", "--n-particles", "1", "--n-steps", "4"],
+    "magnitude": ["--sparsity", "0.75", "--method", "magnitude"],
+}
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_the_command_writes_what_it_evaluates(method, tmp_path, capsys):
+    task, out = f"{__name__}:normed", str(tmp_path)
+    assert main(["prune", task, *RUNS[method], "--packed", "--out", out, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    path = tmp_path / "packed.safetensors"
+    assert str(path) in found["files"]
+    assert found["packed"]["bytes_on_disk"] == path.stat().st_size
+    model, _, _, evaluate = normed()
+    masks, dense = MaskSet.load(tmp_path / "mask.safetensors"), evaluate(model)
+    expected = masks.apply_(copy.deepcopy(model))
+    load_exported(model, path)
+    assert torch.equal(model[3].weight, expected[3].weight)
+    assert evaluate(model) == pytest.approx(found["pruned_eval"]) != dense
+    assert main(["prune", task, *RUNS[method], "--packed", "--out", out]) == 0
+    assert re.search(r"^packed\.safetensors: .*B, [\d.]+ × smaller than the dense", capsys.readouterr().out, re.M)
+
+
+def test_the_command_refuses_it_for_channels(tmp_path, capsys):
+    arguments = ["--sparsity", "0.5", "--granularity", "group", "--budget", "macs", "--packed", "--out", str(tmp_path)]
+    assert main(["prune", f"{__name__}:normed", *arguments]) == 2
+    assert "--packed: wanted without --granularity group, got both" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ from ..search.waypoints import check_waypoints
 from ..utils.settings import kind_of, meaning_of
 from ._methods import SFPK, add_options, check_options, run_method, with_sparsity
 from ._outcome import WrongOption, as_options, evaluated, said
+from ._packed import check_packed, write_packed
 from ._settings import read_settings
 from ._structured import check_structured, described, inputs_of, latency_of, write_recipe, write_shrunk
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
@@ -62,6 +63,10 @@ def add_command(commands: Any) -> None:
     prune.add_argument("--quiet", action="store_true", help="no progress, no text (what TASK prints goes to stderr)")
     files = prune.add_argument_group("files")
     files.add_argument("--out", type=Path, default=Path("sfpk-out"), metavar="DIR", help="default: sfpk-out")
+    files.add_argument("--packed", action="store_true",
+                       help="write packed.safetensors, too: the masked model with its batch-norm re-estimated "
+                       "(--bn-batches), a bit for each weight and the values of the kept ones; "
+                       "sfpk_kernels.load_exported reads it")  # fmt: skip
     files.add_argument("--shrunk", action="store_true",
                        help="with --granularity: write shrunk.safetensors, too, the smaller model, its batch-norm "
                        "re-estimated (--bn-batches); sfpk_kernels.load_exported turns a dense one into it")  # fmt: skip
@@ -170,6 +175,7 @@ def _searching(options: argparse.Namespace, given: dict[str, Any]) -> Run:
             raise WrongOption(f"--{field.replace('_', '-')}:{words}") from error
         raise WrongOption(f"--config: {options.config}: {error}") from error
     check_structured(options, config)
+    check_packed(options, config)
     if isinstance(options.resume, str) and not Path(options.resume).is_file():
         raise WrongOption(f"--resume: wanted a file, got {options.resume!r}, which is none")
     return lambda task: _run(task, config, execution, options)
@@ -218,15 +224,17 @@ def _run(task: Task, config: SFPKConfig, execution: Execution, options: argparse
         *write_recipe(result, options.out),
         *(write_shrunk(result, task, options.out, options.bn_batches) if options.shrunk else ()),
     ]  # first: whatever an evaluation does, they are there
+    packed = write_packed(task, result.mask, options)
     latency = latency_of(result, task, which["example_inputs"]) if options.latency else []
     evaluation, written = evaluated(
-        task, result.mask, dense, options.bn_batches,
+        task, result.mask, dense, 0 if packed.report else options.bn_batches,  # once is enough
         lambda **found: result.report(options.out, latency=latency, **found),
     )  # fmt: skip
-    outcome: dict[str, Any] = {**result.summary(), "files": [*files, *written], **evaluation}
+    outcome: dict[str, Any] = {**result.summary(), "files": [*files, *packed.files, *written], **packed.numbers}
+    outcome |= evaluation
     if latency:
         outcome["latency"] = [dataclasses.asdict(row) for row in latency]
-    return 0, said(described(result, latency), outcome, options.json, options.quiet)
+    return 0, said(packed.below(described(result, latency)), outcome, options.json, options.quiet)
 
 
 def _write_masks(result: Any, folder: Path) -> list[str]:

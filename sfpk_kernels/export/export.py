@@ -69,10 +69,11 @@ class ExportReport:
         """Plain numbers and strings."""
         return {**dataclasses.asdict(self), "sparsity": self.sparsity, "times_smaller": self.times_smaller}
 
-    def _size(self) -> str:
-        """On disk; beside the dense model where the file holds all that makes it one, and less."""
+    @property
+    def size(self) -> str:
+        """Bytes on disk in words, of another kind than ``"dense"`` beside those of the dense model's tensors."""
         size, dense = format_bytes(self.bytes_on_disk), format_bytes(self.bytes_dense)
-        if self.kind == "masks":
+        if self.kind == "masks" or self.times_smaller < 1:  # which a small model's names and digest do
             return f"{size}; the dense model has {dense}"
         return size if self.kind == "dense" else f"{size}, {self.times_smaller:.1f} × smaller than the dense {dense}"
 
@@ -87,7 +88,7 @@ class ExportReport:
         left = f"{self.kept:,} of the dense model's {self.prunable:,} ({self.sparsity:.1%} less)"
         rows = [
             *([("parameters", left)] if shrunk else [("parameters", held), ("prunable", masked)]),
-            ("on disk", self._size()),
+            ("on disk", self.size),
             ("FLOPs", unknown if self.flops is None else f"{self.flops:,} {counted}"),
             ("latency", unknown if self.latency is None else f"{_time(self.latency)}, {where}"),
             ("verified", self.verified or "no"),
