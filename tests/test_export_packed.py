@@ -132,6 +132,8 @@ def test_how_much_smaller(make, sparsity, of_file, of_weights, tmp_path):
     state = model.state_dict().values()
     assert report.bytes_dense == dense.bytes_dense == sum(v.numel() * v.element_size() for v in state)
     assert f"{report.times_smaller:.1f} × smaller than the dense" in str(report)
+    assert dense.size in str(dense)
+    assert "dense" not in dense.size
     assert report.to_dict()["times_smaller"] == report.bytes_dense / report.bytes_on_disk
 
 

@@ -173,6 +173,38 @@ def test_the_command_on_checkpoints(masks, prefix, suffix, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["prefix_added"] == prefix
 
 
+def test_the_command_on_a_checkpoint_of_lightning(masks, tmp_path, capsys):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def training_step(self, batch, number):
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+    module = Module()
+    trainer = lightning.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(torch.randn(8, 8), batch_size=4))
+    trainer.save_checkpoint(tmp_path / "w.ckpt")
+    masks.save(tmp_path / "mask")
+    arguments = [str(tmp_path / name) for name in ("mask", "w.ckpt")]
+    assert main(["masks", "apply", *arguments, "--out", str(tmp_path / "o.ckpt")]) == 0
+    assert "(prefix 'net.' added)" in capsys.readouterr().out
+    again = Module.load_from_checkpoint(tmp_path / "o.ckpt", weights_only=True)
+    assert torch.equal(again.net[0].weight, module.net[0].weight * masks["0.weight"])
+    assert torch.equal(again.net[2].bias, module.net[2].bias)
+    masks.apply_(module)
+    assert removed_are_zero(masks, module.net)
+
+
 def test_the_command_on_several_parts(masks, tmp_path, capsys):
     masks.save(tmp_path / "mask")
     save_file(nn.ModuleDict({"a": net(), "b": net()}).state_dict(), tmp_path / "w.safetensors")

@@ -73,9 +73,11 @@ class ExportReport:
     def size(self) -> str:
         """Bytes on disk in words, of another kind than ``"dense"`` beside those of the dense model's tensors."""
         size, dense = format_bytes(self.bytes_on_disk), format_bytes(self.bytes_dense)
+        if self.kind == "dense":
+            return size
         if self.kind == "masks" or self.times_smaller < 1:  # which a small model's names and digest do
             return f"{size}; the dense model has {dense}"
-        return size if self.kind == "dense" else f"{size}, {self.times_smaller:.1f} × smaller than the dense {dense}"
+        return f"{size}, {self.times_smaller:.1f} × smaller than the dense {dense}"
 
     def __str__(self) -> str:
         unknown = "not measured: no example batch"
