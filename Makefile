@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What `make demo` needs and no more; the rest is set up by everything else.
 DEMO_EXTRAS := demo
-EXTRAS := demo,test,bench,dev,docs,gpu,lightning,transformers,structured,onnx,examples
+EXTRAS := demo,test,bench,dev,docs,gpu,lightning,transformers,structured,onnx,trackers,examples
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Waiting OpenMP threads sleep soon instead of spinning (sfpk_command.py says why), unless the user has said how they wait.

@@ -36,7 +36,8 @@ TOOLS = ("wheel", "ninja", "numpy<2.4", "safetensors", "tqdm", "pytest", "pytest
 TESTED = (
     "ambient_state", "authors_parity", "average_gradients", "awkward_models", "command", "coordinates",
     "default_loss", "derivatives", "diagnostics", "edges_of_ops", "energy", "energy_models", "enforce", "export",
-    "files", "graphed", "interrupted", "lean", "mask_sets", "masked_weights", "masks", "model_untouched",
+    "export_packed", "files", "graphed", "interrupted", "lean", "mask_prefixes", "mask_sets", "masked_weights",
+    "masks", "model_untouched",
     "naive_agreement", "one_read_per_step", "package", "packed_masks", "particle_dtypes", "pruner",
     "recorded_launches", "registration", "resume", "selection_backends", "selection_constraints",
     "shared_coordinates", "states", "threads", "topk_mask", "transition", "transition_backends", "transition_row",

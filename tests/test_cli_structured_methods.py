@@ -136,6 +136,7 @@ def test_the_evaluation_is_of_the_smaller_model_where_norms_see_the_kept_alone(m
         (["structured_magnitude", *HALF, "--pattern", "2:4"], "--pattern: wanted without"),
         (["structured_magnitude", *HALF, "--n-steps", "3"], "--n-steps: wanted without"),
         (["structured_magnitude", *HALF, "--waypoints", "0.3"], "--waypoints: wanted without"),
+        (["structured_magnitude", *HALF, "--packed"], "--packed: wanted without --method structured_magnitude"),
         (["structured_magnitude", *HALF, "--granularity", "weight"], "--granularity: wanted channel, head, neuron"),
         (["structured_magnitude", *HALF, "--granularity", "head"], "--granularity: wanted what the model has, neurons"),
         (["structured_magnitude", *HALF, "--budget", "weights"], "--budget: wanted 'params', 'macs', 'channels'"),

@@ -22,10 +22,12 @@ NEEDS = {
     "baselines.md": "torch_pruning",
     "structured.md": "torch_pruning",
     "gradual.md": "torch_pruning",
+    "trackers.md": "tensorboard",
 }
+_INTEGRATIONS = [f"integrations.{name}" for name in ("lightning", "transformers", "tensorboard", "wandb", "mlflow")]
 API = {
     name: f"sfpk_kernels{name and '.'}{name}"
-    for name in ("", "ops", "baselines", "compat", "structure", "integrations.lightning", "integrations.transformers")
+    for name in ("", "ops", "baselines", "compat", "structure", *_INTEGRATIONS)
 }
 
 

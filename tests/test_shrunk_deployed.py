@@ -10,6 +10,7 @@ from sfpk_kernels import recalibrate_batchnorm
 from sfpk_kernels.baselines import structured_magnitude
 
 from .attention_nets import transformer, vit
+from .onnx_files import in_onnxruntime
 from .structured_nets import make
 from .structured_runs import images, mlp
 
@@ -106,13 +107,7 @@ def test_compiled_by_inductor(name):
 
 @pytest.mark.parametrize("name", slow_but("residual"))
 def test_onnx_computes_the_same(name, tmp_path):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
     model, x = shrunk(name)
-    path = tmp_path / "m.onnx"
-    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    out, _ = in_onnxruntime(model, x, tmp_path / "m.onnx")
     expected = model(x).detach()
-    torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

@@ -11,6 +11,7 @@ from ..coordinates.flat import Coordinates
 from ..coordinates.pattern import is_pattern, sparsity_of
 from ..masks.maskset import MaskSet
 from ._outcome import WrongOption, as_options, evaluated, said
+from ._packed import write_packed
 from ._structured_methods import STRUCTURED, run_structured
 from ._task import Task, WrongTask
 from ._words import make_folder
@@ -80,6 +81,8 @@ def check_options(options: argparse.Namespace, given: dict[str, Any]) -> None:
         if name not in takes:
             option = f"--{name.replace('_', '-')}"
             raise WrongOption(f"{option}: wanted without --method {options.method}, which does not take it, got both")
+    if options.packed and options.method in STRUCTURED:
+        raise WrongOption(f"--packed: wanted without --method {options.method}, got both: --shrunk is smaller")
     if "sparsity" not in given:
         raise WrongOption("--sparsity: wanted a fraction in (0, 1), got none")
 
@@ -113,11 +116,13 @@ def run_method(
     result = MethodResult(options.method, settings, mask, coordinates, time.perf_counter() - began)
     path = options.out / "mask.safetensors"
     mask.save(path, {"method": options.method, **settings})
+    packed = write_packed(task, mask, options)
+    bn_batches = 0 if packed.report else options.bn_batches  # once is enough
     evaluation, files = evaluated(
-        task, mask, dense, options.bn_batches, lambda **found: write_method(result, options.out, **found)
+        task, mask, dense, bn_batches, lambda **found: write_method(result, options.out, **found)
     )
-    outcome = {**result.summary(), "files": [str(path), *files], **evaluation}
-    return 0, said(str(mask), outcome, options.json, options.quiet)
+    outcome = {**result.summary(), "files": [str(path), *packed.files, *files], **packed.numbers, **evaluation}
+    return 0, said(packed.below(str(mask)), outcome, options.json, options.quiet)
 
 
 def _mask(task: Task, name: str, settings: dict[str, Any]) -> MaskSet:

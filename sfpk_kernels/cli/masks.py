@@ -22,7 +22,12 @@ def add_command(commands: Any) -> None:
     compare.add_argument("other", type=Path, metavar="OTHER")
     apply = actions.add_parser("apply", help="set the removed weights of a saved state dict to zero")
     apply.add_argument("file", type=Path, metavar="FILE")
-    apply.add_argument("weights", type=Path, metavar="WEIGHTS", help="a state dict: .safetensors, or .pt of torch.save")
+    apply.add_argument(
+        "weights",
+        type=Path,
+        metavar="WEIGHTS",
+        help="a state dict: .safetensors, or .pt of torch.save; or a checkpoint of Lightning",
+    )
     apply.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the masked one")
     for action in (show, compare, apply):
         action.add_argument("--json", action="store_true", help="numbers as JSON on stdout")
@@ -109,8 +114,10 @@ def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise ValueError(f"WEIGHTS: wanted a state dict, got another object in {str(source)!r}") from error
     if not isinstance(state, dict):
         raise ValueError(f"WEIGHTS: wanted a state dict, got a {type(state).__name__} in {str(source)!r}")
+    weights = state.get("state_dict", state)  # Lightning's checkpoints have more beside it
+    weights = weights if isinstance(weights, dict) else state
     try:
-        mask_state_dict_(masks, state)
+        fitted = mask_state_dict_(masks, weights)
     except ValueError as error:
         raise ValueError(f"WEIGHTS: {str(error).removeprefix('state: ')}") from error
     with atomic_write(options.out) as temporary:
@@ -119,7 +126,9 @@ def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         else:
             torch.save(state, temporary)
     outcome = {"out": str(options.out), "kept": masks.kept, "prunable": masks.prunable, "sparsity": masks.sparsity}
-    return outcome, f"{options.out}: {masks.prunable - masks.kept:,} of {masks.prunable:,} weights set to zero"
+    outcome |= {"prefix_added": fitted.added if fitted else "", "prefix_taken": fitted.taken if fitted else ""}
+    named = f" ({fitted})" if fitted else ""
+    return outcome, f"{options.out}: {masks.prunable - masks.kept:,} of {masks.prunable:,} weights set to zero{named}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

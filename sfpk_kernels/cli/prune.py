@@ -21,6 +21,7 @@ from ..utils.ranges import Ranges
 from ..utils.settings import kind_of, meaning_of
 from ._methods import SFPK, add_options, check_options, run_method, with_sparsity
 from ._outcome import WrongOption, as_options, evaluated, said
+from ._packed import check_packed, write_packed
 from ._settings import read_settings
 from ._structured import check_structured, described, files_of, inputs_of, other_model, times_of
 from ._task import WANTED, Task, WrongTask, call_task, find_task, place
@@ -63,6 +64,10 @@ def add_command(commands: Any) -> None:
     prune.add_argument("--quiet", action="store_true", help="no progress, no text (what TASK prints goes to stderr)")
     files = prune.add_argument_group("files")
     files.add_argument("--out", type=Path, default=Path("sfpk-out"), metavar="DIR", help="default: sfpk-out")
+    files.add_argument("--packed", action="store_true",
+                       help="write packed.safetensors, too: the masked model with its batch-norm re-estimated "
+                       "(--bn-batches), a bit for each weight and the values of the kept ones; "
+                       "sfpk_kernels.load_exported reads it")  # fmt: skip
     files.add_argument("--shrunk", action="store_true",
                        help="with --granularity or a structured method: write shrunk.safetensors, too, the smaller "
                        "model, its batch-norm re-estimated (--bn-batches); sfpk_kernels.load_exported turns a dense "
@@ -194,6 +199,7 @@ def _searching(options: argparse.Namespace, given: dict[str, Any]) -> Run:
             raise WrongOption(f"--{field.replace('_', '-')}:{words}") from error
         raise WrongOption(f"--config: {options.config}: {error}") from error
     check_structured(options, config)
+    check_packed(options, config)
     if isinstance(options.resume, str) and not Path(options.resume).is_file():
         raise WrongOption(f"--resume: wanted a file, got {options.resume!r}, which is none")
     return lambda task: _run(task, config, execution, options)
@@ -239,15 +245,17 @@ def _run(task: Task, config: SFPKConfig, execution: Execution, options: argparse
     result = pruner.run(task.loader, progress=shows, save_every=options.save_every, save_path=target)
     # First: whatever an evaluation does, they are there.
     files = [*_write_masks(result, options.out), *files_of(result, task, options)]
+    packed = write_packed(task, result.mask, options)
     latency = times_of(result, task, which.get("example_inputs")) if options.latency else []
     evaluation, written = evaluated(
-        task, result.mask, dense, options.bn_batches,
+        task, result.mask, dense, 0 if packed.report else options.bn_batches,  # once is enough
         lambda **found: result.report(options.out, latency=latency, **found), other_model(result, task),
     )  # fmt: skip
-    outcome: dict[str, Any] = {**result.summary(), "files": [*files, *written], **evaluation}
+    outcome: dict[str, Any] = {**result.summary(), "files": [*files, *packed.files, *written], **packed.numbers}
+    outcome |= evaluation
     if latency:
         outcome["latency"] = [dataclasses.asdict(row) for row in latency]
-    return 0, said(described(result, latency), outcome, options.json, options.quiet)
+    return 0, said(packed.below(described(result, latency)), outcome, options.json, options.quiet)
 
 
 def _write_masks(result: Any, folder: Path) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..utils.tensors import PARTS, is_sparse, parts
 
 _LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in PARTS}
+_SPARSE = "sfpk_sparse"  # of the metadata
 
 
 def _assembled(facts: Mapping[str, Any], found: Mapping[str, Tensor]) -> Tensor:
@@ -27,6 +28,33 @@ def _assembled(facts: Mapping[str, Any], found: Mapping[str, Tensor]) -> Tensor:
         return torch.sparse_coo_tensor(indices, values, size, is_coalesced=facts["coalesced"], check_invariants=True)
     outer, inner, values = pieces
     return torch.sparse_compressed_tensor(outer, inner, values, size, layout=layout, check_invariants=True)
+
+
+def in_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A state dict with sparse tensors in their parts, and the metadata by which :func:`whole` puts them together."""
+    state, sparse = {}, {}
+    for name, tensor in tensors.items():
+        if is_sparse(tensor):
+            state.update({f"{name}.{part}": piece.clone() for part, piece in parts(tensor).items()})
+            sparse[name] = {
+                "layout": str(tensor.layout).removeprefix("torch."),
+                "shape": list(tensor.shape),
+                "coalesced": tensor.layout == torch.sparse_coo and tensor.is_coalesced(),
+            }
+        else:
+            state[name] = tensor
+    return state, {_SPARSE: json.dumps(sparse)} if sparse else {}
+
+
+def whole(state: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """The inverse of :func:`in_parts`, in place.
+
+    Raises:
+        KeyError, RuntimeError, TypeError, ValueError: parts that are missing or do not fit.
+    """
+    for name, facts in json.loads(metadata.get(_SPARSE, "{}")).items():
+        pieces = {part.strip("_"): state.pop(f"{name}.{part.strip('_')}") for part in PARTS[_LAYOUTS[facts["layout"]]]}
+        state[name] = _assembled(facts, pieces)
 
 
 def save_dense(model: nn.Module, path: Path, facts: Mapping[str, str]) -> None:
@@ -40,18 +68,8 @@ def save_dense(model: nn.Module, path: Path, facts: Mapping[str, str]) -> None:
         path: the file.
         facts: metadata.
     """
-    state, sparse = {}, {}
-    for name, tensor in model.state_dict().items():
-        if is_sparse(tensor):
-            state.update({f"{name}.{part}": piece.clone() for part, piece in parts(tensor).items()})
-            sparse[name] = {
-                "layout": str(tensor.layout).removeprefix("torch."),
-                "shape": list(tensor.shape),
-                "coalesced": tensor.layout == torch.sparse_coo and tensor.is_coalesced(),
-            }
-        else:
-            state[name] = tensor
-    metadata = {**facts, "sfpk_sparse": json.dumps(sparse)} if sparse else dict(facts)
+    state, sparse = in_parts(model.state_dict())
+    metadata = {**facts, **sparse}
     # All that save_model wants of a model.
     save_model(cast(nn.Module, SimpleNamespace(state_dict=lambda: state)), str(path), metadata=metadata)
 
@@ -66,7 +84,5 @@ def read_dense(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
     state.update({name: state[same] for name, same in metadata.items() if same in state and name not in state})
-    for name, facts in json.loads(metadata.get("sfpk_sparse", "{}")).items():
-        pieces = {part.strip("_"): state.pop(f"{name}.{part.strip('_')}") for part in PARTS[_LAYOUTS[facts["layout"]]]}
-        state[name] = _assembled(facts, pieces)
+    whole(state, metadata)
     return state, metadata

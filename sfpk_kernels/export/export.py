@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,16 @@ from ..modeling.batches import forward, move_to
 from ..modeling.turns import lock
 from ..utils.files import atomic_write
 from ..utils.memory import format_bytes
-from ..utils.tensors import is_sparse
+from ..utils.tensors import is_sparse, parts
 from .dense_files import save_dense
 from .measure import Forward, count_flops, median_latency
+from .packed_files import save_packed
 from .shrunk_files import recipe_of, save_shrunk
 from .verify import copy_of, verify_file
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("dense", "masks", "shrunk")
+KINDS = ("dense", "packed", "masks", "shrunk")
 _FORMAT = {"format": "pt"}  # what loaders of the safetensors family look for
 _OTHERS = (".bin", ".ckpt", ".onnx", ".pkl", ".pt", ".pt2", ".pth")  # names of other formats
 
@@ -38,8 +40,9 @@ class ExportReport:
     """What was written, and what the exported model is like."""
 
     path: str
-    kind: str  # "dense", "masks" or "shrunk"
+    kind: str  # "dense", "packed", "masks" or "shrunk"
     bytes_on_disk: int
+    bytes_dense: int  # of the tensors of the dense model's state dict, tied ones once
     parameters: int  # of the model, tied ones once; of a shrunk one what is left
     nonzero: int  # of them
     prunable: int  # weights under masks; of a shrunk model the dense one's parameters
@@ -57,9 +60,24 @@ class ExportReport:
         """Fraction of the prunable weights, of a shrunk model of all parameters, that is removed."""
         return 1.0 - self.kept / self.prunable
 
+    @property
+    def times_smaller(self) -> float:
+        """Bytes of the dense model's tensors over those on disk."""
+        return self.bytes_dense / self.bytes_on_disk
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings."""
-        return {**dataclasses.asdict(self), "sparsity": self.sparsity}
+        return {**dataclasses.asdict(self), "sparsity": self.sparsity, "times_smaller": self.times_smaller}
+
+    @property
+    def size(self) -> str:
+        """Bytes on disk in words, of another kind than ``"dense"`` beside those of the dense model's tensors."""
+        size, dense = format_bytes(self.bytes_on_disk), format_bytes(self.bytes_dense)
+        if self.kind == "dense":
+            return size
+        if self.kind == "masks" or self.times_smaller < 1:  # which a small model's names and digest do
+            return f"{size}; the dense model has {dense}"
+        return f"{size}, {self.times_smaller:.1f} × smaller than the dense {dense}"
 
     def __str__(self) -> str:
         unknown = "not measured: no example batch"
@@ -72,7 +90,7 @@ class ExportReport:
         left = f"{self.kept:,} of the dense model's {self.prunable:,} ({self.sparsity:.1%} less)"
         rows = [
             *([("parameters", left)] if shrunk else [("parameters", held), ("prunable", masked)]),
-            ("on disk", format_bytes(self.bytes_on_disk)),
+            ("on disk", self.size),
             ("FLOPs", unknown if self.flops is None else f"{self.flops:,} {counted}"),
             ("latency", unknown if self.latency is None else f"{_time(self.latency)}, {where}"),
             ("verified", self.verified or "no"),
@@ -110,9 +128,11 @@ def export(
             tensor, and the outputs on ``example``, exactly.
         kind: ``"dense"``: the state dict, removed weights as zeros; tensors shared under several names are written once
             (``safetensors.torch.load_model`` loads it), sparse buffers in their parts (:func:`load_exported` loads
-            it). ``"masks"``: the masks alone (:meth:`MaskSet.load`), 1 bit per
-            prunable weight, to be applied to the dense model. ``"shrunk"``: the state dict of a smaller model and the
-            recipe by which :func:`load_exported` makes a freshly built dense one as small.
+            it). ``"packed"``: the same tensors, of those under masks one bit for each weight and the values of the kept
+            ones, d / 8 bytes and the kept ones' (:func:`load_exported` loads it, bit for bit). ``"masks"``: the masks
+            alone (:meth:`MaskSet.load`), 1 bit per prunable weight, to be applied to the dense model. ``"shrunk"``: the
+            state dict of a smaller model and the recipe by which :func:`load_exported` makes a freshly built dense one
+            as small.
         masks: what is removed; a weight of the model that they remove is written as 0. ``None``: the zeros in the
             model's prunable weights.
         recipe: with ``kind="shrunk"``, in the place of masks: the result of a run with another granularity than
@@ -164,6 +184,7 @@ def export(
             path=os.fspath(path),
             kind=kind,
             bytes_on_disk=temporary.stat().st_size,
+            bytes_dense=_bytes(pruned, kept.dense_numel),
             parameters=sum(parameter.numel() for parameter in pruned.parameters()),
             nonzero=sum(int(parameter.detach().count_nonzero()) for parameter in pruned.parameters()),
             prunable=prunable,
@@ -184,7 +205,7 @@ class _Masked:
     """Zeros, or the masks that say where."""
 
     def __init__(self, model: nn.Module, masks: MaskSet | None, metadata: Mapping[str, Any] | None):
-        masks = MaskSet.from_model(model) if masks is None else masks
+        masks = MaskSet.from_model(model) if masks is None else masks.fitted_to(model)
         masks.check(model)
         self.masks = masks if metadata is None else masks.with_metadata(metadata)
 
@@ -201,16 +222,24 @@ class _Masked:
             "fingerprint": masks.fingerprint(), "kept": masks.kept, "prunable": masks.prunable,
             "sparsity": masks.sparsity, "metadata": masks.metadata,
         }  # fmt: skip
-        save_dense(pruned, path, {**_FORMAT, "sfpk": json.dumps(facts)})
+        written = {**_FORMAT, "sfpk": json.dumps(facts)}
+        if kind == "packed":
+            save_packed(pruned, masks, path, written)
+        else:
+            save_dense(pruned, path, written)
 
     def counts(self, pruned: nn.Module) -> tuple[int, int]:
         return self.masks.prunable, self.masks.kept
+
+    def dense_numel(self, name: str, shape: Sequence[int]) -> int:
+        return math.prod(shape)
 
     @torch.no_grad()
     def _holds(self, model: nn.Module) -> bool:
         """Whether every removed weight is 0 already."""
         parameters, masks = named_parameters(model), self.masks
-        return not any(bool(parameters[n][(~masks[n]).to(parameters[n].device)].count_nonzero()) for n in masks)
+        removed = (parameters[name].masked_fill(masks[name].to(parameters[name].device), 0) for name in masks)
+        return not any(bool(one.count_nonzero()) for one in removed)
 
 
 class _Shrunk:
@@ -238,6 +267,26 @@ class _Shrunk:
         sizes = {name: parameter.shape for name, parameter in pruned.named_parameters()}
         dense = sum(self._recipe.dense_numel(name, shape) for name, shape in sizes.items())
         return dense, sum(shape.numel() for shape in sizes.values())
+
+    def dense_numel(self, name: str, shape: Sequence[int]) -> int:
+        return self._recipe.dense_numel(name, shape)
+
+
+def _bytes(model: nn.Module, dense_numel: Callable[[str, Sequence[int]], int]) -> int:
+    """Of the tensors in the state dict, in the sizes of the dense model; what shares memory counts once."""
+    seen: set[Any] = set()
+    total = 0
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        pieces = parts(tensor).values() if is_sparse(tensor) else [tensor]
+        place = tuple(piece.data_ptr() for piece in pieces)
+        if place in seen and any(place):
+            continue
+        seen.add(place)
+        sizes = [p.numel() for p in pieces] if is_sparse(tensor) else [dense_numel(name, tuple(tensor.shape))]
+        total += sum(size * piece.element_size() for size, piece in zip(sizes, pieces, strict=True))
+    return total
 
 
 def _check_state(model: nn.Module) -> None:

