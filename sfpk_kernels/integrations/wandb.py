@@ -23,7 +23,8 @@ class WandbCallback:
         require("WandbCallback", "wandb")
         import wandb
 
-        self._run, self._layers = wandb.run if run is None else run, layers
+        self._run: Any = wandb.run if run is None else run
+        self._layers = layers
         if self._run is None:
             raise ValueError("run: wanted a run of Weights & Biases, got none in progress: call wandb.init() first")
         self._run.define_metric("sfpk/*", step_metric="sfpk/step")
