@@ -7,16 +7,16 @@
 
 #include "floats_kernel.h"
 
-constexpr int kHalf = SFPK_LANES / 2;
+constexpr int kDoubles = SFPK_LANES / 2;
 constexpr int64_t kAhead = 512;  // entries that are on their way to L2 while one is worked on
 
-typedef double Wide __attribute__((vector_size(kHalf * 8)));
+typedef double Wide __attribute__((vector_size(kDoubles * 8)));
 
 template <class T>
 struct LanesOf;
 template <>
 struct LanesOf<float> {
-  typedef float Type __attribute__((vector_size(kHalf * 4)));
+  typedef float Type __attribute__((vector_size(kDoubles * 4)));
 };
 template <>
 struct LanesOf<double> {
@@ -59,11 +59,11 @@ static inline void add_lanes(T* grads, const T* averages, const T* weights, T sh
 
 template <class T, bool kAverages, Writes kWrites>
 static void add_columns(T* grads, const T* averages, const T* weights, int64_t count, T share, double* sums) {
-  constexpr int64_t kStep = 2 * kHalf;
+  constexpr int64_t kStep = 2 * kDoubles;
   GradientSums one, other;  // two chains of additions at once
   const auto add = [&](T* g, const T* v, const T* w) {
     add_lanes<T, kAverages, kWrites>(g, v, w, share, one);
-    add_lanes<T, kAverages, kWrites>(g + kHalf, kAverages ? v + kHalf : v, w + kHalf, share, other);
+    add_lanes<T, kAverages, kWrites>(g + kDoubles, kAverages ? v + kDoubles : v, w + kDoubles, share, other);
   };
   int64_t at = 0;
   for (; at + kStep <= count; at += kStep) {
@@ -84,7 +84,7 @@ static void add_columns(T* grads, const T* averages, const T* weights, int64_t c
   const Wide all[kGradientSums] = {one.both + other.both, one.squares + other.squares,
                                    one.average_squares + other.average_squares, one.fourths + other.fourths};
   for (int k = 0; k < kGradientSums; ++k)
-    for (int lane = 0; lane < kHalf; ++lane) sums[k] += all[k][lane];
+    for (int lane = 0; lane < kDoubles; ++lane) sums[k] += all[k][lane];
 }
 
 template <class T>
