@@ -65,6 +65,7 @@ WITHOUT: dict[str, Any] = {
     "pattern": None,
     "granularity": "weight",
     "budget": "weights",
+    "sparsity_of": "covered",
     "min_keep": 1,
     "round_to": 1,
     "on_refusal": "raise",
@@ -200,6 +201,13 @@ class SFPKConfig(Settings):
         '``"macs"`` or ``"channels"`` (coordinates) of the dense model, of which the smaller one has at most the rest.',
         choices=("weights", *BUDGETS),
     )
+    sparsity_of: str = setting(
+        "covered",
+        'with single weights, what ``sparsity`` is a fraction of: ``"covered"``: the covered (prunable) ones; '
+        '``"model"``: all of the model, embeddings, norms and biases included. A run reckons the fraction of the '
+        "covered ones that this takes, and refuses where that is all; its own config holds that fraction.",
+        choices=("covered", "model"),
+    )
     min_keep: int = setting(
         1, "with channels, heads or neurons: at least so many of every group stay, or all of a smaller one.", least=1
     )
@@ -306,6 +314,11 @@ class SFPKConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pattern is not None and self.sparsity_of != "covered":
+            raise ValueError(
+                "sparsity_of: wanted 'covered' with a pattern, which says what is kept of the covered weights, got "
+                f"{self.sparsity_of!r}"
+            )
         check_pattern(self.pattern, self.sparsity)
         if self.pattern is not None:
             object.__setattr__(self, "sparsity", sparsity_of(self.pattern))  # exactly, where it was rounded

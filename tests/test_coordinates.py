@@ -41,17 +41,19 @@ def test_kinds_of_layers():
     model = Zoo()
     expected = [
         "conv1.weight", "conv2.weight", "conv3.weight", "up.weight",
-        "attention.in_proj_weight", "attention.out_proj.weight", "head.weight",
+        "attention.in_proj_weight", "attention.out_proj.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "head.weight",
     ]  # fmt: skip
     assert names(model) == expected
     assert "embed.weight" in names(model, include_embeddings=True)
-    assert {"head.bias", "conv1.bias", "attention.in_proj_bias"} <= set(names(model, include_biases=True))
+    assert {"head.bias", "conv1.bias", "attention.in_proj_bias", "rnn.bias_hh_l0"} <= set(
+        names(model, include_biases=True)
+    )
     assert {"bn.weight", "bn.bias", "ln.weight", "ln.bias"} <= set(names(model, include_norms=True))
     why = reasons(model)
     assert why["embed.weight"] == "embedding: include_embeddings=True prunes it"
     assert why["head.bias"] == "bias: include_biases=True prunes it"
     assert why["bn.weight"] == "norm: include_norms=True prunes it"
-    assert why["rnn.weight_ih_l0"] == "no prunable layer type (LSTM)"
+    assert why["rnn.bias_ih_l0"] == "bias: include_biases=True prunes it"
     assert why["scale"] == "no prunable layer type (Zoo)"
     assert why["counts"] == "dtype int64"
     parameters = {name for name, _ in model.named_parameters()}

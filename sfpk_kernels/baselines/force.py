@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..coordinates.flat import Coordinates
+from ..coordinates.coverage import coordinates_for
 from ..masks.maskset import MaskSet
 from ..modeling.batches import BatchStream
 from ..modeling.state import autograd_allowed, seeded
@@ -67,7 +67,7 @@ def force(
     check_least("rounds", rounds, 1)
     check_least("batches_per_round", batches_per_round, 1)
     check_least("seed", seed, 0)
-    coordinates = Coordinates(model, **coordinate_options)
+    coordinates = coordinates_for(model, **coordinate_options)
     theta = coordinates.flatten(model)
     least = budget(float(sparsity), coordinates.d)
     mask, score = torch.ones_like(theta, dtype=torch.bool), torch.zeros_like(theta)

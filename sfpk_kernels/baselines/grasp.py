@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..coordinates.flat import Coordinates, unwrapped
+from ..coordinates.coverage import coordinates_for
+from ..coordinates.flat import unwrapped
 from ..masks.maskset import MaskSet
 from ..modeling.state import autograd_allowed
 from ..search.energy import LossFn
@@ -57,7 +58,7 @@ def grasp(
     check_data(loader, loss_fn, max_batches)
     check_sparsity(sparsity)
     check_allocation(allocation, ("global", "uniform", "erk"))
-    coordinates = Coordinates(model, **coordinate_options)
+    coordinates = coordinates_for(model, **coordinate_options)
     theta = coordinates.flatten(model)
     held = list(islice(loader, max_batches))  # both passes see the same
     # Compiled models and the fused attention kernels have no second derivative.

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..coordinates.flat import Coordinates
+from ..coordinates.coverage import coordinates_for
 from ..coordinates.pattern import check_pattern
 from ..masks.maskset import MaskSet
 from ..utils.arguments import called
@@ -44,7 +44,7 @@ def magnitude(
     check_pattern(pattern, sparsity)
     if pattern is not None and allocation != "global":
         raise ValueError(f"allocation: wanted 'global' with a pattern, which fixes how many, got {allocation!r}")
-    coordinates = Coordinates(model, **coordinate_options)
+    coordinates = coordinates_for(model, **coordinate_options)
     score = coordinates.flatten(model).abs()
     if pattern is not None:
         return select_pattern(coordinates, score, pattern)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..coordinates.flat import Coordinates
+from ..coordinates.coverage import coordinates_for
 from ..masks.maskset import MaskSet
 from ..utils.arguments import called
 from .select import check_allocation, check_sparsity, select
@@ -39,7 +39,7 @@ def random(
     """
     check_sparsity(sparsity)
     check_allocation(allocation, ("global", "uniform", "erk"))
-    coordinates = Coordinates(model, **coordinate_options)
+    coordinates = coordinates_for(model, **coordinate_options)
     # fp64: of 2^53 values hardly two are equal, so that the tie rule decides nothing.
     generator = torch.Generator().manual_seed(seed)
     score = torch.rand(coordinates.d, dtype=torch.float64, device="cpu", generator=generator)

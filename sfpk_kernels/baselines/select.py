@@ -62,7 +62,7 @@ def select(
         mask = topk_mask(score, k, backend=backend_of(score))
     else:
         counts = allocated(coordinates, sparsity, allocation)
-        borders = [0, *itertools.accumulate(tensor.numel for tensor in coordinates.tensors)]
+        borders = [0, *itertools.accumulate(coordinates.segments)]
         mask = topk_mask(score, k, segments=borders, min_keep=counts, max_keep=counts, backend=backend_of(score))
     return MaskSet.from_flat(mask, coordinates)
 
@@ -92,16 +92,17 @@ def select_pattern(
 
 
 def allocated(coordinates: Coordinates, sparsity: float, allocation: str) -> list[int]:
-    """How many weights each tensor keeps under ``"uniform"`` or ``"erk"``: round((1 - sparsity)·d) in all.
+    """How many weights each tensor (of experts each matrix) keeps under ``"uniform"`` or ``"erk"``: in all
+    round((1 - sparsity)·d).
 
     The densities times the sizes are rounded by largest remainder, equal remainders up for the earlier tensor.
     """
     total = budget(float(sparsity), coordinates.d)
     if allocation == "erk":
-        shares = erk([tensor.shape for tensor in coordinates.tensors], total)
+        shares = erk([shape for tensor in coordinates.tensors for shape in tensor.segments], total)
     else:
-        shares = [total / coordinates.d * tensor.numel for tensor in coordinates.tensors]
-    counts = [min(math.floor(share), tensor.numel) for share, tensor in zip(shares, coordinates.tensors, strict=True)]
+        shares = [total / coordinates.d * size for size in coordinates.segments]
+    counts = [min(math.floor(share), size) for share, size in zip(shares, coordinates.segments, strict=True)]
     rest = sorted(range(len(counts)), key=lambda i: counts[i] - shares[i])
     for i in rest[: total - sum(counts)]:
         counts[i] += 1
@@ -140,9 +141,10 @@ def lamp(
     if not bool((score >= 0).all()):
         raise ValueError("allocation: wanted scores ≥ 0 with 'lamp', got negative ones or NaN: choose another")
     scaled = torch.empty(score.shape, dtype=torch.float64, device=score.device)
-    for part, out in zip(coordinates.split(score), coordinates.split(scaled), strict=True):
-        ranked, order = part.reshape(-1).sort(descending=True, stable=True)
+    segments = coordinates.segments
+    for part, out in zip(score.split(segments), scaled.split(segments), strict=True):
+        ranked, order = part.sort(descending=True, stable=True)
         squares = ranked.double().square()
         sums = squares.cumsum(0)
-        out.view(-1)[order] = torch.where(sums > 0, squares / sums, 0.0)
+        out[order] = torch.where(sums > 0, squares / sums, 0.0)
     return scaled

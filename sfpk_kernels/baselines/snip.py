@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..coordinates.flat import Coordinates
+from ..coordinates.coverage import coordinates_for
 from ..masks.maskset import MaskSet
 from ..modeling.state import autograd_allowed
 from ..search.energy import LossFn
@@ -53,7 +53,7 @@ def snip(
     check_data(loader, loss_fn, max_batches)
     check_sparsity(sparsity)
     check_allocation(allocation)
-    coordinates = Coordinates(model, **coordinate_options)
+    coordinates = coordinates_for(model, **coordinate_options)
     theta = coordinates.flatten(model)
     dense = torch.ones_like(theta, dtype=torch.bool)
     score, count = torch.zeros_like(theta), 0

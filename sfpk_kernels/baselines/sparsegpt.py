@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..coordinates.coverage import coordinates_for
 from ..coordinates.flat import Coordinates
 from ..coordinates.pattern import best_of_groups, check_divides, check_pattern
 from ..masks.maskset import MaskSet
@@ -104,7 +105,7 @@ def _sparsegpt(
     check_pattern(pattern, sparsity)
     check_positive("damping", damping)
     check_least("block", block, 1)
-    coordinates = Coordinates(model, **coordinate_options)
+    coordinates = coordinates_for(model, **coordinate_options)
     counts = allocated(coordinates, sparsity, allocation)
     find_layers(model, coordinates)  # refuses others than Linear and Conv2d
     check_divides(coordinates.tensors, pattern)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..coordinates.flat import Coordinates
+from ..coordinates.coverage import coordinates_for
 from ..masks.maskset import MaskSet
 from ..modeling.batches import BatchStream
 from ..modeling.state import autograd_allowed, seeded
@@ -86,7 +86,7 @@ def ste(
         raise ValueError(f"prior: wanted one of normalized, magnitude, got {prior!r}")
     rate = _RATES[optimizer] if lr is None else lr
     check_positive("lr", rate)
-    coordinates = Coordinates(model, **coordinate_options)
+    coordinates = coordinates_for(model, **coordinate_options)
     theta = coordinates.flatten(model)
     saliency = theta.abs()
     if prior == "normalized":

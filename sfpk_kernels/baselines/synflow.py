@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..coordinates.coverage import coordinates_for
 from ..coordinates.flat import Coordinates, unwrapped
 from ..masks.maskset import MaskSet
 from ..modeling.batches import forward, move_to
@@ -59,7 +60,7 @@ def synflow(
     """
     check_sparsity(sparsity)
     check_least("rounds", rounds, 1)
-    coordinates = Coordinates(model, **coordinate_options)
+    coordinates = coordinates_for(model, **coordinate_options)
     check_no_inference_tensors(model)
     least = budget(float(sparsity), coordinates.d)
     weights = coordinates.flatten(model).double().abs()

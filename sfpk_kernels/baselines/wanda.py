@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..coordinates.flat import Coordinates
+from ..coordinates.coverage import coordinates_for
 from ..coordinates.pattern import best_of_groups, check_divides, check_pattern
 from ..masks.maskset import MaskSet
 from ..modeling.layers import Layer, find_layers
@@ -62,7 +62,7 @@ def wanda(
     check_data(loader, loss_fn, max_batches)
     check_sparsity(sparsity)
     check_pattern(pattern, sparsity)
-    coordinates = Coordinates(model, **coordinate_options)
+    coordinates = coordinates_for(model, **coordinate_options)
     find_layers(model, coordinates)  # refuses others than Linear and Conv2d
     check_divides(coordinates.tensors, pattern)
 

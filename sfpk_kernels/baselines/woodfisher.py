@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..coordinates.coverage import coordinates_for
 from ..coordinates.flat import Coordinates
 from ..masks.maskset import MaskSet
 from ..modeling.state import autograd_allowed
@@ -99,7 +100,7 @@ def _woodfisher(
     check_allocation(allocation, ("global", "uniform", "erk"))
     check_positive("damping", damping)
     check_least("block", block, 1)
-    coordinates = Coordinates(model, **coordinate_options)
+    coordinates = coordinates_for(model, **coordinate_options)
     theta = coordinates.flatten(model)
     fisher = []
     for tensor in coordinates.tensors:

@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 from .. import baselines
-from ..coordinates.flat import Coordinates
+from ..coordinates.coverage import coordinates_for
 from ..coordinates.pattern import is_pattern, sparsity_of
 from ..masks.maskset import MaskSet
-from ._outcome import WrongOption, as_options, evaluated, said
+from ._outcome import WrongOption, as_options, evaluated, in_words, said
 from ._task import Task, WrongTask
 from ._words import make_folder
 
@@ -91,7 +91,7 @@ def run_method(
 
     settings = {name: getattr(options, name) for name in _OWN if getattr(options, name) is not None} | given
     with as_options(bool(options.ignore)):
-        coordinates = Coordinates(task.model, **which)
+        coordinates = coordinates_for(task.model, **which)
     try:
         make_folder(options.out)
     except OSError as error:
@@ -107,7 +107,7 @@ def run_method(
         task, mask, dense, options.bn_batches, lambda **found: write_method(result, options.out, **found)
     )
     outcome = {**result.summary(), "files": [str(path), *files], **evaluation}
-    return 0, said(str(mask), outcome, options.json, options.quiet)
+    return 0, said(in_words(mask, coordinates), outcome, options.json, options.quiet)
 
 
 def _mask(task: Task, name: str, settings: dict[str, Any]) -> MaskSet:

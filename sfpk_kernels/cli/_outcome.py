@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..coordinates.flat import Coordinates
 from ..masks.maskset import MaskSet
 from ..modeling.batchnorm import recalibrate_batchnorm
 from ._task import Task, WrongTask
@@ -23,7 +24,8 @@ _OPTIONS = {
     "pattern": "--pattern", "granularity": "--granularity", "budget": "--budget", "min_keep": "--min-keep",
     "round_to": "--round-to", "on_refusal": "--on-refusal", "selection": "--selection", "kernel": "--kernel",
     "offload": "--offload", "compile": "--compile", "include_embeddings": "--include-embeddings",
-    "include_biases": "--include-biases", "include_norms": "--include-norms",
+    "include_biases": "--include-biases", "include_norms": "--include-norms", "include": "--include",
+    "sparsity_of": "--sparsity-of",
 }  # by argument  # fmt: skip
 _NOTHING = "model: wanted at least one prunable tensor"
 
@@ -69,6 +71,11 @@ def evaluated(
         except ImportError as error:
             logger.warning("no report: %s", error)
     return evaluation, files
+
+
+def in_words(mask: MaskSet, coordinates: Coordinates) -> str:
+    """What was found: the sparsity of the covered weights, and of the whole model."""
+    return f"{mask}, {mask.share_removed(coordinates.beside):.4f} of the whole model"
 
 
 def said(head: str, outcome: dict[str, Any], json: bool, quiet: bool) -> str:

@@ -18,7 +18,7 @@ from ..modeling.state import seeded
 from ..search.result import PruneResult
 from ..search.structured.result import StructuredResult
 from ..utils.files import atomic_write
-from ._outcome import WrongOption, recalibrate
+from ._outcome import WrongOption, in_words, recalibrate
 from ._task import Task, WrongTask
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,6 @@ def latency_of(result: PruneResult, task: Task, example_inputs: Any) -> list[Lat
 def described(result: PruneResult, latency: Sequence[Latency]) -> str:
     """What a run has found, in words."""
     if not isinstance(result, StructuredResult):
-        return str(result.mask)
+        return in_words(result.mask, result.coordinates)
     rows = [*map(str, latency), ""] if latency else []
     return "\n".join([str(result), "", *rows])

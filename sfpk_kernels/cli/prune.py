@@ -52,6 +52,9 @@ def add_command(commands: Any) -> None:
                        help="sparsities at which to write a mask on the way; -- ends the list")  # fmt: skip
     prune.add_argument("--ignore", action="append", default=[], metavar="NAME",
                        help="leave this module or parameter alone, or re:PATTERN; may be repeated")  # fmt: skip
+    prune.add_argument("--include", action="append", default=[], metavar="NAME",
+                       help="prune this module or parameter, too, whatever it is, or re:PATTERN; may be "
+                       "repeated")  # fmt: skip
     for kind in _KINDS:
         prune.add_argument(f"--include-{kind}", action="store_true", help=f"prune {kind}, too")
     prune.add_argument("--bn-batches", type=int, default=50, metavar="INT",
@@ -178,7 +181,7 @@ def _searching(options: argparse.Namespace, given: dict[str, Any]) -> Run:
 def _which(options: argparse.Namespace) -> dict[str, Any]:
     """Options of Coordinates."""
     include = {f"include_{kind}": getattr(options, f"include_{kind}") for kind in _KINDS}
-    return {**include, "ignored_layers": options.ignore}
+    return {**include, "ignored_layers": options.ignore, "include": options.include}
 
 
 def _run(task: Task, config: SFPKConfig, execution: Execution, options: argparse.Namespace) -> tuple[int, str]:

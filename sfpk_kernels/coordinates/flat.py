@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,23 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.arguments import check_model
+from .entries import Entry, Ignored, entries_of, ignored_names
+from .outputs import output_weights
+from .roles import Role, role_of
 from .shared_memory import overlaps, place
-from .wrapped import check_not_sharded, check_plain, check_structure, quantized, reserved, taken_over
+from .wrapped import check_not_sharded, check_plain, check_structure, quantized, reserved
 
-_NORMS: tuple[type, ...] = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
-_LAYERS: tuple[type, ...] = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
-_EMBEDDINGS: tuple[type, ...] = (nn.Embedding, nn.EmbeddingBag)
-_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+__all__ = [
+    "Coordinates",
+    "Ignored",
+    "PrunableTensor",
+    "SkippedTensor",
+    "ignored_names",
+    "named_parameters",
+    "unwrapped",
+]
+
 _PIECE = 1 << 18  # elements
+_NAMED = 3  # tensors, in one message
 
 T = TypeVar("T")
-Ignored = str | type[nn.Module] | nn.Module
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -64,13 +66,20 @@ class PrunableTensor:
     shape: tuple[int, ...]
     offset: int
     numel: int
-    input_dim: int = 1  # along which the inputs of one output lie; 0 in transposed layers
+    input_dim: int = 1  # along which the inputs of one output lie; 0 in transposed layers, -1 where nothing tells
     groups: int = 1  # of inputs along it that no output shares, in grouped transposed convolutions
+    stack: int = 1  # matrices along the first dimension, each a tensor of its own: those of experts
+    is_output: bool = False  # of the model's last layer
 
     @property
     def inputs(self) -> int:
-        """How many inputs (channels) every output has side by side; 0 for biases and norms, which have none."""
-        return self.shape[self.input_dim] // self.groups if len(self.shape) > 1 else 0
+        """How many inputs (channels) every output has side by side; 0 for biases and norms, or where nothing tells."""
+        return self.shape[self.input_dim] // self.groups if len(self.shape) > 1 and self.input_dim >= 0 else 0
+
+    @property
+    def segments(self) -> list[tuple[int, ...]]:
+        """The shapes of what counts as a tensor by itself: one, or of a stack each matrix."""
+        return [self.shape] if self.stack == 1 else [self.shape[1:]] * self.stack
 
 
 @dataclass(frozen=True)
@@ -81,20 +90,29 @@ class SkippedTensor:
     shape: tuple[int, ...]
     numel: int
     reason: str
+    ignored: bool = False  # by ignored_layers
 
 
 class Coordinates:
     """The prunable coordinates of one model: single weights, flattened in the order of its parameters.
 
-    Prunable are the weights of Linear, Bilinear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, the projections of
-    MultiheadAttention and the transposed Linear ("Conv1D") of GPT-2 style models. A parameter used under
-    several names is one tensor here, and is pruned only if every use of it may be pruned.
+    Prunable are the matrices that inputs are multiplied by: the weights of Linear, Bilinear, Conv1d/2d/3d,
+    ConvTranspose1d/2d/3d, RNN, LSTM and GRU and their cells, the projections of MultiheadAttention, the transposed
+    Linear ("Conv1D") of GPT-2 style models, the ``weight`` (two- or three-dimensional) of a module of any other class
+    with such sizes in its attributes (``in_features`` and ``out_features``, ``in_channels`` and ``out_channels``, …),
+    and three-dimensional parameters of experts, which have "expert" in the name or class of their module. Of experts
+    each matrix counts as a tensor by itself. Everything else goes with ``include`` alone. A parameter used under
+    several names is one tensor here, and is pruned only if every use of it may be pruned, or one is included.
 
     Args:
         model: the trained model, all on one device. Only its structure is kept, no reference to it. Inside
             ``torch.compile``, DataParallel and DistributedDataParallel the names are those of the model within.
         ignored_layers: what to leave alone: module instances or module types (with everything inside them),
-            names of modules or parameters, or ``"re:PATTERN"``, matched from the start of parameter names.
+            names of modules or parameters, ``"re:PATTERN"``, matched from the start of parameter names, or functions
+            ``f(name, parameter) -> bool``.
+        include: what to prune, too, whatever it is: entries as above. Names of parameters, patterns and functions mean
+            the parameters they match, modules, their types and names all parameters inside of two dimensions and
+            more. What ``ignored_layers`` names, too, stays.
         include_embeddings: prune Embedding and EmbeddingBag weights, too.
         include_biases: prune the biases of the layers above, too.
         include_norms: prune the weights and biases of normalization layers, too.
@@ -103,7 +121,7 @@ class Coordinates:
         TypeError: model or an ignored layer of the wrong type.
         ValueError: a model on several devices, with uninitialized parameters or without any prunable tensor; one that
             was scripted or sharded, or has a prunable weight that is no dense tensor (sparse, quantized); an ignored
-            name, pattern or module that matches nothing.
+            or included name, pattern or module that matches nothing; an included one of which nothing can be pruned.
     """
 
     def __init__(
@@ -111,6 +129,7 @@ class Coordinates:
         model: nn.Module,
         *,
         ignored_layers: Iterable[Ignored] = (),
+        include: Iterable[Ignored] = (),
         include_embeddings: bool = False,
         include_biases: bool = False,
         include_norms: bool = False,
@@ -119,8 +138,11 @@ class Coordinates:
         model = unwrapped(model)
         check_structure(model)
         self.device = _single_device(model)
-        include = {"embedding": include_embeddings, "bias": include_biases, "norm": include_norms}
+        kinds = {"weight": True, "embedding": include_embeddings, "bias": include_biases, "norm": include_norms}
         ignored = ignored_names(model, ignored_layers)
+        entries = entries_of(model, include, "include")
+        wanted = _included_names(model, entries)
+        outputs = output_weights(model)
         self.tensors: list[PrunableTensor] = []
         self.skipped: list[SkippedTensor] = []
         dtypes = [torch.float32]
@@ -128,16 +150,30 @@ class Coordinates:
         elsewhere = reserved(model)
         for uses in _parameter_uses(model):
             name, module, parameter = uses[0]
+            names = [use[0] for use in uses]
             shape, numel = tuple(parameter.shape), parameter.numel()
-            reason = _reason_to_skip(uses, include, ignored, elsewhere)
+            reason = _reason_to_skip(uses, kinds, ignored, wanted, elsewhere)
             if reason is not None:
-                self.skipped.append(SkippedTensor(name, shape, numel, reason))
+                self.skipped.append(SkippedTensor(name, shape, numel, reason, any(one in ignored for one in names)))
                 continue
-            aliases = tuple(alias for alias, _, _ in uses[1:])
-            layer, inputs = type(module).__name__, _inputs_of(module, parameter)
-            self.tensors.append(PrunableTensor(name, aliases, layer, shape, offset, numel, *inputs))
+            role = role_of(name, module, parameter)
+            self.tensors.append(
+                PrunableTensor(
+                    name=name,
+                    aliases=tuple(names[1:]),
+                    layer=type(module).__name__,
+                    shape=shape,
+                    offset=offset,
+                    numel=numel,
+                    input_dim=role.input_dim if parameter.dim() > 1 else 1,
+                    groups=role.groups,
+                    stack=role.stack,
+                    is_output=not outputs.isdisjoint(names),
+                )
+            )
             dtypes.append(parameter.dtype)
             offset += numel
+        self._check_included(entries)
         prunable = {name for tensor in self.tensors for name in (tensor.name, *tensor.aliases)}
         for a, b in overlaps([*model.named_parameters(), *model.named_buffers()]):
             if prunable & {a, b}:
@@ -152,6 +188,26 @@ class Coordinates:
         self.d = offset
         # Half-precision models are simulated in fp32, fp64 models in fp64.
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+
+    def _check_included(self, entries: Sequence[Entry]) -> None:
+        """Refuse an entry of which nothing can be pruned."""
+        left = {skip.name: skip for skip in self.skipped}
+        prunable = {name for tensor in self.tensors for name in (tensor.name, *tensor.aliases)}
+        for entry in entries:
+            others = [left[name] for name in entry.names if name in left and not left[name].ignored]
+            if others and prunable.isdisjoint(entry.names):
+                found = "; ".join(f"{skip.name}: {skip.reason}" for skip in others[:_NAMED])
+                raise ValueError(f"include: wanted weights that can be pruned, got {entry.label!r}, {found}")
+
+    @property
+    def beside(self) -> int:
+        """How many weights of the model are no coordinates."""
+        return sum(skip.numel for skip in self.skipped)
+
+    @property
+    def segments(self) -> list[int]:
+        """How many coordinates everything has that counts as a tensor by itself: of experts each matrix."""
+        return [math.prod(shape) for tensor in self.tensors for shape in tensor.segments]
 
     @property
     def copied(self) -> int:
@@ -196,8 +252,8 @@ class Coordinates:
         self,
         saliency: Tensor,  # (d,) ≥ 0, divided in place
     ) -> Tensor:  # (d,)
-        """Every tensor's part divided by its own mean, so that layers of different scale compare."""
-        for part in saliency.split([tensor.numel for tensor in self.tensors]):
+        """Every tensor's part divided by its own mean (of experts each matrix's), so that scales compare."""
+        for part in saliency.split(self.segments):
             # In pieces: each is converted to fp64 as a whole. Added up at once: results kept would leave holes in the
             # heap that the next piece does not fit in.
             total = torch.zeros((), dtype=torch.float64, device=part.device)
@@ -211,8 +267,14 @@ class Coordinates:
         """A table of every parameter: what is pruned, what is skipped and why."""
         rows = [("parameter", "shape", "weights", "pruned?")]
         for tensor in self.tensors:
-            tied = f", tied: {', '.join(tensor.aliases)}" if tensor.aliases else ""
-            rows.append((tensor.name, _shape(tensor.shape), f"{tensor.numel:,}", f"yes ({tensor.layer}{tied})"))
+            notes = [tensor.layer]
+            if tensor.stack > 1:
+                notes.append(f"{tensor.stack} matrices")
+            if tensor.aliases:
+                notes.append(f"tied: {', '.join(tensor.aliases)}")
+            if tensor.is_output:
+                notes.append(f"an output layer: ignored_layers=[{tensor.name!r}] leaves it alone")
+            rows.append((tensor.name, _shape(tensor.shape), f"{tensor.numel:,}", f"yes ({', '.join(notes)})"))
         for skip in self.skipped:
             rows.append((skip.name, _shape(skip.shape), f"{skip.numel:,}", f"no: {skip.reason}"))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -261,38 +323,14 @@ def _parameter_uses(model: nn.Module) -> list[list[Use]]:
     return list(uses.values())
 
 
-def _inputs_of(module: nn.Module, parameter: nn.Parameter) -> tuple[int, int]:
-    """Along which dimension inputs lie, and in how many groups."""
-    if parameter.dim() < 2:
-        return 1, 1
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return 0, module.groups
-    return (0 if type(module).__name__ == "Conv1D" else 1), 1
-
-
-def _role(name: str, module: nn.Module) -> str:
-    """``"weight"``, ``"bias"``, ``"norm"``, ``"embedding"``, or else the reason why it is not prunable."""
-    local = name.rpartition(".")[2]
-    why = taken_over(module, local)
-    if why is not None:
-        return why
-    if isinstance(module, _NORMS):
-        return "norm"
-    if isinstance(module, _EMBEDDINGS) and local == "weight":
-        return "embedding"
-    is_layer = isinstance(module, _LAYERS) or type(module).__name__ == "Conv1D"
-    if (is_layer and local == "weight") or (isinstance(module, nn.MultiheadAttention) and local in _ATTENTION_WEIGHTS):
-        return "weight"
-    if (is_layer and local == "bias") or (isinstance(module, nn.MultiheadAttention) and local == "in_proj_bias"):
-        return "bias"
-    if is_layer:
-        return f"neither weight nor bias of its {type(module).__name__}"
-    return f"no prunable layer type ({type(module).__name__})"
-
-
 def _reason_to_skip(
-    uses: list[Use], include: dict[str, bool], ignored: dict[str, str], elsewhere: dict[str, str]
+    uses: list[Use],
+    kinds: dict[str, bool],  # of roles: whether they are pruned
+    ignored: dict[str, str],
+    wanted: set[str],
+    elsewhere: dict[str, str],
 ) -> str | None:
+    is_wanted = any(name in wanted for name, _, _ in uses)
     for name, module, parameter in uses:
         tied = "" if name == uses[0][0] else f" (tied to {name})"
         if name in ignored:
@@ -300,60 +338,28 @@ def _reason_to_skip(
         for prefix, why in elsewhere.items():
             if name.startswith(prefix):
                 return f"{why}{tied}"
+        role = role_of(name, module, parameter)
         if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:  # fp8: a code, beside scales elsewhere
-            quantizes = (
-                parameter.dtype.itemsize == 1 and parameter.dtype != torch.bool and _role(name, module) == "weight"
-            )
+            quantizes = parameter.dtype.itemsize == 1 and parameter.dtype != torch.bool and role.kind == "weight"
             remedy = ": quantized, prune the model before that" if quantizes else ""
             return f"dtype {str(parameter.dtype).removeprefix('torch.')}{remedy}"
         if parameter.numel() == 0:
             return "empty"
-        role = _role(name, module)
-        if role in include and not include[role]:
-            plural = {"bias": "biases"}.get(role, f"{role}s")
-            return f"{role}{tied}: include_{plural}=True prunes it"
-        if role != "weight" and role not in include:
-            return f"{role}{tied}"
+        if role.final or not (is_wanted or kinds.get(role.kind, False)):
+            return _why_not(role, tied)
     for name, _, parameter in uses:
         check_plain(name, parameter)
     return None
 
 
-def ignored_names(model: nn.Module, ignored_layers: Iterable[Ignored]) -> dict[str, str]:
-    """Full parameter name → the entry of ignored_layers that covers it.
+def _why_not(role: Role, tied: str) -> str:
+    if role.kind == "other":
+        return f"{role.why}{tied}"
+    plural = {"bias": "biases"}.get(role.kind, f"{role.kind}s")
+    return f"{role.kind}{tied}: include_{plural}=True prunes it"
 
-    Raises:
-        TypeError, ValueError: entries as in :class:`Coordinates`.
-    """
-    if isinstance(ignored_layers, str | nn.Module | type):
-        raise TypeError(f"ignored_layers: wanted a list, got {ignored_layers!r:.80}: put it in a list")
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    modules = list(model.named_modules(remove_duplicate=False))
-    found: dict[str, str] = {}
-    for entry in ignored_layers:
-        label = entry if isinstance(entry, str) else entry.__name__ if isinstance(entry, type) else ""
-        if isinstance(entry, str) and entry.startswith("re:"):
-            try:
-                pattern = re.compile(entry.removeprefix("re:"))
-            except re.error as error:
-                raise ValueError(f"ignored_layers: wanted a valid pattern, got {entry!r}: {error}") from error
-            covered = [name for name in names if pattern.match(name)]
-        elif isinstance(entry, str):
-            covered = [name for name in names if name == entry or name.startswith(f"{entry}.")]
-        elif isinstance(entry, nn.Module) or (isinstance(entry, type) and issubclass(entry, nn.Module)):
-            inside = [
-                prefix
-                for prefix, module in modules
-                if (isinstance(module, entry) if isinstance(entry, type) else module is entry)
-            ]
-            label = label or (inside[0] if inside and inside[0] else type(entry).__name__)
-            covered = [name for name in names if any(p == "" or name.startswith(f"{p}.") for p in inside)]
-            if isinstance(entry, type) or inside:  # a type may match nothing, a module without weights too
-                found.update(dict.fromkeys(covered, label))
-                continue
-        else:
-            raise TypeError(f"ignored_layers: wanted modules, module types or names, got {entry!r}")
-        if not covered:
-            raise ValueError(f"ignored_layers: {entry!r:.80} matches no parameter of the model")
-        found.update(dict.fromkeys(covered, label))
-    return found
+
+def _included_names(model: nn.Module, entries: Sequence[Entry]) -> set[str]:
+    """Full names of the parameters that entries of ``include`` mean: of whole modules those of two dimensions up."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name for entry in entries for name in entry.names if not entry.whole or parameters[name].dim() > 1}

@@ -50,7 +50,10 @@ def check_divides(tensors: Sequence[PrunableTensor], pattern: tuple[int, int] | 
         return
     others = [tensor for tensor in tensors if tensor.inputs % pattern[1] or not tensor.inputs]
     if others:
-        found = ", ".join(f"{tensor.name} of shape {tensor.shape}" for tensor in others)
+        unknown = " whose inputs nothing tells"
+        found = ", ".join(
+            f"{tensor.name} of shape {tensor.shape}{unknown if tensor.input_dim < 0 else ''}" for tensor in others
+        )
         names = ", ".join(repr(tensor.name) for tensor in others)
         raise ValueError(
             f"pattern: wanted tensors with a multiple of {pattern[1]} inputs, got {found}: leave out what has another "

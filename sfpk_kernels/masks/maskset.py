@@ -113,6 +113,10 @@ class MaskSet(Mapping[str, Tensor]):
         """Fraction of the covered weights that is removed."""
         return 1.0 - self.kept / self.prunable
 
+    def share_removed(self, beside: int) -> float:
+        """Fraction removed of the covered weights and ``beside`` others: with all others of it, of a whole model."""
+        return (self.prunable - self.kept) / (self.prunable + beside)
+
     def layer_densities(self) -> dict[str, float]:
         """Fraction kept by parameter name."""
         return {name: self._kept[name] / _count(shape) for name, shape in self._shapes.items()}

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..coordinates.flat import Coordinates, PrunableTensor, unwrapped
 
+_NAMED = 3  # tensors, in one message
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -70,16 +72,17 @@ def find_layers(model: nn.Module, coordinates: Coordinates) -> list[Layer]:
     Raises:
         ValueError: one that is no weight of a Linear or Conv2d.
     """
-    layers = []
-    for index, tensor in enumerate(coordinates.tensors):
-        layer = layer_of(model, tensor, index)
-        if layer is None:
-            raise ValueError(
-                f"model: wanted weights of Linear and Conv2d layers, got {tensor.name} ({tensor.layer}), for which "
-                f"this method is not defined here: leave it out, ignored_layers=[{tensor.name!r}]"
-            )
-        layers.append(layer)
-    return layers
+    found = [layer_of(model, tensor, index) for index, tensor in enumerate(coordinates.tensors)]
+    others = [tensor for tensor, layer in zip(coordinates.tensors, found, strict=True) if layer is None]
+    if others:
+        got = ", ".join(f"{tensor.name} ({tensor.layer})" for tensor in others[:_NAMED])
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        names = ", ".join(repr(tensor.name) for tensor in others)
+        raise ValueError(
+            f"model: wanted weights of Linear and Conv2d layers, got {got}{more}, for which this method is not defined "
+            f"here: leave out what is none, ignored_layers=[{names}]"
+        )
+    return [layer for layer in found if layer is not None]
 
 
 @contextmanager

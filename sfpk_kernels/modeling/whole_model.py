@@ -45,6 +45,7 @@ class Registered:
             _refill(module._buffers, buffers)
             module._non_persistent_buffers_set.clear()
             module._non_persistent_buffers_set.update(non_persistent)
+            _relist(module)
         for buffer, version, saved in self._buffers:
             if buffer._version != version and not spread(buffer):
                 buffer.copy_(saved)
@@ -118,6 +119,7 @@ class WholeModel:
             _refill(module._buffers, buffers)
             module._non_persistent_buffers_set.clear()
             module._non_persistent_buffers_set.update(non_persistent)
+            _relist(module)
         for tensor, data, saved in self._values:
             if tensor.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype or tensor.shape != data.shape:
                 tensor.data = data  # such as after model.half() or model.to(device)
@@ -166,6 +168,12 @@ def _refill(entries: dict[str, Any], saved: dict[str, Any]) -> None:
         for name, value in saved.items():
             del entries[name]
             entries[name] = value
+
+
+def _relist(module: nn.Module) -> None:
+    """The list of its weights that an RNN layer runs on, from its parameters: others may have stood in for them."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
 
 
 def spread(tensor: Tensor) -> bool:

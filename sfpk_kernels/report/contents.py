@@ -86,6 +86,7 @@ class MethodResult:
         return {
             "method": self.method,
             "sparsity": self.mask.sparsity,
+            "model_sparsity": self.mask.share_removed(self.coordinates.beside),
             "kept": self.mask.kept,
             "prunable": self.mask.prunable,
             "fingerprint": self.mask.fingerprint(),
@@ -170,8 +171,13 @@ def _model(mask: MaskSet, coordinates: Coordinates) -> dict[str, Any]:
         entry = left.setdefault(skip.reason, {"tensors": 0, "parameters": 0})
         entry["tensors"] += 1
         entry["parameters"] += skip.numel
-    beside = sum(skip.numel for skip in coordinates.skipped)
-    return {"parameters": mask.prunable + beside, "prunable": mask.prunable, "left_alone": left}
+    beside = coordinates.beside
+    return {
+        "parameters": mask.prunable + beside,
+        "prunable": mask.prunable,
+        "sparsity": mask.share_removed(beside),
+        "left_alone": left,
+    }
 
 
 def before_the_merge(history: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

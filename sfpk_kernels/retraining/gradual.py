@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SFPKConfig
-from ..coordinates.flat import Coordinates
+from ..coordinates.coverage import coordinates_for
 from ..execution import Execution
 from ..masks.maskset import MaskSet
 from ..modeling.state import seeded
@@ -20,6 +20,7 @@ from ..modeling.turns import alone, end_contexts
 from ..modeling.whole_model import WholeModel, write
 from ..search.energy import LossFn
 from ..search.merging import mean_square, merge_into
+from ..search.parts import of_covered
 from ..search.polarizer import budget
 from ..search.pruner import SFPKPruner
 from ..search.result import PruneResult
@@ -114,9 +115,11 @@ class GradualPruner:
                 f"config: wanted granularity='weight' in gradual pruning, got {config.granularity!r}: prune(…), then "
                 "retrain what result.shrink(model) returns"
             )
+        schedule_shots(config, shots, growth)  # refuses before the model is looked at
+        self.coordinates = coordinates_for(model, **coordinate_options)
+        config = of_covered(config, self.coordinates)
         self.shots = schedule_shots(config, shots, growth)
         self.config, self.execution = config, execution
-        self.coordinates = Coordinates(model, **coordinate_options)
         check_together(config, execution, model)
         budget(config.sparsity, self.coordinates.d)
         self._steps: list[int] | None = None  # of the built-in retraining

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .._dispatch import where_present
 from ..config import SFPKConfig
+from ..coordinates.coverage import coordinates_for
 from ..coordinates.flat import Coordinates
 from ..execution import Execution
 from ..masks.maskset import MaskSet
@@ -42,8 +43,8 @@ def coordinates_of(
     if config.granularity == "weight":
         if example_inputs is not None:
             raise ValueError("example_inputs: wanted None with granularity='weight', which needs no call, got some")
-        coordinates = Coordinates(model, **options)
-        budget(config.sparsity, coordinates.d)
+        coordinates = coordinates_for(model, **options)
+        budget(of_covered(config, coordinates).sparsity, coordinates.d)
         return coordinates
     if example_inputs is None:
         raise TypeError(
@@ -52,11 +53,31 @@ def coordinates_of(
     ignored = options.pop("ignored_layers", ())
     for name, value in options.items():
         if value:
+            none = "nothing" if name == "include" else "False"
             raise ValueError(
-                f"{name}: wanted False with granularity={config.granularity!r}, where biases and norms go with their "
+                f"{name}: wanted {none} with granularity={config.granularity!r}, where biases and norms go with their "
                 f"channels, got {value!r}"
             )
     return StructuredCoordinates(model, config, example_inputs, ignored_layers=ignored)
+
+
+def of_covered(config: SFPKConfig, coordinates: Coordinates) -> SFPKConfig:
+    """The settings with their sparsity as a fraction of the covered weights, of which a run is.
+
+    Raises:
+        ValueError: more of the whole model than is covered.
+    """
+    if config.sparsity_of == "covered":
+        return config
+    total = coordinates.d + coordinates.beside
+    sparsity = config.sparsity * total / coordinates.d
+    if not sparsity < 1:
+        raise ValueError(
+            f"sparsity: wanted less than {coordinates.d / total:.4g} of the whole model, of which {coordinates.d:,} of "
+            f"{total:,} weights are covered, got {config.sparsity!r} with sparsity_of='model', which takes "
+            f"{sparsity:.4g} of these: cover more (include, include_embeddings), see Coordinates(model).describe()"
+        )
+    return config.replace(sparsity=sparsity, sparsity_of="covered")
 
 
 def polarizer_of(

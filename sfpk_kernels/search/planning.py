@@ -22,7 +22,7 @@ from ..utils.memory import available_bytes, format_bytes
 from .averaging import most
 from .energy import Choice, LossFn, ParticleEnergy
 from .merging import passes
-from .parts import coordinates_of, energy_of
+from .parts import coordinates_of, energy_of, of_covered
 from .polarizer import score_kinds
 from .settings import FIELDS, chosen
 
@@ -148,6 +148,7 @@ def plan(
     """
     config, execution = chosen(CALL, sparsity, config, execution, passes)
     coordinates = coordinates_of(model, config, execution, **coordinate_options)
+    config = of_covered(config, coordinates)
     check_loader(loader)
     check_loss_fn(loss_fn)
     check_divides(coordinates.tensors, config.pattern)

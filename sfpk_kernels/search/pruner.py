@@ -19,12 +19,13 @@ from .averaging import staying
 from .energy import LossFn
 from .loop import Loop
 from .nonfinite import standing_still
-from .parts import coordinates_of
+from .parts import coordinates_of, of_covered
 from .reading import read_together
 from .records import StepRecord
 from .run import Run
 from .settings import FIELDS, chosen
 from .step import move_particles
+from .waypoints import check_waypoints
 
 _CALL = "SFPKPruner(model, sparsity, loss_fn=…)"
 
@@ -50,7 +51,7 @@ class SFPKPruner(Loop):
             the output's ``.loss`` on dict batches.
         config: instead of ``sparsity``: all that decides the mask, see :class:`SFPKConfig`.
         execution: how it is computed, see :class:`Execution`.
-        ignored_layers, include_embeddings, include_biases, include_norms: what is prunable, see
+        ignored_layers, include, include_embeddings, include_biases, include_norms: what is prunable, see
             :class:`Coordinates`.
         example_inputs: with ``config.granularity`` other than ``"weight"``: what the model is called with, a tensor, a
             tuple of arguments or a dict of keywords; see :func:`~sfpk_kernels.structure.find_structure`, whose errors
@@ -59,7 +60,8 @@ class SFPKPruner(Loop):
         start: (n, d) particles to go on from, such as those of an earlier run; the schedule begins at their mean
             density. ``None``: at 1, nothing removed.
         waypoints: sparsities at which to take an exact mask on the way (``result.waypoints``, ``result.mask_at``).
-            Taking them does not change the run, unless ``config.settle`` is set.
+            Taking them does not change the run, unless ``config.settle`` is set. Of what ``config.sparsity_of`` says;
+            results speak of the covered weights.
         keep_scores: keep the scores behind them, too (d numbers each), for the masks of sparsities in between.
 
     Raises:
@@ -82,6 +84,7 @@ class SFPKPruner(Loop):
         config: SFPKConfig | None = None,
         execution: Execution | None = None,
         ignored_layers: Iterable[Ignored] = (),
+        include: Iterable[Ignored] = (),
         include_embeddings: bool = False,
         include_biases: bool = False,
         include_norms: bool = False,
@@ -99,10 +102,15 @@ class SFPKPruner(Loop):
             execution,
             example_inputs=example_inputs,
             ignored_layers=ignored_layers,
+            include=include,
             include_embeddings=include_embeddings,
             include_biases=include_biases,
             include_norms=include_norms,
         )
+        if config.sparsity_of == "model":
+            found = check_waypoints(waypoints, config)
+            waypoints = [of_covered(config.replace(sparsity=one), coordinates).sparsity for one in found]
+        config = of_covered(config, coordinates)
         run = Run(model, coordinates, loss_fn, config, execution, start, waypoints, keep_scores)
         super().__init__(run, callbacks)
 

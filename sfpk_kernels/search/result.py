@@ -53,13 +53,19 @@ class PruneResult:
 
     def __repr__(self) -> str:
         return (
-            f"PruneResult({self.mask!r}, {len(self.particles)} particles, {len(self.history)} steps, "
+            f"PruneResult({self.mask!r}, {self.model_sparsity:.4f} of the whole model, "
+            f"{len(self.particles)} particles, {len(self.history)} steps, "
             f"masks on the way at {[waypoint.sparsity for waypoint in self.waypoints]}, {len(self.alarms)} alarms)"
         )
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Apply the mask to ``model``; see :meth:`MaskSet.apply_`."""
         return self.mask.apply_(model)
+
+    @property
+    def model_sparsity(self) -> float:
+        """Fraction of all weights of the model that is removed, whether covered or not."""
+        return self.mask.share_removed(self.coordinates.beside)
 
     @property
     def alarms(self) -> list[str]:
@@ -239,6 +245,7 @@ class PruneResult:
         """The outcome in a few plain numbers."""
         return {
             "sparsity": self.mask.sparsity,
+            "model_sparsity": self.model_sparsity,
             "kept": self.mask.kept,
             "prunable": self.mask.prunable,
             "fingerprint": self.mask.fingerprint(),

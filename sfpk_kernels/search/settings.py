@@ -133,6 +133,7 @@ def _check_granularity(config: SFPKConfig, execution: Execution) -> None:
         wanted = {
             "budget": BUDGETS,
             "pattern": (None,),
+            "sparsity_of": ("covered",),
             "selection": ("exact",),
             "kernel": ("rbf",),
             "energy_mode": ("auto", "timed", "sequential"),

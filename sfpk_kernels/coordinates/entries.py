@@ -1,0 +1,81 @@
+"""Entries of ``ignored_layers`` and ``include``: which parameters of a model each of them means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+Ignored = str | type[nn.Module] | nn.Module | Callable[[str, nn.Parameter], bool]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry, and what it means in a model."""
+
+    label: str  # for messages
+    names: tuple[str, ...]  # full names of parameters, in the model's order
+    whole: bool  # names a module, with all that is in it, and no parameters by themselves
+
+
+def entries_of(model: nn.Module, entries: Iterable[Ignored], argument: str) -> list[Entry]:
+    """What every entry covers.
+
+    Args:
+        model: without wrappers.
+        entries: module instances or types, names of modules or parameters, ``"re:PATTERN"``, matched from the start of
+            parameter names, functions of name and parameter.
+        argument: for messages.
+
+    Raises:
+        TypeError: no list, or an entry of another type.
+        ValueError: a pattern that is none, an entry that covers no parameter (a type may).
+    """
+    if isinstance(entries, str | nn.Module | type) or not isinstance(entries, Iterable):
+        raise TypeError(f"{argument}: wanted a list, got {entries!r:.80}: put it in a list")
+    return [_entry(model, entry, argument) for entry in entries]
+
+
+def ignored_names(model: nn.Module, ignored_layers: Iterable[Ignored]) -> dict[str, str]:
+    """Full parameter name → the entry of ignored_layers that covers it.
+
+    Raises:
+        TypeError, ValueError: entries as in :func:`entries_of`.
+    """
+    found = entries_of(model, ignored_layers, "ignored_layers")
+    return {name: entry.label for entry in found for name in entry.names}
+
+
+def _entry(model: nn.Module, entry: Ignored, argument: str) -> Entry:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    may_be_empty = False
+    if isinstance(entry, str) and entry.startswith("re:"):
+        try:
+            pattern = re.compile(entry.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"{argument}: wanted a valid pattern, got {entry!r}: {error}") from error
+        found = Entry(entry, tuple(name for name in parameters if pattern.match(name)), False)
+    elif isinstance(entry, str):
+        names = tuple(name for name in parameters if name == entry or name.startswith(f"{entry}."))
+        found = Entry(entry, names, entry not in parameters)
+    elif isinstance(entry, nn.Module) or (isinstance(entry, type) and issubclass(entry, nn.Module)):
+        inside = [
+            prefix
+            for prefix, module in model.named_modules(remove_duplicate=False)
+            if (isinstance(module, entry) if isinstance(entry, type) else module is entry)
+        ]
+        kind = entry if isinstance(entry, type) else type(entry)
+        label = kind.__name__ if isinstance(entry, type) or not inside or not inside[0] else inside[0]
+        names = tuple(name for name in parameters if any(p == "" or name.startswith(f"{p}.") for p in inside))
+        found = Entry(label, names, True)
+        may_be_empty = isinstance(entry, type) or bool(inside)  # a type may match nothing, a module without weights too
+    elif callable(entry) and not isinstance(entry, type):
+        label = getattr(entry, "__name__", type(entry).__name__)
+        found = Entry(label, tuple(name for name, one in parameters.items() if entry(name, one)), False)
+    else:
+        raise TypeError(f"{argument}: wanted modules, module types, names or functions, got {entry!r}")
+    if not found.names and not may_be_empty:
+        raise ValueError(f"{argument}: {entry!r:.80} matches no parameter of the model")
+    return found
