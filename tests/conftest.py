@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 
         interpreter.patch_once()
 
+from sfpk_kernels.coordinates import coverage
 from sfpk_kernels.search import settings
 
 REQUIRE_GPU = os.environ.get("SFPK_REQUIRE_GPU") == "1"
@@ -49,6 +50,7 @@ def _no_mode_stays():
 def _all_is_said(monkeypatch):
     """Small runs are poor on purpose; that it is said only once would depend on the order of the tests."""
     monkeypatch.setattr(settings, "_said", Everything())
+    monkeypatch.setattr(coverage, "_said", Everything())
 
 
 class Everything:
