@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .reach_nets import Bare, flat
+
 
 def small():
     torch.manual_seed(0)
@@ -13,6 +15,12 @@ def small():
         return float((net[0].weight == 0).float().mean())
 
     return model, None, batches, eval_fn
+
+
+def bare():
+    """Parameters of the model itself: for --include."""
+    torch.manual_seed(0)
+    return Bare(), None, [flat() for _ in range(4)]
 
 
 def without_eval():

@@ -70,6 +70,35 @@ def test_a_masked_pass_is_that_of_masked_weights(kind, mode):
     assert all(parameter.grad is not None for parameter in coordinates.parameters(model))
 
 
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe"])
+def test_experts_that_a_router_chooses(kind):
+    """As transformers stores and calls them: which tokens an expert sees follows from the masked weights."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 30,
+        "intermediate_size": 24,
+    }  # fmt: skip
+    more = {"num_local_experts": 4} if kind == "Mixtral" else {
+        "num_experts": 4, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12
+    }  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes, **more)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.normal_(std=0.2)
+    ids = [torch.randint(30, (4, 6)) for _ in range(N)]
+    batches = [{"input_ids": one, "labels": one} for one in ids]
+    coordinates = Coordinates(model)
+    assert sum(tensor.numel for tensor in coordinates.tensors if tensor.stack == 4) > 0.3 * coordinates.d
+    keep = torch.rand(N, coordinates.d, generator=torch.Generator().manual_seed(1)) > 0.3
+    losses, grads = by_hand(model, batches, coordinates, keep)
+    snapshot = Snapshot(model)
+    found = energies(model, batches, coordinates, keep, "sequential")
+    torch.testing.assert_close(found[0], losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], grads, rtol=1e-4, atol=1e-6)
+    snapshot.check()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_graphs_agree(kind, monkeypatch):
     real = capture.captured

@@ -17,7 +17,7 @@ class Entry:
 
     label: str  # for messages
     names: tuple[str, ...]  # full names of parameters, in the model's order
-    whole: bool  # names a module, with all that is in it, and no parameters by themselves
+    wanted: tuple[str, ...]  # of them, where all of a module is meant, those of two dimensions and more
 
 
 def entries_of(model: nn.Module, entries: Iterable[Ignored], argument: str) -> list[Entry]:
@@ -35,7 +35,8 @@ def entries_of(model: nn.Module, entries: Iterable[Ignored], argument: str) -> l
     """
     if isinstance(entries, str | nn.Module | type) or not isinstance(entries, Iterable):
         raise TypeError(f"{argument}: wanted a list, got {entries!r:.80}: put it in a list")
-    return [_entry(model, entry, argument) for entry in entries]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return [_entry(model, parameters, entry, argument) for entry in entries]
 
 
 def ignored_names(model: nn.Module, ignored_layers: Iterable[Ignored]) -> dict[str, str]:
@@ -48,18 +49,17 @@ def ignored_names(model: nn.Module, ignored_layers: Iterable[Ignored]) -> dict[s
     return {name: entry.label for entry in found for name in entry.names}
 
 
-def _entry(model: nn.Module, entry: Ignored, argument: str) -> Entry:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    may_be_empty = False
+def _entry(model: nn.Module, parameters: dict[str, nn.Parameter], entry: Ignored, argument: str) -> Entry:
+    may_be_empty = whole = False
     if isinstance(entry, str) and entry.startswith("re:"):
         try:
             pattern = re.compile(entry.removeprefix("re:"))
         except re.error as error:
             raise ValueError(f"{argument}: wanted a valid pattern, got {entry!r}: {error}") from error
-        found = Entry(entry, tuple(name for name in parameters if pattern.match(name)), False)
+        label, names = entry, tuple(name for name in parameters if pattern.match(name))
     elif isinstance(entry, str):
         names = tuple(name for name in parameters if name == entry or name.startswith(f"{entry}."))
-        found = Entry(entry, names, entry not in parameters)
+        label, whole = entry, entry not in parameters
     elif isinstance(entry, nn.Module) or (isinstance(entry, type) and issubclass(entry, nn.Module)):
         inside = [
             prefix
@@ -69,13 +69,14 @@ def _entry(model: nn.Module, entry: Ignored, argument: str) -> Entry:
         kind = entry if isinstance(entry, type) else type(entry)
         label = kind.__name__ if isinstance(entry, type) or not inside or not inside[0] else inside[0]
         names = tuple(name for name in parameters if any(p == "" or name.startswith(f"{p}.") for p in inside))
-        found = Entry(label, names, True)
+        whole = True
         may_be_empty = isinstance(entry, type) or bool(inside)  # a type may match nothing, a module without weights too
     elif callable(entry) and not isinstance(entry, type):
         label = getattr(entry, "__name__", type(entry).__name__)
-        found = Entry(label, tuple(name for name, one in parameters.items() if entry(name, one)), False)
+        names = tuple(name for name, one in parameters.items() if entry(name, one))
     else:
         raise TypeError(f"{argument}: wanted modules, module types, names or functions, got {entry!r}")
-    if not found.names and not may_be_empty:
+    if not names and not may_be_empty:
         raise ValueError(f"{argument}: {entry!r:.80} matches no parameter of the model")
-    return found
+    matrices = tuple(name for name in names if parameters[name].dim() > 1)
+    return Entry(label, names, matrices if whole else names)

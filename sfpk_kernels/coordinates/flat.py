@@ -141,7 +141,7 @@ class Coordinates:
         kinds = {"weight": True, "embedding": include_embeddings, "bias": include_biases, "norm": include_norms}
         ignored = ignored_names(model, ignored_layers)
         entries = entries_of(model, include, "include")
-        wanted = _included_names(model, entries)
+        wanted = {name for entry in entries for name in entry.wanted}
         outputs = output_weights(model)
         self.tensors: list[PrunableTensor] = []
         self.skipped: list[SkippedTensor] = []
@@ -194,8 +194,9 @@ class Coordinates:
         left = {skip.name: skip for skip in self.skipped}
         prunable = {name for tensor in self.tensors for name in (tensor.name, *tensor.aliases)}
         for entry in entries:
-            others = [left[name] for name in entry.names if name in left and not left[name].ignored]
-            if others and prunable.isdisjoint(entry.names):
+            names = entry.wanted or entry.names
+            others = [left[name] for name in names if name in left and not left[name].ignored]
+            if others and prunable.isdisjoint(names):
                 found = "; ".join(f"{skip.name}: {skip.reason}" for skip in others[:_NAMED])
                 raise ValueError(f"include: wanted weights that can be pruned, got {entry.label!r}, {found}")
 
@@ -357,9 +358,3 @@ def _why_not(role: Role, tied: str) -> str:
         return f"{role.why}{tied}"
     plural = {"bias": "biases"}.get(role.kind, f"{role.kind}s")
     return f"{role.kind}{tied}: include_{plural}=True prunes it"
-
-
-def _included_names(model: nn.Module, entries: Sequence[Entry]) -> set[str]:
-    """Full names of the parameters that entries of ``include`` mean: of whole modules those of two dimensions up."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {name for entry in entries for name in entry.names if not entry.whole or parameters[name].dim() > 1}
